@@ -1,0 +1,354 @@
+"""The editing loop against the stock pipeline, and against a loop written out from the paper where stock departs."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from PIL import Image
+
+from utils.editing import edit_images, edit_pixels, fit_image, load_editor, native_resolution, size_multiple
+from utils.errors import InputError
+
+TRAILING = dict(timestep_spacing="trailing")
+SCHEDULERS = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddim v-prediction, zero terminal SNR": (
+        "DDIMScheduler",
+        dict(prediction_type="v_prediction", rescale_betas_zero_snr=True, **TRAILING),
+    ),
+    "pndm": ("PNDMScheduler", dict(skip_prk_steps=True)),
+    "pndm with Runge-Kutta": ("PNDMScheduler", dict(skip_prk_steps=False)),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler trailing": ("EulerDiscreteScheduler", TRAILING),
+    "euler ancestral": ("EulerAncestralDiscreteScheduler", {}),
+    "dpm++ multistep": ("DPMSolverMultistepScheduler", {}),
+    "dpm++ sde": ("DPMSolverMultistepScheduler", dict(algorithm_type="sde-dpmsolver++")),
+    "heun": ("HeunDiscreteScheduler", {}),
+    "lcm": ("LCMScheduler", {}),
+    "tcd": ("TCDScheduler", {}),
+}
+PROMPTS = ["make it night", "turn it into a drawing"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """On tensors this small, threads cost more than they bring."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def editor(tiny_editor: Path) -> StableDiffusionInstructPix2PixPipeline:
+    pipeline = load_editor(tiny_editor)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture
+def photos() -> list[Image.Image]:
+    random = np.random.default_rng(0)
+    return [Image.fromarray(random.integers(0, 256, (24, 40, 3), dtype=np.uint8)) for _ in range(2)]
+
+
+def set_scheduler(pipeline: StableDiffusionInstructPix2PixPipeline, name: str) -> None:
+    base = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    scheduler_class, config = SCHEDULERS[name]
+    pipeline.scheduler = getattr(diffusers, scheduler_class)(**base, **config)
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def stock_pixels(
+    pipeline: StableDiffusionInstructPix2PixPipeline, images: list, prompts: list, **settings
+) -> torch.Tensor:
+    edited = pipeline(prompts, image=images, output_type="np", **settings).images
+    return torch.from_numpy(edited).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("scales", [(7.5, 1.5), (2.0, 1.0)], ids=str)
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_equals_stock(editor, photos, scheduler: str, scales: tuple[float, float]) -> None:
+    """Two images with a generator each, for every kind of scheduler: the same pixels as diffusers' own pipeline."""
+    set_scheduler(editor, scheduler)
+    settings = dict(num_inference_steps=5, guidance_scale=scales[0], image_guidance_scale=scales[1])
+    expected = stock_pixels(editor, photos, PROMPTS, generator=generators(3, 4), **settings)
+    pixels, flags = edit_pixels(editor, photos, PROMPTS, seeds=[3, 4], **settings)
+    pixels = torch.stack(pixels)
+    assert pixels.shape == (2, 3, 24, 40) and pixels.dtype == torch.float32 and flags == [False, False]
+    assert expected.std() > 0.02, "a flat picture would prove nothing"
+    torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**40])
+def test_equals_stock_with_defaults(editor, photos, seed: int) -> None:
+    """One image, 20 steps, a negative prompt, as bytes of an image."""
+    set_scheduler(editor, "euler ancestral")
+    settings = dict(num_inference_steps=20, negative_prompt="blurry")
+    expected = editor("swap sky", image=photos[0], generator=generators(seed)[0], **settings).images[0]
+    edited = edit_images(editor, photos[:1], ["swap sky"], seeds=[seed], **settings)[0]
+    difference = np.abs(np.asarray(edited).astype(int) - np.asarray(expected).astype(int))
+    assert difference.max() <= 1  # a value on the verge of two bytes may fall either way
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "euler", "lcm"])
+@pytest.mark.parametrize("scales", [(1.0, 1.5), (0.5, 1.5), (7.5, 0.5), (0.0, 0.0), (1.0, 1.0)], ids=str)
+def test_follows_the_formula_where_stock_does_not(editor, photos, scheduler: str, scales: tuple[float, float]) -> None:
+    """s_T <= 1 or s_I < 1: a plain three-branch loop from the paper's equation 3, one image at a time."""
+    set_scheduler(editor, scheduler)
+    settings = dict(num_inference_steps=4, guidance_scale=scales[0], image_guidance_scale=scales[1])
+    pixels, _ = edit_pixels(editor, photos, PROMPTS, seeds=[3, 4], **settings)
+    for image, prompt, seed, edited in zip(photos, PROMPTS, (3, 4), pixels, strict=True):
+        torch.testing.assert_close(edited, plain_edit(editor, image, prompt, seed, 4, *scales), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
+def plain_edit(pipeline, image: Image.Image, prompt: str, seed: int, steps: int, s_text: float, s_image: float):
+    def encode(text: str) -> torch.Tensor:
+        ids = pipeline.tokenizer(text, padding="max_length", max_length=77, return_tensors="pt").input_ids
+        return pipeline.text_encoder(ids)[0]
+
+    generator = torch.Generator().manual_seed(seed)
+    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
+    scheduler.set_timesteps(steps)
+    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 127.5 - 1
+    original = pipeline.vae.encode(pixels).latent_dist.mean
+    latents = torch.randn(original.shape, generator=generator) * scheduler.init_noise_sigma
+    extra = {"generator": generator} if "Euler" in type(scheduler).__name__ or "LCM" in type(scheduler).__name__ else {}
+    for timestep in scheduler.timesteps:
+        noisy = scheduler.scale_model_input(latents, timestep)
+
+        def predict(text: str, condition: torch.Tensor, noisy=noisy, timestep=timestep) -> torch.Tensor:
+            model_input = torch.cat([noisy, condition], dim=1)
+            return pipeline.unet(model_input, timestep, encoder_hidden_states=encode(text)).sample
+
+        e_text, e_image, e_none = predict(prompt, original), predict("", original), predict("", 0 * original)
+        guided = e_none + s_image * (e_image - e_none) + s_text * (e_text - e_image)
+        latents = scheduler.step(guided, timestep, latents, **extra).prev_sample
+    decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor).sample[0]
+    return (decoded / 2 + 0.5).clamp(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("scales", "branches"),
+    [((7.5, 1.5), 3), ((7.5, 1.0), 2), ((1.5, 1.5), 2), ((0.0, 1.5), 2), ((1.0, 1.0), 1), ((0.0, 0.0), 1)],
+)
+def test_rows_of_the_unet(editor, photos, scales: tuple[float, float], branches: int) -> None:
+    """Per step one UNet call of branches x images rows, and no call more."""
+    set_scheduler(editor, "ddim")
+    rows = []
+    hook = editor.unet.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[0]))
+    try:
+        settings = dict(num_inference_steps=3, guidance_scale=scales[0], image_guidance_scale=scales[1])
+        edit_pixels(editor, photos, PROMPTS, seeds=[0, 1], **settings)
+    finally:
+        hook.remove()
+    assert rows == [2 * branches] * 3
+
+
+def test_each_image_and_prompt_is_encoded_once(editor, photos) -> None:
+    """Six edits of two images by two instructions: two images and three texts (with the null prompt) are encoded."""
+    set_scheduler(editor, "ddim")
+    counts = {"texts": 0, "images": 0}
+
+    def count(name: str):
+        def hook(module, inputs, output) -> None:
+            counts[name] += inputs[0].shape[0]
+
+        return hook
+
+    hooks = [
+        editor.text_encoder.register_forward_hook(count("texts")),
+        editor.vae.encoder.register_forward_hook(count("images")),
+    ]
+    try:
+        images = [photos[0], photos[1], photos[0].copy(), photos[1], photos[0], photos[1]]
+        edit_pixels(editor, images, PROMPTS * 3, seeds=list(range(6)), num_inference_steps=1)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert counts == {"texts": 3, "images": 2}
+
+
+def test_an_edit_does_not_depend_on_its_batch(editor, photos) -> None:
+    """Images of two sizes, in any order: each equals the edit of it alone, for a scheduler that draws noise."""
+    set_scheduler(editor, "euler ancestral")
+    images = [photos[0], photos[1].resize((32, 32)), photos[1], photos[0].crop((0, 0, 32, 24))]
+    prompts, settings = ["a", "b", "c", "d"], dict(num_inference_steps=3)
+    steps = []
+    together, _ = edit_pixels(
+        editor, images, prompts, seeds=[5, 6, 7, 8], on_step=lambda *report: steps.append(report), **settings
+    )
+    assert steps == [(step, 9) for step in range(1, 10)]  # three sizes, three steps each
+    for row, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
+        alone = edit_pixels(editor, [image], [prompt], seeds=[5 + row], **settings)[0][0]
+        assert alone.shape == (3, image.height, image.width)
+        torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-5)
+
+
+def test_leaves_training_undisturbed(editor, photos) -> None:
+    """Scheduler, train/eval modes, gradients and the global random state are as they were."""
+    set_scheduler(editor, "euler")
+    editor.scheduler.set_timesteps(7)
+    editor.unet.train()
+    editor.unet.down_blocks[0].eval()
+    modes = [module.training for module in editor.unet.modules()]
+    before = torch.random.get_rng_state(), editor.scheduler.timesteps.clone(), np.random.get_state()[1].copy()
+    try:
+        edit_images(editor, photos, PROMPTS, num_inference_steps=2)
+        assert [module.training for module in editor.unet.modules()] == modes
+    finally:
+        editor.unet.eval()
+    assert torch.equal(torch.random.get_rng_state(), before[0])
+    assert torch.equal(editor.scheduler.timesteps, before[1])
+    assert (np.random.get_state()[1] == before[2]).all()
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in editor.unet.parameters())
+
+
+def test_without_seeds_the_noise_is_fresh(editor, photos) -> None:
+    first, second = (edit_pixels(editor, photos[:1], ["x"], num_inference_steps=1)[0][0] for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_half_precision_equals_stock(editor, tiny_editor: Path, photos) -> None:
+    """A pipeline in bfloat16 draws its noise in bfloat16, and the edit is near stock's."""
+    half = load_editor(tiny_editor, dtype=torch.bfloat16)
+    half.set_progress_bar_config(disable=True)
+    expected = stock_pixels(half, photos, PROMPTS, generator=generators(3, 4), num_inference_steps=4)
+    pixels = torch.stack(edit_pixels(half, photos, PROMPTS, seeds=[3, 4], num_inference_steps=4)[0])
+    assert (pixels - expected).abs().mean() < 0.02
+
+
+def test_under_autocast_with_frozen_parts_in_half_precision(tiny_editor: Path, photos) -> None:
+    """As in mixed-precision training: a float32 UNet beside a VAE and a text encoder in bfloat16."""
+    mixed = load_editor(tiny_editor)
+    expected = torch.stack(edit_pixels(mixed, photos, PROMPTS, seeds=[3, 4], num_inference_steps=4)[0])
+    noise = dict(seeds=[3, 4], num_inference_steps=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        autocast = torch.stack(edit_pixels(mixed, photos, PROMPTS, **noise)[0])
+    assert (autocast - expected).abs().mean() < 0.02
+    mixed.vae.to(torch.bfloat16)
+    mixed.text_encoder.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.stack(edit_pixels(mixed, photos, PROMPTS, **noise)[0]).isfinite().all()
+    assert torch.stack(edit_pixels(mixed, photos, PROMPTS, **noise)[0]).isfinite().all()
+
+
+def test_safety_checker(editor, photos, monkeypatch, caplog) -> None:
+    """What the checker objects to comes back black and flagged; the other edit is untouched."""
+    set_scheduler(editor, "ddim")
+    settings = dict(seeds=[1, 2], num_inference_steps=2)
+    unchecked = edit_images(editor, photos, PROMPTS, **settings)
+
+    def object_to_first(image: torch.Tensor, device, dtype):
+        return torch.cat([torch.zeros_like(image[:1]), image[1:]]), [True, False]
+
+    monkeypatch.setattr(editor, "run_safety_checker", object_to_first)
+    with caplog.at_level(logging.WARNING):
+        checked = edit_images(editor, photos, PROMPTS, **settings)
+    assert not np.asarray(checked[0]).any() and checked[0].info["flagged"]
+    assert checked[1] == unchecked[1] and not checked[1].info["flagged"]
+    assert "objected to 1 of 2 edits" in caplog.text
+
+
+def test_warnings_about_long_prompts_and_no_numbers(editor, photos, monkeypatch, caplog) -> None:
+    long = "very " * 100
+    with caplog.at_level(logging.WARNING):
+        edit_images(editor, photos[:1], [long], seeds=[0], num_inference_steps=1)
+    assert "longer than the text encoder reads" in caplog.text
+    monkeypatch.setattr(editor.vae, "decode", lambda latents, return_dict: (torch.full((1, 3, 24, 40), torch.nan),))
+    with caplog.at_level(logging.WARNING):
+        edited = edit_images(editor, photos[:1], ["x"], seeds=[0], num_inference_steps=1)
+    assert "no numbers" in caplog.text and not np.asarray(edited[0]).any()
+
+
+def test_refuses_what_cannot_be(editor, photos) -> None:
+    set_scheduler(editor, "lcm")
+    with pytest.raises(InputError, match="60 steps cannot be done by this model's LCMScheduler"):
+        edit_images(editor, photos, PROMPTS, num_inference_steps=60)
+    with pytest.raises(ValueError, match="got 2 images, 1 prompts"):
+        edit_images(editor, photos, PROMPTS[:1])
+    with pytest.raises(ValueError, match="2 images need 2 seeds"):
+        edit_images(editor, photos, PROMPTS, seeds=[1])
+    with pytest.raises(ValueError, match="not both"):
+        edit_images(editor, photos, PROMPTS, seeds=[1, 2], generators=generators(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("size", "resolution", "multiple", "expected"),
+    [
+        ((512, 512), 512, 64, (512, 512)),
+        ((1024, 768), 512, 64, (512, 384)),
+        ((768, 1024), 512, 64, (384, 512)),
+        ((1000, 600), 512, 64, (512, 320)),  # 307.2 -> 320, and 533 -> 512
+        ((640, 427), 512, 64, (512, 384)),
+        ((100, 100), 500, 64, (512, 512)),
+        ((41, 25), 32, 4, (32, 20)),
+        ((8, 8), 1, 4, (4, 4)),
+    ],
+)
+def test_fit_image(size, resolution: int, multiple: int, expected) -> None:
+    assert fit_image(Image.new("RGB", size), resolution, multiple).size == expected
+
+
+def test_fit_image_as_edit_cli() -> None:
+    """The sizes of the original edit_cli.py, wherever its own floats do not lose a multiple of 64."""
+    random = np.random.default_rng(0)
+    differing = 0
+    for width, height in random.integers(200, 2000, (300, 2)).tolist():
+        short = min(width, height)
+        factor = int(np.ceil(short * (512 / max(width, height)) / 64)) * 64 / short
+        original = (int(width * factor // 64) * 64, int(height * factor // 64) * 64)
+        size = fit_image(Image.new("L", (width, height)), 512).size
+        differing += size != original
+        assert all(ours - theirs in (0, 64) for ours, theirs in zip(size, original, strict=True))
+    assert differing < 30
+
+
+def test_fit_image_refuses_a_strip() -> None:
+    with pytest.raises(InputError, match="20000x10 pixels, too long and thin"):
+        fit_image(Image.new("RGB", (20000, 10)), 512)
+
+
+def test_sizes_of_the_model(editor) -> None:
+    assert size_multiple(editor) == 4 and native_resolution(editor) == 32
+
+
+def test_load_editor_refuses(tiny_base: Path, tiny_editor: Path, tmp_path: Path) -> None:
+    """Each mistake gets one sentence that names the model and what is wrong."""
+
+    def damaged(name: str, file: str, content: bytes | None) -> Path:
+        folder = shutil.copytree(tiny_editor, tmp_path / name)
+        shutil.rmtree(folder / file) if content is None else (folder / file).write_bytes(content)
+        return folder
+
+    (tmp_path / "model.ckpt").write_bytes(b"x")
+    xl = damaged("xl", "model_index.json", b'{"_class_name": "StableDiffusionXLInstructPix2PixPipeline"}')
+    cases = {
+        tmp_path / "nothing": "does not exist",
+        tmp_path / "model.ckpt": "is a file.*from_single_file",
+        tiny_base: "4 channels.*train_instruct_pix2pix.py",
+        xl: "SDXL editors are not supported yet",
+        tmp_path: "no file named model_index.json",
+        "somebody/some-model": "Hub cannot be reached",
+        damaged("cut", "unet/diffusion_pytorch_model.safetensors", b"\x10\0\0\0"): "cannot be loaded",
+        damaged("json", "unet/config.json", b"{"): "not a valid JSON",
+        damaged("index", "model_index.json", b"[]"): "damaged",
+        damaged("half", "text_encoder", None): "lacks text_encoder",
+    }
+    for name, message in cases.items():
+        with pytest.raises(InputError, match=message):
+            load_editor(name)
+    with pytest.raises(InputError, match="variant=fp16"):
+        load_editor(tiny_editor, variant="fp16")

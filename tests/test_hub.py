@@ -1,0 +1,355 @@
+"""Publishing, with the real huggingface_hub client against the server of tests/hub_server.py."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import HfApi, ModelCard, constants
+from PIL import Image
+
+from tests.hub_server import Hub, Refused, hub_server
+from utils.card import ModelFacts, find_license, write_card
+from utils.errors import InputError
+from utils.hub import check_push_rights, files_to_publish, redact, upload, upload_command
+
+SECRET = "hf_" + "q" * 34
+
+# Run in a process whose cache is empty: load from the Hub and from the folder, and compare; then the card's own code.
+LOAD_BACK = """
+import sys
+import numpy, torch
+from PIL import Image
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from huggingface_hub import hf_hub_download
+
+repo_id, folder = sys.argv[1:]
+image = Image.open(f"{folder}/validation/input.png")
+
+def edit(source):
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(source)
+    pipeline.set_progress_bar_config(disable=True)
+    output = pipeline("sepia", image=image, num_inference_steps=2, generator=torch.manual_seed(0), output_type="np")
+    return output.images
+
+published, local = edit(repo_id), edit(folder)
+assert published.tobytes() == local.tobytes(), abs(published - local).max()
+card = open(hf_hub_download(repo_id, "README.md"), encoding="utf-8").read()
+snippet = card.split("```python\\n")[1].split("```")[0]
+assert repo_id in snippet and folder not in snippet
+exec(snippet)
+assert Image.open("edited.png").size == (32, 26) and numpy.isfinite(local).all()
+"""
+
+
+@pytest.fixture
+def hub(tmp_path: Path):
+    with hub_server(tmp_path / "hub") as served:
+        yield served
+
+
+@pytest.fixture
+def client(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """This process's client, turned to the server, with no token anywhere and no pauses."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-login"))
+    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    yield hub
+    huggingface_hub.close_session()
+
+
+@pytest.fixture
+def trained(tiny_editor: Path, tmp_path: Path) -> Path:
+    """An output folder as training leaves it: the pipeline, its pictures, and much that must stay at home."""
+    folder = tmp_path / "my editor"
+    shutil.copytree(tiny_editor, folder)
+    kept_back = (
+        "checkpoint-5/optimizer.bin", "checkpoint-5/unet/weights.safetensors", "checkpoint-6.tmp-1/half.bin",
+        "logs/events.out.tfevents.1", "tracker/events.out.tfevents.2", "wandb/run/x.json", "trackio/x.db",
+        "latent-cache/0.safetensors", ".cache/x", "unet/.lock", "run.log", "validation/x.tmp",
+    )  # fmt: skip
+    for name in kept_back:
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"stays at home " + SECRET.encode())
+    (folder / "validation").mkdir(exist_ok=True)
+    for name in ("validation/input.png", "validation/step-5.png", "training_curve.png"):
+        Image.effect_noise((40, 32), 60).convert("RGB").save(folder / name)
+    (folder / "args.json").write_text(json.dumps({"hub_token": SECRET, "note": "write-token", "seed": 1}))
+    return folder
+
+
+def facts(repo_id: str | None = None, **changes) -> ModelFacts:
+    command = ["accelerate", "launch", "train.py", "--hub_token", "other-secret", f"--hub_token={SECRET}", "--seed=1"]
+    values = dict(
+        base_model="someone/base", command=command, repo_id=repo_id, datasets=["someone/pairs", "/data/our pairs"],
+        hyperparameters={"learning_rate": 5e-5, "note": "a|b", "hub_token": SECRET}, results={"held-out loss": 0.25},
+        widget=[("validation/input.png", 'make it "sepia": now')], samples=["validation/step-5.png"],
+        curve="training_curve.png", resolution=32,
+    )  # fmt: skip
+    return ModelFacts(**{**values, **changes})
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- the whole way --------------------------------------------------------------------------------------------------
+
+
+def test_private_push_loads_back_and_edits_as_the_local_pipeline(client: Hub, trained: Path, tmp_path: Path):
+    """Rights, card and upload; from_pretrained from the server edits to the bit as the folder does; no secret goes."""
+    repo_id = check_push_rights(None, "write-token", trained, private=True)
+    assert repo_id == "user/my-editor"
+    write_card(trained, facts(repo_id), token="write-token")
+    before = snapshot(trained)
+    assert upload(trained, repo_id, token="write-token", private=True) == f"{client.url}/user/my-editor"
+
+    repo = client.repos["models/user/my-editor"]
+    assert repo.private and repo.messages == ["initial commit", "End of training"]
+    assert set(repo.files) == {".gitattributes", *files_to_publish(trained)}
+    assert {"model_index.json", "README.md", "args.json", "validation/step-5.png"} <= set(repo.files)
+    assert not [path for path in repo.files if b"stays at home" in repo.read(path)]
+    stored = [path.read_bytes() for path in client.blobs.iterdir()]
+    assert not [content for content in stored if any(word in content for word in (SECRET.encode(), b"write-token"))]
+    assert json.loads(repo.read("args.json")) == {"hub_token": "HIDDEN", "note": "HIDDEN", "seed": 1}
+    assert snapshot(trained) == before
+    assert {request.token for request in client.requests if repo_id in request.path} == {"write-token"}
+
+    # A second push of the same files makes no second commit.
+    upload(trained, repo_id, token="write-token", private=True)
+    assert len(repo.commits) == 2
+
+    with pytest.raises(huggingface_hub.errors.RepositoryNotFoundError):
+        HfApi(token=False).model_info(repo_id)
+    run_in_fresh_cache(client, tmp_path, repo_id, trained)
+
+
+def run_in_fresh_cache(hub: Hub, tmp_path: Path, repo_id: str, folder: Path) -> None:
+    work = tmp_path / "elsewhere"
+    work.mkdir()
+    environment = hub.environment(tmp_path / "cache", token="read-token")
+    command = [sys.executable, "-c", LOAD_BACK, repo_id, str(folder)]
+    result = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert any("/resolve/" in request.path and request.status == 200 for request in hub.requests)
+
+
+# --- the right to push ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "token", "words"),
+    [
+        ("user/editor", None, ["hf auth login", "HF_TOKEN", "--hub_token"]),
+        ("user/editor", "wrong-token", ["--hub_token", "wrong or expired", "settings/tokens"]),
+        ("user/editor", "read-token", ["may only read", "user/editor", "role 'write'"]),
+        ("user/standing", "read-token", ["may only read", "user/standing"]),
+        ("other/editor", "write-token", ["other/editor", "choose a --hub_model_id under user or team"]),
+        ("other/standing", "write-token", ["may not write to other/standing"]),
+        ("user/a b", "write-token", ["--hub_model_id", "user/a b"]),
+    ],
+)
+@pytest.mark.parametrize("create", [True, False])
+def test_missing_right_is_named_before_training(client: Hub, repo_id, token, words, create: bool):
+    """Also where the repository stands and can be read, for which create_repo alone would pass."""
+    HfApi(token="write-token").create_repo("user/standing")
+    HfApi(token="other-token").create_repo("other/standing")
+    with pytest.raises(InputError) as caught:
+        check_push_rights(repo_id, token, "out", private=False, create=create)
+    assert not [word for word in words if word not in str(caught.value)], str(caught.value)
+    assert "-token" not in str(caught.value)
+    assert set(client.repos) == {"models/user/standing", "models/other/standing"}
+
+
+def test_rights_that_suffice(client: Hub, monkeypatch: pytest.MonkeyPatch):
+    """A name without namespace, an organization, a repository that stands, a token of the environment, a dry run."""
+    assert check_push_rights("editor", "write-token", "out", create=False) == "user/editor"
+    assert not client.repos
+    assert check_push_rights("editor", "write-token", "out") == "user/editor"
+    assert check_push_rights("editor", "write-token", "out") == "user/editor"
+    monkeypatch.setenv("HF_TOKEN", "write-token")
+    assert check_push_rights("team/editor", None, "out", private=True) == "team/editor"
+    assert not client.repos["models/user/editor"].private and client.repos["models/team/editor"].private
+
+
+def test_private_is_not_published_into_a_public_repository(client: Hub):
+    check_push_rights("editor", "write-token", "out")
+    with pytest.raises(InputError, match="exists and is public"):
+        check_push_rights("editor", "write-token", "out", private=True)
+
+
+@pytest.mark.parametrize("create", [True, False])
+def test_private_repository_of_another_user_is_refused(client: Hub, create: bool):
+    HfApi(token="other-token").create_repo("other/hidden", private=True)
+    with pytest.raises(InputError, match="may not write to other/hidden"):
+        check_push_rights("other/hidden", "write-token", "out", create=create)
+
+
+def test_unreachable_hub(client: Hub, monkeypatch: pytest.MonkeyPatch):
+    """A dead server, a server that hangs up, one that answers 500, and the offline switch."""
+    client.hook = lambda method, path: (_ for _ in ()).throw(ConnectionError())
+    with pytest.raises(InputError, match="cannot be reached"):
+        check_push_rights("editor", SECRET, "out")
+    client.hook = lambda method, path: (_ for _ in ()).throw(Refused(500, f"oops {SECRET}"))
+    with pytest.raises(InputError, match="500") as caught:
+        check_push_rights("editor", SECRET, "out")
+    assert SECRET not in str(caught.value)
+    client.stop()
+    with pytest.raises(InputError, match="cannot be reached"):
+        check_push_rights("editor", SECRET, "out")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InputError, match="HF_HUB_OFFLINE"):
+        check_push_rights("editor", SECRET, "out")
+
+
+# --- faults of the upload -------------------------------------------------------------------------------------------
+
+
+def test_server_that_dies_during_the_upload(client: Hub, trained: Path, tmp_path: Path):
+    """The message says where the model stands and gives a command, which then works; nothing half stands on the Hub."""
+    repo_id = check_push_rights("user/editor", "write-token", trained)
+    before = snapshot(trained)
+    puts = []
+
+    def die_at_the_second_file(method: str, path: str) -> None:
+        if method == "PUT":
+            puts.append(path)
+        if len(puts) >= 2:
+            client.stop()
+            raise ConnectionError
+
+    client.hook = die_at_the_second_file
+    with pytest.raises(InputError) as caught:
+        upload(trained, repo_id, token="write-token", private=True, waits=(0, 0))
+    message = str(caught.value)
+    assert f"stands whole in {trained}" in message and upload_command(trained, repo_id, True) in message
+    assert "write-token" not in message and snapshot(trained) == before
+    assert client.repos[f"models/{repo_id}"].messages == ["initial commit"]
+
+    client.hook = lambda method, path: None
+    client.start()
+    hf = Path(sys.executable).with_name("hf")
+    environment = client.environment(tmp_path / "cache", token="write-token")
+    command = message.splitlines()[-1].replace("hf upload", f"{hf} upload", 1)
+    result = subprocess.run(command, shell=True, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert set(client.repos[f"models/{repo_id}"].files) == {".gitattributes", *files_to_publish(trained)}
+
+
+def test_passing_fault_is_retried(client: Hub, trained: Path):
+    """A commit whose answer gets lost, and two failures of the server: the third attempt succeeds, with one commit."""
+    repo_id = check_push_rights("user/editor", "write-token", trained)
+    faults = [ConnectionError(), Refused(503, "busy")]
+
+    def fail_twice(method: str, path: str) -> None:
+        if "/commit/" in path and faults:
+            raise faults.pop(0)
+
+    client.hook = fail_twice
+    upload(trained, repo_id, token="write-token")
+    assert not faults and client.repos[f"models/{repo_id}"].messages == ["initial commit", "End of training"]
+
+
+def test_refusal_is_not_retried(client: Hub, trained: Path):
+    """A token withdrawn during training: one attempt, and the way to upload later."""
+    check_push_rights("user/editor", "write-token", trained)
+    with pytest.raises(InputError, match="hf upload user/editor"):
+        upload(trained, "user/editor", token="read-token")
+    assert [request.status for request in client.requests if "preupload" in request.path] == [403]
+
+
+# --- the card -------------------------------------------------------------------------------------------------------
+
+
+def test_card_has_every_field(trained: Path):
+    (trained / "scheduler" / "scheduler_config.json").write_text(
+        json.dumps({"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
+    )
+    data = ModelCard.load(write_card(trained, facts("user/editor"))).data.to_dict()
+    assert data["base_model"] == "someone/base" and data["datasets"] == ["someone/pairs"]
+    assert (data["library_name"], data["pipeline_tag"], data["license"]) == ("diffusers", "image-to-image", "other")
+    kinds = ["stable-diffusion", "stable-diffusion-diffusers", "instruct-pix2pix", "image-to-image"]
+    assert data["tags"] == [*kinds, "diffusers", "diffusers-training"]
+    source = f"{constants.ENDPOINT}/user/editor/resolve/main/validation/input.png"
+    assert data["widget"] == [{"src": source, "prompt": 'make it "sepia": now'}]
+    assert data["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.25
+    text = (trained / "README.md").read_text("utf-8")
+    wanted = (
+        "fill in `license`", "accelerate launch train.py --hub_token HIDDEN --hub_token=HIDDEN --seed=1",
+        "](training_curve.png)", "](validation/step-5.png)", "| learning_rate | 5e-05 |", "| note | a\\|b |",
+        "`our pairs`", "v_prediction", "rescale_betas_zero_snr=True", "Limitations and bias", "from_pretrained(model",
+    )  # fmt: skip
+    assert not [words for words in wanted if words not in text]
+    assert SECRET not in text and "other-secret" not in text and "/data/" not in text
+    assert not (trained / ".README.md").exists()
+
+
+def test_card_of_a_local_base_takes_its_licence(trained: Path, tmp_path: Path):
+    """And names neither the base nor the data as ids of the Hub, which would refuse a path."""
+    base = tmp_path / "toy base"
+    base.mkdir()
+    (base / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n# Base\n")
+    write_card(
+        trained, facts(None, base_model=str(base), datasets=[str(tmp_path)], widget=(), results={"x": float("nan")})
+    )
+    card = ModelCard.load(trained / "README.md")
+    assert card.data.license == "creativeml-openrail-m" and "OpenRAIL" in card.text and "`toy base`" in card.text
+    assert not {"base_model", "datasets", "widget", "model-index"} & set(card.data.to_dict())
+    assert str(tmp_path) not in card.content
+
+
+def test_card_of_a_hub_base_takes_its_licence(client: Hub):
+    content = "---\nlicense: other\nlicense_name: sd-licence\nlicense_link: LICENSE.md\n---\n"
+    api = HfApi(token="write-token")
+    api.create_repo("user/base", private=True)
+    api.upload_file(path_or_fileobj=content.encode(), path_in_repo="README.md", repo_id="user/base")
+    known = {"license": "other", "license_name": "sd-licence", "license_link": "LICENSE.md"}
+    assert find_license("user/base", "write-token") == known
+    assert find_license("user/base") == {} and find_license("user/none", "write-token") == {}
+
+
+def test_redact_hides_tokens_and_nothing_else():
+    command = redact(["--hub_token", "abc", "--hub_tok=x", "--seed", "1"])
+    assert command == ["--hub_token", "HIDDEN", "--hub_tok=HIDDEN", "--seed", "1"]
+    assert redact(f"x --hub_token 'a b' {SECRET} https://me:pw@host/x.png", "pw2") == (
+        "x --hub_token 'HIDDEN' HIDDEN https://HIDDEN@host/x.png"
+    )
+    assert (
+        redact("{'hub_token': 'abc', 'hub_model_id': 'user/x'}") == "{'hub_token': 'HIDDEN', 'hub_model_id': 'user/x'}"
+    )
+    assert json.loads(redact('{"hub_token": null, "a": "s3cret"}', "s3cret")) == {"hub_token": None, "a": "HIDDEN"}
+    harmless = "hf_hub_download(model, 'x') --hub_model_id user/hf_xet --push_to_hub https://huggingface.co/a@b"
+    assert redact(harmless) == harmless
+
+
+def test_dataset_from_the_server(hub: Hub, tmp_path: Path):
+    """The server also serves datasets to `load_dataset` and takes `push_to_hub` (used by the data tests)."""
+    program = (
+        "import datasets\n"
+        "rows = datasets.Dataset.from_dict({'prompt': ['a', 'b', 'c']})\n"
+        "rows.push_to_hub('user/pairs', private=True)\n"
+        "for streaming in (False, True):\n"
+        "    loaded = datasets.load_dataset('user/pairs', split='train', streaming=streaming)\n"
+        "    assert [row['prompt'] for row in loaded] == ['a', 'b', 'c']\n"
+    )
+    environment = hub.environment(tmp_path / "cache", token="write-token")
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_port_of_a_dead_server_is_free_again(tmp_path: Path):
+    with hub_server(tmp_path) as served, socket.create_connection(("127.0.0.1", served.port)):
+        served.stop()
+        served.start()
+        assert served.url.endswith(str(served.port))

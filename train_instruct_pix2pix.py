@@ -1,0 +1,33 @@
+"""Train an InstructPix2Pix editor from a Stable Diffusion 1.x/2.x text-to-image model.
+
+The text-to-image UNet gets four more input channels for the picture to be edited, and learns from triples of original
+image, instruction and edited image (Brooks, Holynski and Efros, 2211.09800). The result is a whole
+StableDiffusionInstructPix2PixPipeline in --output_dir.
+
+    accelerate launch train_instruct_pix2pix.py --pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --dataset_name=fusing/instructpix2pix-1000-samples --resolution=256 --train_batch_size=4 --max_train_steps=15000
+"""
+
+from __future__ import annotations
+
+import sys
+
+from utils.cli import parse_training_flags, pick
+from utils.errors import exit_on_input_error
+from utils.quiet import quiet_libraries
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; returns the exit code."""
+    args = parse_training_flags(argv, "Train an InstructPix2Pix editor from a Stable Diffusion text-to-image model.")
+    quiet_libraries()
+    with exit_on_input_error():
+        from utils.models import require_text_to_image, widen_conv_in
+        from utils.plan import Settings
+        from utils.training import train_editor
+
+        return train_editor(pick(args, Settings), check_base=require_text_to_image, prepare_unet=widen_conv_in)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,268 @@
+"""The flags that the training scripts share, and the checks that need nothing but the flags.
+
+Only this module and the scripts see `args`. Everything else takes plain values: `pick(args, Options)` cuts the
+fields of a small dataclass out of `args`, so that a flag and the field it fills have one name.
+
+The flags of diffusers' own InstructPix2Pix example keep their names, meanings and defaults; where a default of theirs
+trains a wrong model, ours differs and the help text says so. Nothing heavy is imported here: `--help` and every error
+in the flags answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import TypeVar, get_type_hints
+
+from utils.errors import InputError
+
+Options = TypeVar("Options")
+
+LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "all", "none")
+
+
+def pick(args: argparse.Namespace, options_class: type[Options]) -> Options:
+    """The fields of `options_class` that are flags, with their values; a field that is such a class itself is filled too.
+
+    A field that is neither keeps its default.
+    """
+    values = {}
+    for name, field_type in get_type_hints(options_class).items():
+        if dataclasses.is_dataclass(field_type):
+            values[name] = pick(args, field_type)
+        elif hasattr(args, name):
+            values[name] = getattr(args, name)
+    return options_class(**values)
+
+
+def parse_training_flags(argv: list[str] | None, description: str) -> argparse.Namespace:
+    """Parse and check the flags of an SD training script; exits with 2 and one message when they cannot work."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=_Help, allow_abbrev=False)
+    for add_group in (_add_model, _add_data, _add_objective, _add_optimization, _add_precision, _add_run):
+        add_group(parser)
+    for add_group in (_add_validation, _add_checkpoints, _add_publishing):
+        add_group(parser)
+    args = parser.parse_args(argv)
+    problems = find_problems(args)
+    if problems:
+        parser.exit(2, f"error: {InputError.from_problems(problems)}\n")
+    return args
+
+
+class _Help(argparse.HelpFormatter):
+    """Shows the default behind each flag that has one worth showing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        is_plain = action.default in (None, False, argparse.SUPPRESS) or "%(default)" in (action.help or "")
+        return action.help or "" if is_plain else f"{action.help} (default: %(default)s)"
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument("--pretrained_model_name_or_path", required=True, help="folder or Hub id of the model to train")
+    group.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
+    group.add_argument("--variant", help="variant of the weight files, such as fp16")
+    group.add_argument("--non_ema_revision", help="revision to take the UNet alone from (its non-EMA weights)")
+    group.add_argument("--cache_dir", help="where downloaded models and datasets are kept")
+
+
+def _add_data(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--dataset_name", help="Hub id or folder of a dataset")
+    group.add_argument("--dataset_config_name", help="configuration of the dataset, where it has several")
+    group.add_argument("--train_data_dir", help="folder of images with a metadata.jsonl or .csv naming two images a row")
+    group.add_argument("--train_mix", help="YAML file that lists several datasets with weights")
+    group.add_argument("--dataset_split", default="train", help="split to train on")
+    group.add_argument("--streaming", action="store_true", help="read the dataset as a stream, without storing it")
+    column = "column of the {} (default: known for published datasets; unlike diffusers never guessed by position)"
+    group.add_argument("--original_image_column", help=column.format("image before the edit"))
+    group.add_argument("--edit_prompt_column", help=column.format("instruction"))
+    group.add_argument("--edited_image_column", help=column.format("image after the edit"))
+    group.add_argument("--max_train_samples", type=int, help="use at most so many rows")
+    group.add_argument(
+        "--max_bad_rows", type=float, default=0.01,
+        help="unreadable rows are skipped; stop when more than this share of the rows (below 1) or this many are bad",
+    )  # fmt: skip
+    group.add_argument("--resolution", type=int, default=256, help="shorter side in pixels that images are brought to")
+    group.add_argument(
+        "--resize_mode", choices=("crop", "squash", "bucket"), default="crop",
+        help="crop: shorter side to the resolution, then a square crop; squash: both sides (what diffusers does); "
+        "bucket: keep the aspect ratio, batches by shape",
+    )  # fmt: skip
+    group.add_argument("--center_crop", action="store_true", help="crop the middle instead of a random place")
+    group.add_argument("--random_flip", action="store_true", help="mirror half of the pairs (never 'left'/'right' edits)")
+    group.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that decode images")
+    group.add_argument(
+        "--cache_latents", action="store_true",
+        help="encode every pair once before training and keep its latents in output_dir/latent-cache "
+        "(needs --center_crop or --resize_mode squash: a cached latent has one crop)",
+    )  # fmt: skip
+
+
+def _add_objective(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("objective")
+    group.add_argument(
+        "--conditioning_dropout_prob", type=float, default=0.05,
+        help="share of samples without the prompt alone, without the image alone, and without both, each "
+        "(the paper's 0.05; diffusers' default of none leaves guidance untrained)",
+    )  # fmt: skip
+    group.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), help="default: what the base predicts")
+    group.add_argument("--snr_gamma", type=float, help="min-SNR weighting of the loss, 5.0 recommended (2303.09556)")
+    group.add_argument("--noise_offset", type=float, default=0.0, help="strength of noise added per channel, such as 0.05")
+    group.add_argument(
+        "--rescale_betas_zero_snr", action="store_true",
+        help="rescale the noise schedule to zero terminal SNR (2305.08891), for very dark and bright edits; "
+        "needs v_prediction",
+    )  # fmt: skip
+
+
+def _add_optimization(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("optimization")
+    group.add_argument("--train_batch_size", type=int, default=16, help="samples per process and micro-step")
+    group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-steps per optimizer step")
+    group.add_argument("--num_train_epochs", type=int, default=100, help="passes over the data")
+    group.add_argument("--max_train_steps", type=int, help="optimizer steps; overrides --num_train_epochs")
+    group.add_argument("--learning_rate", type=float, default=1e-4, help="peak learning rate")
+    group.add_argument("--scale_lr", action="store_true", help="multiply it by accumulation x batch size x processes")
+    group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="course of the learning rate")
+    group.add_argument("--lr_warmup_steps", type=int, default=500, help="optimizer steps of warm-up")
+    group.add_argument("--use_8bit_adam", action="store_true", help="8-bit AdamW of bitsandbytes")
+    group.add_argument("--adam_beta1", type=float, default=0.9, help="AdamW's beta 1")
+    group.add_argument("--adam_beta2", type=float, default=0.999, help="AdamW's beta 2")
+    group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay")
+    group.add_argument("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon")
+    group.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm to this")
+    group.add_argument("--use_ema", action="store_true", help="keep a moving average of the weights and publish that")
+    group.add_argument("--ema_decay", type=float, default=0.9999, help="its decay, after a warm-up of (1+n)/(10+n)")
+
+
+def _add_precision(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("precision and memory")
+    group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: what accelerate is set to")
+    group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs")
+    group.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
+    group.add_argument(
+        "--enable_xformers_memory_efficient_attention", action="store_true",
+        help="attention by xformers (PyTorch's own is as good on current versions)",
+    )  # fmt: skip
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("the run")
+    group.add_argument("--output_dir", default="instruct-pix2pix-model", help="folder of the result")
+    group.add_argument("--seed", type=int, help="seed of everything random (default: drawn, and kept in args.json)")
+    group.add_argument("--dry_run", action="store_true", help="check everything, draw the first batches, take one step")
+    group.add_argument("--logging_dir", default="logs", help="folder of the trackers' files, inside output_dir")
+    group.add_argument("--logging_steps", type=int, default=10, help="optimizer steps between two log entries")
+    group.add_argument("--report_to", choices=TRACKERS, default="tensorboard", help="where to log to")
+    group.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # launchers of old pass it
+
+
+def _add_validation(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("validation")
+    group.add_argument(
+        "--val_image_url", "--val_image_url_or_path", action="append", default=None, metavar="URL_OR_PATH",
+        help="picture to edit for validation; may repeat, one for each --validation_prompt",
+    )  # fmt: skip
+    group.add_argument("--validation_prompt", action="append", default=None, help="instruction for it; may repeat")
+    group.add_argument("--num_validation_images", type=int, default=4, help="edits of each picture")
+    group.add_argument("--validation_epochs", type=int, default=1, help="epochs between two validations")
+    group.add_argument("--validation_steps", type=int, help="optimizer steps between two validations, instead of epochs")
+    group.add_argument("--validation_split", type=float, default=0.0, help="share of the rows kept out for a loss")
+    group.add_argument("--save_best", action="store_true", help="publish the weights with the best held-out loss")
+
+
+def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("checkpoints")
+    group.add_argument("--checkpointing_steps", type=int, default=500, help="optimizer steps between two checkpoints")
+    group.add_argument("--checkpoints_total_limit", type=int, help="keep at most so many")
+    group.add_argument("--resume_from_checkpoint", help="'latest', a name such as checkpoint-500, or a path")
+
+
+def _add_publishing(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("publishing")
+    group.add_argument("--push_to_hub", action="store_true", help="upload the result to the Hugging Face Hub")
+    group.add_argument("--hub_model_id", help="repository to upload to (default: the output folder's name)")
+    group.add_argument("--hub_private_repo", action="store_true", help="create it as a private repository")
+    group.add_argument("--hub_token", help="better: `hf auth login` or HF_TOKEN, which leave no trace in the shell")
+
+
+def find_problems(args: argparse.Namespace) -> list[str]:
+    """What cannot work, judged by the flags alone; one sentence each."""
+    return [*_find_out_of_range(args), *_find_conflicts(args)]
+
+
+def _find_out_of_range(args: argparse.Namespace) -> list[str]:
+    at_least = {
+        1: ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "logging_steps",
+            "max_train_samples", "num_validation_images", "validation_epochs", "validation_steps",
+            "checkpointing_steps", "checkpoints_total_limit"),
+        0: ("learning_rate", "lr_warmup_steps", "dataloader_num_workers", "noise_offset", "seed", "adam_epsilon",
+            "adam_weight_decay", "max_bad_rows"),
+    }  # fmt: skip
+    problems = []
+    for lowest, names in at_least.items():
+        for name in names:
+            value = getattr(args, name)
+            if value is not None and not value >= lowest:
+                problems.append(f"--{name} is {value}, and the lowest allowed is {lowest}")
+    if args.resolution < 16 or args.resolution % 8:
+        problems.append(f"--resolution is {args.resolution}, and it must be a multiple of 8, 16 at least")
+    shares = {"conditioning_dropout_prob": 1 / 3, "validation_split": 0.9, "ema_decay": 1.0}
+    for name, highest in shares.items():
+        if not 0 <= getattr(args, name) <= highest:
+            problems.append(f"--{name} is {getattr(args, name)}, and it must lie between 0 and {highest:.3g}")
+    for name in ("max_grad_norm", "snr_gamma"):
+        if getattr(args, name) is not None and not getattr(args, name) > 0:
+            problems.append(f"--{name} is {getattr(args, name)}, and it must be above 0")
+    for name in ("adam_beta1", "adam_beta2"):
+        if not 0 <= getattr(args, name) < 1:
+            problems.append(f"--{name} is {getattr(args, name)}, and it must lie between 0 and 1 (1 excluded)")
+    return problems
+
+
+def _find_conflicts(args: argparse.Namespace) -> list[str]:
+    problems = []
+    given = [f"--{n}" for n in ("dataset_name", "train_data_dir", "train_mix") if getattr(args, n) is not None]
+    if len(given) != 1:
+        problems.append(
+            "give the training data by exactly one of --dataset_name, --train_data_dir and --train_mix"
+            + (f" (given: {', '.join(given)})" if given else "")
+        )
+    if args.train_mix and args.streaming:
+        problems.append("--train_mix cannot be combined with --streaming")
+    if args.streaming and not args.max_train_steps:
+        problems.append("--streaming needs --max_train_steps, because a stream does not tell its length")
+    if args.streaming and args.resize_mode == "bucket":
+        problems.append("--resize_mode bucket needs the size of every image beforehand: drop --streaming")
+    if args.streaming and (args.validation_split or args.cache_latents):
+        problems.append("--validation_split and --cache_latents need a dataset with a length: drop --streaming")
+    if args.save_best and not args.validation_split:
+        problems.append("--save_best picks by the held-out loss: give --validation_split too, such as 0.02")
+    if args.cache_latents and (args.resize_mode == "bucket" or not (args.center_crop or args.resize_mode == "squash")):
+        problems.append("--cache_latents needs --center_crop or --resize_mode squash: a cached latent has one crop")
+    if args.train_mix and (args.original_image_column or args.edit_prompt_column or args.edited_image_column):
+        problems.append("with --train_mix the columns stand in the YAML file, for each dataset its own")
+    if args.lr_scheduler != "constant" and args.max_train_steps and args.lr_warmup_steps >= args.max_train_steps:
+        problems.append(
+            f"--lr_warmup_steps is {args.lr_warmup_steps}, and it must be below --max_train_steps {args.max_train_steps}"
+        )
+    problems += _find_validation_conflicts(args)
+    output_dir = Path(args.output_dir)
+    if any(place.is_file() for place in (output_dir, *output_dir.parents)):
+        problems.append(f"--output_dir {output_dir} is a file, or lies below one: name a folder")
+    return problems
+
+
+def _find_validation_conflicts(args: argparse.Namespace) -> list[str]:
+    images, prompts = args.val_image_url or [], args.validation_prompt or []
+    if bool(images) != bool(prompts):
+        return ["--val_image_url and --validation_prompt belong together: give both, or neither"]
+    if images and len(images) != len(prompts) and 1 not in (len(images), len(prompts)):
+        return [
+            f"{len(images)} --val_image_url and {len(prompts)} --validation_prompt do not pair up: "
+            "give as many of each, or one of either"
+        ]
+    return []

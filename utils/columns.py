@@ -1,0 +1,151 @@
+"""Which three columns of a dataset are the original image, the edited image and the prompt: known, or asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import datasets
+
+from utils.errors import InputError
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the three columns of an editing dataset."""
+
+    original: str
+    prompt: str
+    edited: str
+
+
+OURS = Columns("original_image", "edit_prompt", "edited_image")
+KNOWN: dict[str, Columns] = {
+    "timbrooks/instructpix2pix-clip-filtered": OURS,
+    "fusing/instructpix2pix-1000-samples": Columns("input_image", "edit_prompt", "edited_image"),
+    "hf-internal-testing/instructpix2pix-10-samples": Columns("input_image", "edit_prompt", "edited_image"),
+    "instruction-tuning-sd/cartoonization": Columns("original_image", "edit_prompt", "cartoonized_image"),
+    "instruction-tuning-sd/low-level-image-proc": Columns("input_image", "instruction", "ground_truth_image"),
+    "osunlp/MagicBrush": Columns("source_img", "instruction", "target_img"),
+    "BleachNick/UltraEdit": Columns("source_image", "edit_prompt", "edited_image"),
+    "BleachNick/UltraEdit_500k": Columns("source_image", "edit_prompt", "edited_image"),
+    "BleachNick/UltraEdit_Region_Based_100k": Columns("source_image", "edit_prompt", "edited_image"),
+    "UCSC-VLAA/HQ-Edit": Columns("input_image", "edit", "output_image"),
+    "TIGER-Lab/OmniEdit-Filtered-1.2M": Columns("src_img", "edited_prompt_list", "edited_img"),
+    "Bin1117/AnyEdit": Columns("image_file", "edit_instruction", "edited_file"),
+    "AILab-CVC/SEED-Data-Edit-Part1-Openimages": Columns("source_image", "instruction", "target_image"),
+    "AILab-CVC/SEED-Data-Edit-Part1-Unsplash": Columns("source_image", "instruction", "target_image"),
+    "AILab-CVC/SEED-Data-Edit-Part2-3": Columns("source_image", "instruction", "target_image"),
+    "BryanW/HumanEdit": Columns("INPUT_IMG", "EDITING_INSTRUCTION", "OUTPUT_IMG"),
+}
+NOT_READABLE: dict[str, str] = {
+    "sysuyy/ImgEdit": "its parquet files hold lists of paths into split tar archives, not images: unpack the archives "
+    "and write a folder with a metadata.jsonl that names original_image, edit_prompt and edited_image",
+}
+FLAGS = Columns("--original_image_column", "--edit_prompt_column", "--edited_image_column")
+ROLES = ("original", "prompt", "edited")
+
+
+def is_image_feature(feature: object) -> bool:
+    """Whether a column of this type holds images: `datasets.Image`, or the encoded bytes of a file."""
+    if isinstance(feature, dict):
+        return "bytes" in feature and set(feature) <= {"bytes", "path"}
+    return isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in ("binary", "large_binary")
+
+
+def is_prompt_feature(feature: object) -> bool:
+    """Whether a column of this type holds prompts: a string, or a list of strings to choose from."""
+    if isinstance(feature, list) and len(feature) == 1:
+        feature = feature[0]
+    elif hasattr(feature, "feature"):
+        feature = feature.feature
+    return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "string_view")
+
+
+def describe_feature(feature: object) -> str:
+    """The type of a column in words, such as "image", "string" or "list of string"."""
+    if is_image_feature(feature):
+        return "image"
+    if isinstance(feature, datasets.Value):
+        return feature.dtype
+    inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
+    return f"list of {describe_feature(inner)}" if inner is not None else type(feature).__name__
+
+
+def describe_features(features: datasets.Features) -> str:
+    """All columns with their types, for a message."""
+    return ", ".join(f"{name} ({describe_feature(feature)})" for name, feature in features.items())
+
+
+def resolve_columns(
+    dataset_name: str,
+    features: datasets.Features,
+    original: str | None = None,
+    prompt: str | None = None,
+    edited: str | None = None,
+) -> Columns:
+    """Find the three columns: what the flags name, else what is known of the dataset, else its one known triple.
+
+    Raises an `InputError` that lists every problem and the columns that exist; never guesses by position.
+    """
+    given = Columns(original, prompt, edited)
+    names = {role: getattr(given, role) for role in ROLES}
+    if None in names.values():
+        known = _known_columns(dataset_name, features, given)
+        names = {role: name or getattr(known, role) for role, name in names.items()}
+    problems = [problem for role in ROLES for problem in _column_problems(role, names[role], features)]
+    if names["original"] == names["edited"]:
+        problems.append(f"{FLAGS.original} and {FLAGS.edited} both name {names['original']!r}; a pair is two images")
+    if problems:
+        raise InputError.from_problems([*problems, f"the columns of {dataset_name}: {describe_features(features)}"])
+    return Columns(**names)
+
+
+def _known_columns(dataset_name: str, features: datasets.Features, given: Columns) -> Columns:
+    """What is known of a dataset by its id, or of a local copy by the names and types of its columns."""
+    by_id = {name.casefold(): columns for name, columns in KNOWN.items()}
+    if columns := by_id.get(dataset_name.casefold()):
+        return columns
+    for name, reason in NOT_READABLE.items():
+        if dataset_name.casefold() == name.casefold():
+            raise InputError(f"{name} cannot be read as it is: {reason}")
+    candidates = {_overlay(columns, given) for columns in KNOWN.values()}
+    matches = [columns for columns in candidates if _fits(columns, features, given)]
+    if len(matches) == 1:
+        return matches[0]
+    missing = ", ".join(getattr(FLAGS, role) for role in ROLES if getattr(given, role) is None)
+    if matches:
+        triples = "; ".join(f"{c.original} / {c.prompt} / {c.edited}" for c in sorted(matches, key=str))
+        raise InputError(
+            f"{dataset_name} has the columns of several known datasets ({triples}): say which with {missing}"
+        )
+    raise InputError(
+        f"the columns of {dataset_name} are not known: name them with {missing} "
+        f"(an image, a prompt as string or list of strings, an image). Its columns: {describe_features(features)}"
+    )
+
+
+def _overlay(columns: Columns, given: Columns) -> Columns:
+    return Columns(**{role: getattr(given, role) or getattr(columns, role) for role in ROLES})
+
+
+def _fits(columns: Columns, features: datasets.Features, given: Columns) -> bool:
+    """Whether the columns that the user did not name exist with the right types (those named are judged later)."""
+    return not any(
+        _column_problems(role, getattr(columns, role), features) for role in ROLES if getattr(given, role) is None
+    )
+
+
+def _column_problems(role: str, name: str, features: datasets.Features) -> list[str]:
+    flag = getattr(FLAGS, role)
+    if name not in features:
+        return [f"{flag}: there is no column {name!r}"]
+    is_right, wanted = (
+        (is_prompt_feature, "a string or a list of strings") if role == "prompt" else (is_image_feature, "an image")
+    )
+    if is_right(features[name]):
+        return []
+    others = [other for other, feature in features.items() if is_right(feature)]
+    return [
+        f"{flag}: column {name!r} holds {describe_feature(features[name])}, but {wanted} is needed "
+        f"(columns of that type: {', '.join(others) or 'none'})"
+    ]

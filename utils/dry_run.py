@@ -1,0 +1,49 @@
+"""What `--dry_run` shows: the first pairs as they will be trained on, and what the whole run needs."""
+
+from __future__ import annotations
+
+import datetime
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from utils.loop import Trainee
+from utils.validation import draw_grid
+
+MAX_PAIRS = 16
+
+
+def draw_pairs(batches: list[dict]) -> Image.Image:
+    """Original | edited | instruction of the first pairs, after cropping and mirroring."""
+    rows, labels = [], []
+    for batch in batches:
+        for original, edited, prompt in zip(
+            batch["original_pixels"], batch["edited_pixels"], batch["prompts"], strict=True
+        ):
+            rows.append([Image.fromarray(pixels.permute(1, 2, 0).numpy()) for pixels in (original, edited)])
+            labels.append(prompt)
+    return draw_grid(rows[:MAX_PAIRS], labels[:MAX_PAIRS], cell=max(192, max(rows[0][0].size)))
+
+
+def size_in_gb(tensors: list[torch.Tensor]) -> float:
+    """Bytes of tensors in units of 10^9."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e9
+
+
+def report_dry_run(entry: dict, trainee: Trainee, samples_per_step: int, max_steps: int, output_dir: Path) -> None:
+    """Print the estimate. entry: the log entry of the one step that was taken."""
+    weights = size_in_gb([value for value in trainee.model.parameters() if value.requires_grad])
+    state = [v for values in trainee.optimizer.state_dict()["state"].values() for v in values.values() if torch.is_tensor(v)]
+    ema = size_in_gb(list(trainee.ema.state_dict().values())) if trainee.ema else 0.0
+    seconds = samples_per_step / entry["samples_per_second"]
+    duration = datetime.timedelta(seconds=round(seconds * max_steps))
+    print(
+        f"dry run: everything was checked, and one step of {samples_per_step} samples taken: loss {entry['loss']:.4f}\n"
+        f"  memory: {weights:.3f} GB weights, {weights:.3f} GB gradients, {size_in_gb(state):.3f} GB optimizer, "
+        f"{ema:.3f} GB moving average; the peak was {entry['peak_memory_gb']:.3f} GB\n"
+        f"  time: {seconds:.2f} s for this step (the first is the slowest), so {max_steps} steps take at most about "
+        f"{duration}\n"
+        f"  the first pairs are drawn in {output_dir / 'dry_run.png'}; nothing was saved or pushed",
+        flush=True,
+    )

@@ -1,0 +1,41 @@
+"""Which branches a guidance setting needs, and how their predictions are combined.
+
+A branch is one evaluation of the UNet per sample and step. InstructPix2Pix has three:
+
+    text      the prompt and the image latents
+    image     the null prompt and the image latents
+    uncond    the null prompt and zero image latents
+"""
+
+from __future__ import annotations
+
+import torch
+
+BRANCHES = ("text", "image", "uncond")
+
+
+def branch_coefficients(guidance_scale: float, image_guidance_scale: float) -> dict[str, float]:
+    """The weight of each branch that counts, in the order of `BRANCHES`; at least one, and they sum to 1.
+
+    InstructPix2Pix, equation 3, with s_T = `guidance_scale` and s_I = `image_guidance_scale` (any finite numbers):
+
+        e = e_unc + s_I (e_img - e_unc) + s_T (e_txt - e_img) = s_T e_txt + (s_I - s_T) e_img + (1 - s_I) e_unc
+
+    A branch whose weight is zero need not be evaluated: s_I = 1 drops `uncond`, s_T = s_I drops `image`.
+    """
+    # Unlike diffusers: its pipelines drop both guidances when s_T <= 1 or s_I < 1, and evaluate all three otherwise.
+    weights = (guidance_scale, image_guidance_scale - guidance_scale, 1.0 - image_guidance_scale)
+    return {branch: weight for branch, weight in zip(BRANCHES, weights, strict=True) if abs(weight) >= 1e-12}
+
+
+def combine(predictions: torch.Tensor, coefficients: dict[str, float]) -> torch.Tensor:
+    """Weighted sum of the branches: (K*B, ...) stacked in the order of `coefficients` -> (B, ...), same dtype.
+
+    Summed in at least float32: in half precision the weights (7.5, -6, -0.5) would magnify the rounding of each term.
+    """
+    if predictions.shape[0] % len(coefficients) != 0:
+        raise ValueError(f"{predictions.shape[0]} predictions cannot be split into {len(coefficients)} branches")
+    dtype = torch.promote_types(predictions.dtype, torch.float32)
+    branches = predictions.to(dtype).unflatten(0, (len(coefficients), -1))  # (K, B, ...)
+    weighted = (weight * branch for weight, branch in zip(coefficients.values(), branches, strict=True))
+    return sum(weighted).to(predictions.dtype)

@@ -1,0 +1,240 @@
+"""The way to the Hugging Face Hub: the right to push, checked before training, and the upload after it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shlex
+import time
+from collections.abc import Sequence
+from json import JSONDecodeError
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from huggingface_hub.utils import filter_repo_objects, validate_repo_id
+
+from utils.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+# What stands in an output folder and is no part of the published model. In these patterns `*` also matches `/`.
+NOT_PUBLISHED = (
+    "checkpoint-*/*",
+    ".*",
+    "*/.*",
+    "logs/*",
+    "runs/*",
+    "wandb/*",
+    "trackio/*",
+    "latent-cache/*",
+    "*events.out.tfevents*",
+    "*.tmp*",
+    "*.log",
+    "*__pycache__/*",
+)
+TEXT_SUFFIXES = {".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".csv"}
+TOKEN_PAGE = "https://huggingface.co/settings/tokens"
+HIDDEN = "HIDDEN"
+
+# `--hub_t…` because argparse also takes a flag by an unambiguous beginning.
+_TOKEN_FLAG = re.compile(r"(--hub[_-]t\w*(?:=|\s+))(\"[^\"]*\"|'[^']*'|\S+)")
+_TOKEN_KEY = re.compile(r"(\bhub_token[\"']?\s*[:=]\s*)(\"[^\"]*\"|'[^']*'|(?!null\b|None\b)[^\s,})]+)")
+_TOKEN_SHAPE = re.compile(r"\b(?:hf_(?:oauth_|jwt_)?|api_org_)[A-Za-z0-9._-]{16,}")
+_URL_LOGIN = re.compile(r"(?<=://)[^\s/@:]+:[^\s/@]+(?=@)")
+
+
+def redact(value: str | Sequence[str], secret: str | None = None) -> str | list[str]:
+    """Hide the value of `--hub_token`, `secret`, and whatever looks like a token, in a text or a command."""
+    if not isinstance(value, str):
+        flags = [None, *value]
+        is_token = [bool(flag and re.fullmatch(r"--hub[_-]t\w*", flag)) for flag in flags]
+        return [HIDDEN if hide else redact(part, secret) for part, hide in zip(value, is_token, strict=False)]
+
+    def hide(match: re.Match) -> str:
+        quote = match.group(2)[0] if match.group(2)[0] in "\"'" else ""
+        return f"{match.group(1)}{quote}{HIDDEN}{quote}"
+
+    text = _TOKEN_KEY.sub(hide, _TOKEN_FLAG.sub(hide, value))
+    text = _URL_LOGIN.sub(HIDDEN, _TOKEN_SHAPE.sub(HIDDEN, text))
+    return text.replace(secret, HIDDEN) if secret else text
+
+
+def check_push_rights(
+    repo_id: str | None, token: str | None, output_dir: str | Path, private: bool = False, create: bool = True
+) -> str:
+    """Make sure that the model can be pushed at the end of training, and return the full id of its repository.
+
+    The repository is made now when it does not exist, unless `create` is off (a dry run leaves nothing on the Hub).
+    """
+    login = token or get_token()
+    if not login:
+        raise InputError("--push_to_hub needs a login: run `hf auth login`, set HF_TOKEN, or pass --hub_token")
+    api, account, full_id = HfApi(token=login), None, repo_id or ""
+    try:
+        account = api.whoami()
+        full_id = _full_id(repo_id, output_dir, account["name"])
+        _try_to_write(api, full_id, account, private, create)
+    except HfHubHTTPError as error:
+        raise _refusal(error, _token_source(token), login, full_id, account) from None
+    except (HTTPError, OSError, JSONDecodeError) as error:
+        raise _unreachable(error, api.endpoint, login) from None
+    return full_id
+
+
+def upload(
+    output_dir: str | Path,
+    repo_id: str,
+    token: str | None = None,
+    commit_message: str = "End of training",
+    private: bool = False,
+    waits: Sequence[float] = (5, 20, 60),
+) -> str:
+    """Push the published part of `output_dir` as one commit and return its URL; `waits` are the pauses of retries."""
+    login = token or get_token()
+    api = HfApi(token=login)
+    for pause in (*waits, None):
+        try:
+            api.create_repo(repo_id, private=private or None, exist_ok=True)
+            # Not `upload_folder`: it may commit in batches, and a model would stand half-written on the Hub.
+            operations = [_as_operation(Path(output_dir), path, login) for path in files_to_publish(output_dir)]
+            api.create_commit(repo_id, operations, commit_message=redact(commit_message, login))
+            return f"{api.endpoint}/{repo_id}"
+        except Exception as error:  # wide, because hf_xet raises types of its own and hours of training are at stake
+            failure = error
+            if pause is None or not _may_pass(error):
+                break
+            logger.warning("upload to %s: %s; trying again in %s s", repo_id, _reason(error, login), pause)
+            time.sleep(pause)
+    raise InputError(
+        f"the upload to {repo_id} failed: {_reason(failure, login)}\n"
+        f"Nothing is lost: the model stands whole in {output_dir}. This command uploads it later:\n"
+        f"  {upload_command(output_dir, repo_id, private)}"
+    ) from failure
+
+
+def files_to_publish(output_dir: str | Path) -> list[str]:
+    """Paths, relative to `output_dir`, of what belongs to the published model, in order."""
+    root = Path(output_dir)
+    paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
+    return list(filter_repo_objects(paths, ignore_patterns=list(NOT_PUBLISHED)))
+
+
+def upload_command(output_dir: str | Path, repo_id: str, private: bool = False) -> str:
+    """The shell command that uploads the same files by hand."""
+    excluded = [part for pattern in NOT_PUBLISHED for part in ("--exclude", pattern)]
+    return shlex.join(["hf", "upload", repo_id, str(output_dir), ".", *(["--private"] if private else []), *excluded])
+
+
+def _token_source(token: str | None) -> str:
+    if token:
+        return "the token given by --hub_token"
+    if os.environ.get("HF_TOKEN"):
+        return "the token in the environment variable HF_TOKEN"
+    return "the token saved by `hf auth login`"
+
+
+def _full_id(repo_id: str | None, output_dir: str | Path, user: str) -> str:
+    """`repo_id` under the user's namespace where it names none; by default the output folder's name."""
+    name = repo_id or re.sub(r"[^\w.-]+|\.{2,}|-{2,}", "-", Path(output_dir).resolve().name, flags=re.ASCII).strip("-.")
+    full = name if "/" in name else f"{user}/{name}"
+    try:
+        validate_repo_id(full)
+    except HFValidationError as error:
+        raise InputError(f"--hub_model_id: {full!r} cannot name a repository: {error}") from None
+    return full
+
+
+def _try_to_write(api: HfApi, repo_id: str, account: dict, private: bool, create: bool) -> None:
+    """Let the Hub itself say whether this token may write; raises the client's error where it may not."""
+    if create:
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+    try:
+        # `create_repo` passes for a repository that stands and can be read: only this asks for the right to write.
+        api.auth_check(repo_id, write=True)
+    except RepositoryNotFoundError:
+        if create or not _may_create(account, repo_id):
+            raise
+        return
+    if private and not api.model_info(repo_id).private:
+        raise InputError(
+            f"--hub_private_repo was given, but {repo_id} exists and is public: choose another --hub_model_id, "
+            "make the repository private in its settings, or drop --hub_private_repo"
+        )
+
+
+def _may_create(account: dict, repo_id: str) -> bool:
+    return repo_id.split("/")[0] in _namespaces(account) and _role(account) != "read"
+
+
+def _namespaces(account: dict) -> list[str]:
+    return [account["name"], *(organization["name"] for organization in account.get("orgs", []))]
+
+
+def _role(account: dict) -> str:
+    return account.get("auth", {}).get("accessToken", {}).get("role", "unknown")
+
+
+def _refusal(error: HfHubHTTPError, source: str, login: str, repo_id: str, account: dict | None) -> InputError:
+    """The Hub's refusal in plain words: whose token, which right is missing, what to do."""
+    status = error.response.status_code
+    if account is None and status in (401, 403):
+        return InputError(f"the Hub does not accept {source}: it is wrong or expired; make a new one at {TOKEN_PAGE}")
+    if account is None or status not in (401, 403, 404):
+        return InputError(f"the Hub refused the check of the right to push ({_reason(error, login)})")
+    user, role, namespace = account["name"], _role(account), repo_id.split("/")[0]
+    if role == "read":
+        return InputError(
+            f"{source} (of {user}) may only read, so nothing can be pushed to {repo_id}: "
+            f"make one with the role 'write' at {TOKEN_PAGE}"
+        )
+    if namespace not in _namespaces(account):
+        return InputError(
+            f"{source} belongs to {user}, who may not write to {repo_id}: "
+            f"choose a --hub_model_id under {' or '.join(_namespaces(account))}, or use a token of {namespace}"
+        )
+    advice = f"give it 'Write access to contents/settings of all repos under {namespace}' at {TOKEN_PAGE}"
+    if role != "fineGrained":
+        advice = f"ask an administrator of {namespace} for the right to write, or choose another --hub_model_id"
+    return InputError(f"{source} (of {user}, role {role!r}) may not write to {repo_id}: {advice}")
+
+
+def _unreachable(error: Exception, endpoint: str, login: str) -> InputError:
+    if isinstance(error, OfflineModeIsEnabled):
+        return InputError("--push_to_hub needs the network, but HF_HUB_OFFLINE is set: unset it, or push later")
+    return InputError(
+        f"--push_to_hub: the Hub ({endpoint}) cannot be reached ({_reason(error, login)}): "
+        "check the network, or train without --push_to_hub and upload the model later with `hf upload`"
+    )
+
+
+def _as_operation(root: Path, path: str, login: str | None) -> CommitOperationAdd:
+    """A file of the commit; a text in which a token stands goes up without it, whoever wrote it there."""
+    if Path(path).suffix in TEXT_SUFFIXES:
+        content = (root / path).read_bytes().decode("utf-8", errors="surrogateescape")
+        clean = redact(content, login)
+        if clean != content:
+            return CommitOperationAdd(path, clean.encode("utf-8", errors="surrogateescape"))
+    return CommitOperationAdd(path, root / path)
+
+
+def _may_pass(error: Exception) -> bool:
+    """Whether a fault is one of the network or the server, for which a later try can succeed."""
+    for cause in (error, error.__cause__):
+        if isinstance(cause, HfHubHTTPError):
+            return cause.response.status_code in (408, 429) or cause.response.status_code >= 500
+    return not isinstance(error, (ValueError, OfflineModeIsEnabled, FileNotFoundError))
+
+
+def _reason(error: Exception, login: str | None) -> str:
+    """One line about a fault and its cause, without a token."""
+    causes = [cause for cause in (error, error.__cause__) if cause is not None]
+    lines = [next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__) for cause in causes]
+    return redact(" ".join(dict.fromkeys(line.strip() for line in lines)), login)

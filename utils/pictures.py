@@ -1,0 +1,45 @@
+"""A picture that the user names on the command line: a file or a URL."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import requests
+from PIL import Image
+
+from utils.errors import InputError
+from utils.pixels import BadRow, decode_image
+
+TIMEOUT_SECONDS = 20
+MAX_BYTES = 100_000_000
+
+
+def load_picture(source: str, flag: str) -> Image.Image:
+    """The RGB picture at a path or http(s) URL, upright. Raises `InputError` that names `flag` and what is wrong."""
+    is_url = urlsplit(source).scheme in ("http", "https")
+    if not is_url and not Path(source).is_file():
+        kind = "is a folder" if Path(source).is_dir() else "does not exist"
+        raise InputError(f"{flag} {source} {kind}: give a picture's path or its http(s) address")
+    try:
+        return decode_image(download(source, flag) if is_url else source)
+    except BadRow as error:
+        raise InputError(f"{flag} {source} is not a picture that can be used: {error.reason}") from error
+
+
+def download(url: str, flag: str) -> bytes:
+    """The bytes behind an address, `MAX_BYTES` at most. Raises `InputError` when they do not arrive."""
+    content = bytearray()
+    try:
+        with requests.get(url, timeout=TIMEOUT_SECONDS, stream=True) as response:
+            response.raise_for_status()
+            for chunk in response.iter_content(1 << 16):
+                content += chunk
+                if len(content) > MAX_BYTES:
+                    raise InputError(f"{flag} {url} is larger than {MAX_BYTES // 10**6} MB: give a smaller picture")
+    except requests.RequestException as error:
+        raise InputError(
+            f"{flag} {url} cannot be fetched ({type(error).__name__}): check the address and the network, "
+            "or save the picture and give its path"
+        ) from error
+    return bytes(content)

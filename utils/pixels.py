@@ -1,0 +1,177 @@
+"""One image of a row, in whatever form it is stored -> a PIL image in RGB, upright, or the reason why not."""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+MAX_PIXELS = 178_956_970  # twice Pillow's own limit, the point where it refuses to open a file
+MIN_SIDE = 8  # one latent pixel of Stable Diffusion
+ORIENTATION_TAG = 0x0112
+TRANSPOSE_BY_ORIENTATION = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# Our own limit is checked for every image, and it names the row; Pillow's warning at half of it does not.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+
+class BadRow(Exception):
+    """A row that cannot be trained on. `reason` says why in a few words."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def decode_image(value: object, *, shorter_side: int | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """A stored image -> an upright RGB image, alpha composited on white.
+
+    `value` is a dict with "bytes" and "path" (an undecoded `datasets.Image`), bytes, a path or a PIL image. With
+    `shorter_side`, a JPEG may come back smaller than stored, but never below twice that side, from where resampling
+    loses nothing that shows. Raises `BadRow`.
+    """
+    return decode_with_size(value, shorter_side=shorter_side, max_pixels=max_pixels)[0]
+
+
+def decode_with_size(
+    value: object, *, shorter_side: int | None = None, max_pixels: int = MAX_PIXELS
+) -> tuple[Image.Image, tuple[int, int]]:
+    """As `decode_image`, with the upright size (h, w) as stored. Raises `BadRow`."""
+    try:
+        image = _open(value)
+        _check_size(image, max_pixels)
+        stored_size = image.size
+        if shorter_side is not None and image.format in ("JPEG", "MPO") and image is not value:
+            factor = 2 * shorter_side / min(stored_size)
+            image.draft(None, (math.ceil(image.width * factor), math.ceil(image.height * factor)))
+        image.load()
+        orientation = _orientation(image)  # after loading: a PNG may keep EXIF behind its pixels, a TIFF turns itself
+        if image.format == "TIFF":
+            stored_size = image.size
+        return _to_rgb(_turn(image, orientation)), _upright_size(stored_size, orientation)
+    except BadRow:
+        raise
+    except Exception as error:  # Pillow's decoders raise anything on damaged bytes, from SyntaxError to struct.error
+        raise BadRow(f"cannot be decoded: {_describe(error)}") from error
+
+
+def peek_size(value: object, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """The upright size (h, w) of a stored image, from its header alone. Raises `BadRow`."""
+    path = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else value
+    if isinstance(path, (str, Path)) and Path(path).is_file():
+        with Path(path).open("rb") as file:  # unlike `_read`, which would read all of it
+            return peek_size(file, max_pixels=max_pixels)
+    try:
+        image = _open(value)
+        _check_size(image, max_pixels)
+        if image.format == "TIFF":  # Pillow gives its size upright
+            return image.height, image.width
+        if image.format == "PNG" and not {"exif", "Raw profile type exif"} & set(image.info):
+            return image.height, image.width  # `getexif` would decode all pixels to look for EXIF behind them
+        return _upright_size(image.size, _orientation(image))
+    except BadRow:
+        raise
+    except Exception as error:  # as in decode_with_size
+        raise BadRow(f"cannot be opened: {_describe(error)}") from error
+
+
+def _describe(error: Exception) -> str:
+    return str(error) or type(error).__name__
+
+
+def _open(value: object) -> Image.Image:
+    if isinstance(value, dict):
+        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
+    if value is None:
+        raise BadRow("no image")
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, (str, Path)):
+        value = _read(str(value))
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        if len(value) == 0:
+            raise BadRow("empty file (0 bytes)")
+        value = io.BytesIO(value)
+    elif not hasattr(value, "read"):
+        raise BadRow(f"not an image but {type(value).__name__}")
+    try:
+        return Image.open(value)
+    except Image.UnidentifiedImageError:
+        raise BadRow("not an image in a format that Pillow reads") from None
+    except Image.DecompressionBombError as error:
+        raise BadRow(f"too large: {error}") from None
+
+
+def _read(path: str) -> bytes:
+    if "://" in path:  # a streamed file: "hf://…", "zip://…::…"
+        from datasets.utils.file_utils import xopen
+
+        with xopen(path, "rb") as file:
+            return file.read()
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise BadRow(f"no such file: {path}") from None
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    width, height = image.size
+    if min(width, height) < MIN_SIDE:
+        raise BadRow(f"too small: {width}x{height} pixels, each side must have at least {MIN_SIDE}")
+    if width * height > max_pixels:
+        raise BadRow(f"too large: {width}x{height} pixels, at most {max_pixels:,} are decoded")
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF orientation, 1 to 8. A damaged EXIF block is common in photographs and counts as upright."""
+    try:
+        return image.getexif().get(ORIENTATION_TAG, 1)
+    except Exception:
+        return 1
+
+
+def _turn(image: Image.Image, orientation: int) -> Image.Image:
+    method = TRANSPOSE_BY_ORIENTATION.get(orientation)
+    return image if method is None else image.transpose(method)
+
+
+def _upright_size(stored_size: tuple[int, int], orientation: int) -> tuple[int, int]:
+    """Pillow's (width, height) -> upright (h, w)."""
+    width, height = stored_size
+    return (width, height) if orientation in (5, 6, 7, 8) else (height, width)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return _wide_grey_to_rgb(image)
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        # Alpha on white, as a browser shows it; dropping alpha would lay open whatever colour lies under it.
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def _wide_grey_to_rgb(image: Image.Image) -> Image.Image:
+    """16-bit, 32-bit and float greyscale. Pillow's `convert` would clip it at 255, which turns a photograph white."""
+    values = np.asarray(image).astype(np.float64)  # (h, w)
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 65535:
+        raise BadRow(f"values of mode {image.mode} outside 0..65535")
+    if image.mode.startswith("I;16") or values.max() > 255:
+        values = values / 257
+    elif image.mode == "F" and values.max() <= 1:
+        values = values * 255
+    return Image.fromarray(np.rint(values).astype(np.uint8)).convert("RGB")

@@ -1,0 +1,237 @@
+"""What a run was asked for, and everything that is looked for before a model is loaded."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import cycle
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers import DDPMScheduler
+from PIL import Image
+
+from utils.checkpoints import (
+    Progress,
+    check_same_run,
+    choose_checkpoint,
+    list_checkpoints,
+    read_progress,
+    remove_unfinished,
+)
+from utils.data import check_first_rows
+from utils.diffusion import ObjectiveOptions, make_noise_schedule
+from utils.errors import InputError
+from utils.geometry import Geometry
+from utils.hub import check_push_rights
+from utils.loop import LoopOptions
+from utils.models import ModelOptions, read_configs
+from utils.optimization import OptimizationOptions
+from utils.pictures import load_picture
+from utils.publishing import PublishingOptions
+from utils.runtime import MachineOptions
+from utils.sources import Source, hold_out, open_mix, open_source, sources_digest
+from utils.validation import ValidationOptions, cut_log
+
+FIRST_ROWS = 8
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The fields are flags."""
+
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    train_data_dir: str | None = None
+    train_mix: str | None = None
+    dataset_split: str = "train"
+    streaming: bool = False
+    original_image_column: str | None = None
+    edit_prompt_column: str | None = None
+    edited_image_column: str | None = None
+    max_train_samples: int | None = None
+    max_bad_rows: float = 0.01
+    validation_split: float = 0.0
+    cache_dir: str | None = None
+    dataloader_num_workers: int = 0
+    train_batch_size: int = 16
+    cache_latents: bool = False
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The fields are flags."""
+
+    output_dir: str = "instruct-pix2pix-model"
+    seed: int | None = None
+    dry_run: bool = False
+    num_train_epochs: int = 100
+    max_train_steps: int | None = None
+    resume_from_checkpoint: str | None = None
+    gradient_checkpointing: bool = False
+    use_ema: bool = False
+    ema_decay: float = 0.9999
+    val_image_url: list[str] | None = None
+    validation_prompt: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a run was asked for, by concern."""
+
+    machine: MachineOptions
+    model: ModelOptions
+    data: DataOptions
+    geometry: Geometry
+    objective: ObjectiveOptions
+    optimization: OptimizationOptions
+    loop: LoopOptions
+    validation: ValidationOptions
+    publishing: PublishingOptions
+    run: RunOptions
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.run.output_dir)
+
+
+@dataclass
+class Plan:
+    """What the checks found, all before a model is loaded."""
+
+    sources: list[Source]
+    held_out: list[Source]
+    pairs: list[tuple[Image.Image, str]]
+    schedule: DDPMScheduler
+    checkpoint: Path | None
+    progress: Progress
+    samples_per_step: int
+    max_train_steps: int
+    steps_per_epoch: float
+    repo_id: str | None = None
+
+
+def make_plan(accelerator: Accelerator, settings: Settings, check_base: Callable[[dict, str], None]) -> Plan:
+    """Look for everything that can be wrong. Raises `InputError`, one for all problems of a kind."""
+    unet_config, vae_config, scheduler_config = read_configs(settings.model)
+    check_base(unet_config, settings.model.pretrained_model_name_or_path)
+    schedule = make_noise_schedule(scheduler_config, settings.objective)
+    prepare_output_dir(accelerator, settings)
+    checkpoint = progress = None
+    if settings.run.resume_from_checkpoint:
+        checkpoint = choose_checkpoint(settings.output_dir, settings.run.resume_from_checkpoint)
+        progress = read_progress(checkpoint) if checkpoint else None
+    elif list_checkpoints(settings.output_dir) and not settings.run.dry_run:
+        raise InputError(
+            f"--output_dir {settings.output_dir} holds checkpoints of a former run: go on from them with "
+            "--resume_from_checkpoint latest, or name another folder (or remove them)"
+        )
+    seed = settings.run.seed if settings.run.seed is not None else progress.seed if progress else draw_seed()
+    sources, held_out = open_sources(settings.data, seed)
+    check_first_rows(sources, settings.geometry, FIRST_ROWS)
+    samples = settings.data.train_batch_size * settings.loop.gradient_accumulation_steps * accelerator.num_processes
+    identity = describe_run(settings, accelerator, sources, seed, samples)
+    if progress:
+        check_same_run(progress, identity)
+    plan = Plan(
+        sources, held_out, load_pairs(settings.run), schedule, checkpoint, progress or Progress(), samples,
+        *count_steps(settings.run, sources, samples),
+    )  # fmt: skip
+    plan.progress.seed, plan.progress.identity = seed, identity
+    plan.repo_id = agree_on_repository(accelerator, settings)
+    return plan
+
+
+def prepare_output_dir(accelerator: Accelerator, settings: Settings) -> None:
+    """Make the folder, see that it can be written to, and clear away what a killed run left unfinished."""
+    if accelerator.is_main_process:
+        try:
+            settings.output_dir.mkdir(parents=True, exist_ok=True)
+            remove_unfinished(settings.output_dir)
+            with tempfile.TemporaryFile(dir=settings.output_dir) as probe:
+                probe.write(b"x" * 65536)
+        except OSError as error:
+            raise InputError(f"--output_dir {settings.output_dir} cannot be written to: {error.strerror}") from error
+    accelerator.wait_for_everyone()
+
+
+def draw_seed() -> int:
+    """A seed for a run that was given none; the same on all processes."""
+    return broadcast_object_list([secrets.randbelow(2**31)])[0]
+
+
+def open_sources(options: DataOptions, seed: int) -> tuple[list[Source], list[Source]]:
+    """The rows to train on and those held out."""
+    if options.train_mix:
+        sources = open_mix(
+            options.train_mix, max_train_samples=options.max_train_samples, cache_dir=options.cache_dir, seed=seed
+        )
+    else:
+        names = ("dataset_name", "dataset_config_name", "train_data_dir", "streaming", "max_train_samples", "cache_dir",
+                 "original_image_column", "edit_prompt_column", "edited_image_column")  # fmt: skip
+        chosen = {name: getattr(options, name) for name in names}
+        sources = [open_source(**chosen, split=options.dataset_split, seed=seed)]
+    return hold_out(sources, options.validation_split, seed) if options.validation_split else (sources, [])
+
+
+def count_rows(sources: list[Source]) -> int | None:
+    """Rows of all sources together; None for a stream."""
+    return None if any(source.is_streaming for source in sources) else sum(len(source.rows) for source in sources)
+
+
+def count_steps(run: RunOptions, sources: list[Source], samples_per_step: int) -> tuple[int, float]:
+    """(optimizer steps of the run, optimizer steps of one pass over the rows)."""
+    rows = count_rows(sources)
+    steps_per_epoch = rows / samples_per_step if rows else float("inf")
+    return run.max_train_steps or max(1, round(steps_per_epoch * run.num_train_epochs)), steps_per_epoch
+
+
+def load_pairs(run: RunOptions) -> list[tuple[Image.Image, str]]:
+    """The validation pictures with their instructions; one of either serves all of the other."""
+    images, prompts = run.val_image_url or [], run.validation_prompt or []
+    if not images:
+        return []
+    pictures = [load_picture(image, "--val_image_url") for image in images]
+    count = max(len(pictures), len(prompts))
+    return [pair for pair, _ in zip(zip(cycle(pictures), cycle(prompts)), range(count), strict=False)]
+
+
+def describe_run(
+    settings: Settings, accelerator: Accelerator, sources: list[Source], seed: int, samples_per_step: int
+) -> dict:
+    """What must not change when a run goes on: the data, the batches, and how weights are updated from them."""
+    fixed = asdict(settings.geometry) | asdict(settings.objective) | asdict(settings.optimization)
+    fixed |= {"use_ema": settings.run.use_ema, "ema_decay": settings.run.ema_decay}
+    fixed |= {"max_grad_norm": settings.loop.max_grad_norm, "mixed_precision": accelerator.mixed_precision}
+    fixed |= {"validation_split": settings.data.validation_split, "seed": seed}
+    if settings.geometry.resize_mode == "bucket":
+        fixed["samples per micro-step"] = settings.data.train_batch_size * accelerator.num_processes
+    return {"dataset": sources_digest(sources), "samples per step": samples_per_step} | fixed
+
+
+def agree_on_repository(accelerator: Accelerator, settings: Settings) -> str | None:
+    """The repository to push to, made and checked by the main process alone; None without --push_to_hub."""
+    options = settings.publishing
+    if not options.push_to_hub:
+        return None
+    repo_id = None
+    if accelerator.is_main_process:
+        repo_id = check_push_rights(
+            options.hub_model_id, options.hub_token, settings.output_dir, options.hub_private_repo,
+            create=not settings.run.dry_run,
+        )  # fmt: skip
+    return broadcast_object_list([repo_id])[0]
+
+
+def write_settings(accelerator: Accelerator, settings: Settings, plan: Plan) -> None:
+    """Keep the flags in `args.json`, without the token."""
+    if not accelerator.is_main_process or settings.run.dry_run:
+        return
+    values = {key: value for concern in asdict(settings).values() for key, value in concern.items()}
+    values |= {"hub_token": None, "seed": plan.progress.seed, "max_train_steps": plan.max_train_steps}
+    (settings.output_dir / "args.json").write_text(json.dumps(values, indent=1) + "\n")
+    cut_log(settings.output_dir, plan.progress.global_step)

@@ -1,0 +1,153 @@
+"""The machine that a run finds: precision, libraries, trackers, signals. Checked before anything large is loaded."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import signal
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import DistributedType, ProjectConfiguration
+
+from utils.errors import InputError
+
+TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml", "trackio": "trackio"}
+
+
+@dataclass(frozen=True)
+class MachineOptions:
+    """What a run asks of the machine; the fields are flags."""
+
+    mixed_precision: str | None = None
+    allow_tf32: bool = False
+    enable_xformers_memory_efficient_attention: bool = False
+    use_8bit_adam: bool = False
+    report_to: str = "tensorboard"
+    output_dir: str = "instruct-pix2pix-model"
+    logging_dir: str = "logs"
+
+
+def is_installed(package: str) -> bool:
+    """Whether `package` can be imported, without importing it."""
+    return importlib.util.find_spec(package) is not None
+
+
+def find_machine_problems(options: MachineOptions) -> list[str]:
+    """What this machine cannot do of what was asked; one sentence each, saying what to change."""
+    problems = []
+    precision = options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    has_gpu = torch.cuda.is_available()
+    if precision == "fp16" and not has_gpu:
+        problems.append(
+            "fp16 was asked for (--mixed_precision of the script or of accelerate launch), and this machine has no GPU: "
+            "use --mixed_precision=no in both places, or bf16 where the processor has it"
+        )
+    if precision == "bf16" and has_gpu and not torch.cuda.is_bf16_supported():
+        problems.append("bf16 was asked for, and this GPU does not have it: use --mixed_precision=fp16")
+    if options.enable_xformers_memory_efficient_attention and not (has_gpu and is_installed("xformers")):
+        reason = "this machine has no GPU" if not has_gpu else "xformers is not installed (requirements-xformers.txt)"
+        problems.append(
+            f"--enable_xformers_memory_efficient_attention was given, and {reason}: drop the flag, "
+            "PyTorch's own memory-efficient attention is used then"
+        )
+    if options.allow_tf32 and not has_gpu:
+        problems.append("--allow_tf32 concerns GPUs, and this machine has none: drop the flag")
+    if options.use_8bit_adam and not is_installed("bitsandbytes"):
+        problems.append("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes, or drop the flag")
+    return problems + find_tracker_problems(options.report_to)
+
+
+def find_tracker_problems(report_to: str) -> list[str]:
+    """Whether the tracker is installed and, for those with an account, logged in or offline."""
+    if report_to in ("all", "none"):
+        return []
+    if not is_installed(TRACKER_PACKAGES[report_to]):
+        return [f"--report_to {report_to} needs its package: pip install {TRACKER_PACKAGES[report_to]}"]
+    if report_to == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
+        import wandb
+
+        if not wandb.api.api_key:
+            return ["--report_to wandb: you are not logged in: run `wandb login`, or set WANDB_MODE=offline"]
+    if report_to == "comet_ml" and not (os.environ.get("COMET_API_KEY") or (Path.home() / ".comet.config").exists()):
+        return ["--report_to comet_ml: no key found: set COMET_API_KEY, or run `comet login`"]
+    return []
+
+
+def start_accelerator(options: MachineOptions) -> Accelerator:
+    """The accelerator of the run. Raises `InputError` with every problem of this machine, before anything is loaded."""
+    problems = find_machine_problems(options)
+    if problems:
+        raise InputError.from_problems(problems)
+    output_dir = Path(options.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=options.mixed_precision,
+        log_with=choose_trackers(options.report_to),
+        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / options.logging_dir)),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise InputError(
+            f"accelerate is set to {accelerator.distributed_type.value}, which this script does not support yet: "
+            "run `accelerate config` and choose multi-GPU without FSDP and DeepSpeed"
+        )
+    if options.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    return accelerator
+
+
+def choose_trackers(report_to: str) -> list[str] | None:
+    """Names for accelerate's `log_with`; "all" stands for those that are installed and can log in without a question."""
+    if report_to == "none":
+        return None
+    if report_to != "all":
+        return [report_to]
+    return [name for name, package in TRACKER_PACKAGES.items() if is_installed(package) and not find_tracker_problems(name)]
+
+
+def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
+    """The dtype of the frozen models (VAE, text encoder): 16 bits under mixed precision, they need no gradients."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+
+
+def follow_the_launcher() -> None:
+    """Ask Linux to send this process SIGTERM when `accelerate launch` dies.
+
+    The launcher passes no signal on: killed alone, it would leave the training running unseen. This way its end
+    reaches us as a SIGTERM, and a checkpoint is written.
+    """
+    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+
+
+@dataclass
+class StopSignal:
+    """SIGTERM or SIGINT, noted so that the step in hand can be finished; a second one acts at once."""
+
+    received: signal.Signals | None = None
+    _former: dict = field(default_factory=dict)
+
+    def __enter__(self) -> StopSignal:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._former[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, _frame: object) -> None:
+        self.received = signal.Signals(number)
+        print(f"{self.received.name} received: finishing this step, then a checkpoint", file=sys.stderr, flush=True)
+        self.__exit__()
+
+    @property
+    def exit_code(self) -> int:
+        """128 + the signal's number, as shells report it: 143 for SIGTERM, 130 for SIGINT."""
+        return 128 + int(self.received or 0)

@@ -1,0 +1,89 @@
+"""One row under one draw -> a sample; samples of one size -> a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from utils.draws import sample_draws
+from utils.errors import InputError
+from utils.geometry import Geometry, PreparedPair, Size, prepare_pair
+from utils.pixels import BadRow
+from utils.sources import Source
+
+MAX_CONSECUTIVE_BAD_ROWS = 100
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """What a sample depends on beside its row and its draw."""
+
+    geometry: Geometry
+    seed: int
+    num_train_timesteps: int
+    latent_channels: int = 4
+    vae_scale_factor: int = 8
+
+
+def make_sample(row: dict, source: Source, draw: int, settings: SampleSettings, bucket: Size | None = None) -> dict:
+    """One row under the randomness of `draw`: the pair at training size, one prompt, the draws. Raises `BadRow`."""
+    geometry = settings.geometry
+    height, width = bucket or (geometry.resolution, geometry.resolution)
+    factor = settings.vae_scale_factor
+    latent_shape = (settings.latent_channels, height // factor, width // factor)
+    draws = sample_draws(settings.seed, draw, latent_shape, settings.num_train_timesteps)
+    columns = source.columns
+    prompt = choose_prompt(row[columns.prompt], draws["u_prompt"])
+    pair = prepare_pair(
+        row[columns.original], row[columns.edited], geometry, draws["u_crop"], draws["u_flip"], prompt, bucket
+    )
+    return dict(pair=pair, prompt=prompt, draws=draws)
+
+
+def choose_prompt(value: object, u_prompt: float) -> str:
+    """The prompt of a row; of a list, one of those that are not empty, by the uniform draw `u_prompt`."""
+    if isinstance(value, (list, tuple, np.ndarray)):
+        usable = [prompt for prompt in value if isinstance(prompt, str) and prompt.strip()]
+        if not usable:
+            raise BadRow("no prompt in the list")
+        return usable[int(u_prompt * len(usable))]
+    if value is None:
+        raise BadRow("no prompt")
+    if not isinstance(value, str):
+        raise BadRow(f"the prompt is not text but {type(value).__name__}")
+    if not value.strip():
+        raise BadRow("empty prompt")
+    return value
+
+
+def collate(samples: list[dict], rows: list[str], bad_rows: list[tuple[str, str]]) -> dict:
+    """Samples of one size -> the batch that the training step takes (shapes in `make_loader`)."""
+    pairs: list[PreparedPair] = [sample["pair"] for sample in samples]
+    draws = [sample["draws"] for sample in samples]
+
+    def stack(values: list) -> torch.Tensor:
+        return torch.from_numpy(np.stack(values))
+
+    return dict(
+        original_pixels=stack([pair.original for pair in pairs]),
+        edited_pixels=stack([pair.edited for pair in pairs]),
+        prompts=[sample["prompt"] for sample in samples],
+        timesteps=torch.tensor([draw["timestep"] for draw in draws], dtype=torch.int64),
+        noise=stack([draw["noise"] for draw in draws]),
+        posterior_noise=stack([draw["posterior_noise"] for draw in draws]),
+        offset_noise=stack([draw["offset_noise"] for draw in draws]),
+        dropout=torch.tensor([draw["u_dropout"] for draw in draws], dtype=torch.float32),
+        original_sizes=torch.tensor([pair.original_size for pair in pairs], dtype=torch.int64),
+        crop_top_lefts=torch.tensor([pair.crop_top_left for pair in pairs], dtype=torch.int64),
+        target_sizes=torch.tensor([pair.target_size for pair in pairs], dtype=torch.int64),
+        rows=rows,
+        bad_rows=bad_rows,
+    )
+
+
+def too_many_bad_rows(bad_rows: list[tuple[str, str]]) -> InputError:
+    """The error for rows that are all bad, with the first of them."""
+    examples = "".join(f"\n  - {row}: {reason}" for row, reason in bad_rows[:5])
+    return InputError(f"{len(bad_rows)} rows in a row cannot be used; look at the data and the column flags:{examples}")
