@@ -9,7 +9,6 @@ The spellings of the original edit_cli.py (--cfg-text, --cfg-image, --steps, ...
 from __future__ import annotations
 
 import argparse
-import os
 import secrets
 import sys
 import tempfile
@@ -30,10 +29,8 @@ from utils.quiet import hide_progress_bars, quiet_libraries
 
 WRITABLE = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 READABLE = (*WRITABLE, ".gif", ".jfif", ".ppm", ".avif")  # what counts as an image in a folder
-LIMITS = (
-    *(("steps", 1, 1000), ("batch_size", 1, 1024), ("resolution", 8, 4096), ("seed", 0, 2**63 - 1)),
-    *(("guidance_scale", 0, 1000), ("image_guidance_scale", 0, 1000)),
-)
+LIMITS = {"steps": (1, 1000), "batch_size": (1, 1024), "resolution": (8, 4096), "seed": (0, 2**63 - 1)}
+LIMITS |= {"guidance_scale": (0, 1000), "image_guidance_scale": (0, 1000)}
 ORIGINAL_MODEL = (
     "--ckpt, --config and --vae-ckpt belong to the original edit_cli.py; here a model is a folder in diffusers' "
     "format. The original's is --model timbrooks/instruct-pix2pix; convert a checkpoint of your own once: "
@@ -76,15 +73,14 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("fp32", "fp16", "bf16"), help="precision (default fp16 on cuda, else fp32)")
     add("--batch_size", type=int, default=1, metavar="N", help="images of a folder edited at once (default 1)")
     # fmt: on
-    for flag in ("--ckpt", "--config", "--vae-ckpt"):
-        parser.add_argument(flag, help=argparse.SUPPRESS)
+    parser.add_argument("--ckpt", "--config", "--vae-ckpt", dest="original_model", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise one InputError with everything that can be told from the flags alone."""
     problems = []
-    if args.ckpt or args.config or args.vae_ckpt:
+    if args.original_model:
         problems.append(ORIGINAL_MODEL)
     elif not args.model:
         problems.append("--model is missing: the folder or Hub id of an editor")
@@ -92,7 +88,7 @@ def check_flags(args: argparse.Namespace) -> None:
         problems.append(f"--model {args.model} is not a folder that exists")
     if not args.edit.strip():
         problems.append("--edit is empty: say what to change")
-    for flag, least, most in LIMITS:
+    for flag, (least, most) in LIMITS.items():
         value = getattr(args, flag)
         if value is not None and not least <= value <= most:  # not a number is out of every range
             problems.append(f"--{flag} {value}: must be from {least} to {most}")
@@ -144,16 +140,15 @@ def check_writable(folder: Path) -> None:
 
 def edit_jobs(pipeline: Any, jobs: list[Job], args: argparse.Namespace, seed: int) -> list[str]:
     """Edit and save every job; returns what is wrong with the images that cannot be edited, one line each."""
-    from utils.editing import edit_images, fit_image, native_resolution, size_multiple
+    from utils.editing import edit_images, fit_to_model, save_image
 
-    multiple, resolution = size_multiple(pipeline), args.resolution or min(512, native_resolution(pipeline))
     problems = []
     with tqdm(total=len(jobs), unit="image", leave=False, disable=None) as bar:
         for start in range(0, len(jobs), args.batch_size):
             batch, images, outputs = jobs[start : start + args.batch_size], [], []
             for job in batch:
                 try:
-                    images.append(fit_image(job.load(), resolution, multiple))
+                    images.append(fit_to_model(job.load(), pipeline, args.resolution))
                     outputs.append(job.output)
                 except (BadRow, InputError) as error:
                     problems.append(f"{job.name}: {error}")
@@ -164,21 +159,9 @@ def edit_jobs(pipeline: Any, jobs: list[Job], args: argparse.Namespace, seed: in
                 on_step=lambda done, total: bar.set_postfix_str(f"step {done} of {total}"),
             )  # fmt: skip
             for output, image in zip(outputs, edited, strict=True):
-                save(image, output)
+                save_image(image, output)
             bar.update(len(batch))
     return problems
-
-
-def save(image: Any, path: Path) -> None:
-    """Written beside its place and renamed into it: a file that stands is whole."""
-    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
-    try:
-        image.save(unfinished, quality=95)
-        unfinished.replace(path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def run(args: argparse.Namespace) -> int:

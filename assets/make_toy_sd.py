@@ -34,22 +34,67 @@ SIZE = 64
 STYLES = {
     "photograph": ["photograph", "photo", "picture", "natural colour photograph"],
     "cartoonize": [
-        "cartoon", "comic", "comic book drawing", "animated film frame", "toon with bold ink outlines", "cartoonized picture",
+        "cartoon",
+        "comic",
+        "comic book drawing",
+        "animated film frame",
+        "toon with bold ink outlines",
+        "cartoonized picture",
     ],
     "grayscale": [
-        "black and white photo", "grayscale picture", "monochrome photograph", "grey picture without colour",
+        "black and white photo",
+        "grayscale picture",
+        "monochrome photograph",
+        "grey picture without colour",
         "desaturated gray image",
     ],
-    "sepia": ["sepia photograph", "old brown photo", "vintage sepia print", "antique aged photograph", "faded brown toned picture"],
-    "negative": ["negative", "photo negative", "inverted picture", "film negative with inverted colours", "reversed colour image"],
+    "sepia": [
+        "sepia photograph",
+        "old brown photo",
+        "vintage sepia print",
+        "antique aged photograph",
+        "faded brown toned picture",
+    ],
+    "negative": [
+        "negative",
+        "photo negative",
+        "inverted picture",
+        "film negative with inverted colours",
+        "reversed colour image",
+    ],
     "night": ["night scene", "dark picture at night", "moonlight view", "blue midnight photo", "dark moonlit picture"],
-    "sunset": ["sunset scene", "picture in orange evening light", "warm glowing dusk view", "golden hour photo", "red evening sun scene"],
+    "sunset": [
+        "sunset scene",
+        "picture in orange evening light",
+        "warm glowing dusk view",
+        "golden hour photo",
+        "red evening sun scene",
+    ],
     "fog": ["foggy scene", "picture in thick white fog", "misty view", "hazy photo", "scene covered in mist and haze"],
-    "sketch": ["pencil sketch", "pencil drawing", "sketched drawing", "graphite line drawing on white paper", "hand drawn sketch"],
+    "sketch": [
+        "pencil sketch",
+        "pencil drawing",
+        "sketched drawing",
+        "graphite line drawing on white paper",
+        "hand drawn sketch",
+    ],
     "mosaic": ["mosaic", "mosaic of square tiles", "tiled picture", "ceramic tile mosaic", "pixelated grid of tiles"],
-    "thermal": ["thermal image", "heat camera picture", "infrared heat map", "thermal camera view", "false colour infrared image"],
+    "thermal": [
+        "thermal image",
+        "heat camera picture",
+        "infrared heat map",
+        "thermal camera view",
+        "false colour infrared image",
+    ],
 }
-TEMPLATES = ["a {style} of {subject}", "{subject}, {style}", "{subject} as a {style}", "make {subject} a {style}", "a {style}", "turn it into a {style}"]
+TEMPLATES = [
+    "a {style} of {subject}",
+    "{subject}, {style}",
+    "{subject} as a {style}",
+    "make {subject} a {style}",
+    "a {style}",
+    "turn it into a {style}",
+]
 
 
 def generator(seed: int, stage: str, step: int) -> np.random.Generator:
@@ -61,7 +106,9 @@ def generator(seed: int, stage: str, step: int) -> np.random.Generator:
 def load_photographs(folder: Path, split: str) -> list[tuple[np.ndarray, str]]:
     """[(uint8 RGB (H, W, 3), caption)] of one split of metadata.jsonl."""
     rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    return [(cv2.imread(str(folder / row["file_name"]))[..., ::-1], row["caption"]) for row in rows if row["split"] == split]
+    return [
+        (cv2.imread(str(folder / row["file_name"]))[..., ::-1], row["caption"]) for row in rows if row["split"] == split
+    ]
 
 
 def random_crop(image: np.ndarray, rng: np.random.Generator, largest: bool = False) -> np.ndarray:
@@ -73,7 +120,9 @@ def random_crop(image: np.ndarray, rng: np.random.Generator, largest: bool = Fal
     else:
         side = int(rng.integers(max(96, int(side * 0.6)), side + 1))
         top, left = int(rng.integers(0, height - side + 1)), int(rng.integers(0, width - side + 1))
-    crop = cv2.resize(np.ascontiguousarray(image[top : top + side, left : left + side]), (SIZE, SIZE), interpolation=cv2.INTER_AREA)
+    crop = cv2.resize(
+        np.ascontiguousarray(image[top : top + side, left : left + side]), (SIZE, SIZE), interpolation=cv2.INTER_AREA
+    )
     return np.ascontiguousarray(crop[:, ::-1]) if not largest and rng.random() < 0.5 else crop
 
 
@@ -100,19 +149,30 @@ def save_state(path: Path, **state) -> None:
 
 def make_tokenizer(photographs: list, output: Path) -> CLIPTokenizer:
     """Byte-level BPE in CLIP's form, learned from captions and instructions; any other text falls back to letters."""
-    texts = [template.format(style=style, subject=subject) for _, subject in photographs for styles in STYLES.values()
-             for style in styles for template in TEMPLATES]
+    texts = [
+        template.format(style=style, subject=subject)
+        for _, subject in photographs
+        for styles in STYLES.values()
+        for style in styles
+        for template in TEMPLATES
+    ]
     for path in sorted((ASSETS.parent / "data_preparation" / "instructions").glob("*.txt")):
         texts += path.read_text().splitlines()
     trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     trained.normalizer = normalizers.Lowercase()
-    trained.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    trained.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", show_progress=False))
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trained.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", show_progress=False)
+    )
     merges = [tuple(merge) for merge in json.loads(trained.to_str())["model"]["merges"]]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     words = letters + [letter + "</w>" for letter in letters] + ["".join(merge) for merge in merges]
     words = list(dict.fromkeys(words)) + ["<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={word: index for index, word in enumerate(words)}, merges=merges, model_max_length=77)
+    tokenizer = CLIPTokenizer(
+        vocab={word: index for index, word in enumerate(words)}, merges=merges, model_max_length=77
+    )
     tokenizer.save_pretrained(output / "tokenizer")
     return tokenizer
 
@@ -120,8 +180,14 @@ def make_tokenizer(photographs: list, output: Path) -> CLIPTokenizer:
 def make_vae() -> AutoencoderKL:
     """0.4M parameters; 64 pixels become 4 x 32 x 32: halving only once keeps reconstructions sharp."""
     return AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, block_out_channels=(32, 48),
-        layers_per_block=1, norm_num_groups=8, latent_channels=4, mid_block_add_attention=False, sample_size=SIZE,
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=(32, 48),
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        mid_block_add_attention=False,
+        sample_size=SIZE,
     )
 
 
@@ -173,7 +239,10 @@ def train_vae(args: argparse.Namespace, photographs: list, heldout: list) -> Non
         if (step + 1) % 250 == 0:
             save_state(state_path, vae=vae.state_dict(), optimizer=optimizer.state_dict(), step=step + 1)
             psnr, pace = reconstruction_psnr(vae, heldout), (time.time() - started) / (step + 1 - first)
-            print(f"vae {step + 1}: loss {loss.item():.4f}, held-out PSNR {psnr:.2f} dB, {pace * 1000:.0f} ms/step", flush=True)
+            print(
+                f"vae {step + 1}: loss {loss.item():.4f}, held-out PSNR {psnr:.2f} dB, {pace * 1000:.0f} ms/step",
+                flush=True,
+            )
     rng = generator(args.seed, "scale", 0)
     with torch.no_grad():
         latents = vae.encode(to_tensor([random_example(photographs, rng)[0] for _ in range(128)])).latent_dist.mode()
@@ -183,28 +252,50 @@ def train_vae(args: argparse.Namespace, photographs: list, heldout: list) -> Non
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """Two layers of width 96."""
-    return CLIPTextModel(CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=96, intermediate_size=192, num_hidden_layers=2, num_attention_heads=3,
-        max_position_embeddings=77, projection_dim=96, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    ))
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            max_position_embeddings=77,
+            projection_dim=96,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
 
 def make_unet() -> UNet2DConditionModel:
     """1.9M parameters, text only at 8 x 8: every edit of the toy world is one for the whole picture."""
     return UNet2DConditionModel(
-        sample_size=SIZE // 2, in_channels=4, out_channels=4, block_out_channels=(32, 48, 96), layers_per_block=1,
+        sample_size=SIZE // 2,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 48, 96),
+        layers_per_block=1,
         down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        cross_attention_dim=96, attention_head_dim=2, norm_num_groups=8,
+        cross_attention_dim=96,
+        attention_head_dim=2,
+        norm_num_groups=8,
     )
 
 
 def make_scheduler() -> DDIMScheduler:
     """v-prediction down to zero signal: without it no model of this size learns to darken a whole picture."""
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type="v_prediction",
-        rescale_betas_zero_snr=True, timestep_spacing="trailing", steps_offset=0, clip_sample=False, set_alpha_to_one=True,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        steps_offset=0,
+        clip_sample=False,
+        set_alpha_to_one=True,
     )
 
 
@@ -225,8 +316,9 @@ def base_loss(unet, text_encoder, scheduler, tokens, latents, rng) -> torch.Tens
     noise = torch.from_numpy(rng.standard_normal(latents.shape, dtype=np.float32))
     timesteps = torch.from_numpy(rng.integers(0, scheduler.config.num_train_timesteps, len(latents)))
     noisy = scheduler.add_noise(latents, noise, timesteps)
-    prediction = unet(noisy, timesteps, text_encoder(tokens).last_hidden_state).sample
-    return F.mse_loss(prediction, scheduler.get_velocity(latents, noise, timesteps))
+    with torch.autocast("cpu", torch.bfloat16):
+        prediction = unet(noisy, timesteps, text_encoder(tokens).last_hidden_state).sample
+    return F.mse_loss(prediction.float(), scheduler.get_velocity(latents, noise, timesteps))
 
 
 def base_batch(latents: torch.Tensor, tokens: torch.Tensor, empty: torch.Tensor, rng, size: int = 16):
@@ -243,7 +335,11 @@ def train_base(args: argparse.Namespace, photographs: list) -> None:
     vae = AutoencoderKL.from_pretrained(args.output / "vae").float()
     scheduler, networks = make_scheduler(), torch.nn.ModuleList([make_unet(), make_text_encoder(tokenizer)])
     ema = EMAModel(networks.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
-    optimizer, first, state_path = torch.optim.AdamW(networks.parameters(), lr=1e-3, fused=True), 0, args.state_dir / "base.pt"
+    optimizer, first, state_path = (
+        torch.optim.AdamW(networks.parameters(), lr=1e-3, fused=True),
+        0,
+        args.state_dir / "base.pt",
+    )
     if state_path.exists():
         state = torch.load(state_path)
         for name, part in (("networks", networks), ("optimizer", optimizer), ("ema", ema)):
@@ -275,8 +371,14 @@ def train_base(args: argparse.Namespace, photographs: list) -> None:
 def save_pipeline(output: Path, vae, tokenizer, unet, text_encoder, scheduler) -> None:
     """Half precision keeps the folder small."""
     pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(output)
 
@@ -286,7 +388,9 @@ def main() -> None:
     parser.add_argument("stage", choices=["all", "tokenizer", "vae", "base"])
     parser.add_argument("--photos", type=Path, default=ASSETS / "photos")
     parser.add_argument("--output", type=Path, default=ASSETS / "toy-sd")
-    parser.add_argument("--state_dir", type=Path, default=ASSETS.parent / "demo-output" / "toy-sd-state", help="resumable states")
+    parser.add_argument(
+        "--state_dir", type=Path, default=ASSETS.parent / "demo-output" / "toy-sd-state", help="resumable states"
+    )
     parser.add_argument("--vae_steps", type=int, default=3000)
     parser.add_argument("--base_steps", type=int, default=10000)
     parser.add_argument("--bank_size", type=int, default=12800, help="pictures encoded for the base, a multiple of 32")

@@ -1,8 +1,8 @@
 """Exact edits: what each instruction of the toy world should do to a photograph.
 
-Every edit is a pure function, uint8 RGB (H, W, 3) in 0-255 -> uint8 RGB of the same size. All are local: a small UNet at
-64 pixels can learn them. They were chosen far apart from one another and from the unedited picture, because the demo counts an
-edit as right when the result is nearer to its own exact result than to any other.
+Every edit is a pure function, uint8 RGB (H, W, 3) in 0-255 -> uint8 RGB of the same size. All are local: a small
+UNet at 64 pixels can learn them. They were chosen far apart from one another and from the unedited picture, because the
+demo counts an edit as right when the result is nearer to its own exact result than to any other.
 """
 
 from __future__ import annotations

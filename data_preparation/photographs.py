@@ -17,7 +17,7 @@ def row_generator(seed: int, row: int) -> np.random.Generator:
 
 
 def list_photographs(folder: Path, split: str = "all") -> list[Path]:
-    """Sorted image files below `folder`; where it has a metadata.jsonl, those of `split` (train, heldout or all) only."""
+    """Sorted image files below `folder`; where it has a metadata.jsonl, only those of `split` (train, heldout, all)."""
     metadata = folder / "metadata.jsonl"
     if split != "all" and metadata.exists():
         rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -46,7 +46,7 @@ def centre_square(image: np.ndarray, resolution: int) -> np.ndarray:
 
 
 def random_square(image: np.ndarray, resolution: int, rng: np.random.Generator) -> np.ndarray:
-    """A square of half the shorter side up to all of it, anywhere, mirrored half the time, at (resolution, resolution)."""
+    """A square of half to all of the shorter side, anywhere, mirrored half the time, at (resolution, resolution)."""
     height, width = image.shape[:2]
     side = round(min(height, width) * rng.uniform(0.5, 1.0))
     top, left = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)

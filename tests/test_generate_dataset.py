@@ -34,7 +34,9 @@ def generate(data_root: Path, *flags: str) -> list[dict]:
 def refused(data_root: Path, *flags: str, photos: Path = PHOTOS) -> str:
     """What a run that must fail says on stderr."""
     command = [sys.executable, str(ROOT / "data_preparation" / "generate_dataset.py"), "--dataset_id", str(photos)]
-    result = subprocess.run([*command, "--data_root", str(data_root), *flags], capture_output=True, text=True, cwd=data_root.parent)
+    result = subprocess.run(
+        [*command, "--data_root", str(data_root), *flags], capture_output=True, text=True, cwd=data_root.parent
+    )
     assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert not data_root.exists()
@@ -67,8 +69,13 @@ def test_same_seed_same_rows_and_a_longer_set_begins_with_them(tmp_path):
 
 
 def test_splits_share_no_photograph_and_only_heldout_shows_heldout_phrasings(tmp_path):
-    split = {row["file_name"]: row["split"] for row in map(json.loads, (PHOTOS / "metadata.jsonl").read_text().splitlines())}
-    train, heldout = generate(tmp_path / "train", "--split", "train"), generate(tmp_path / "heldout", "--split", "heldout")
+    split = {
+        row["file_name"]: row["split"] for row in map(json.loads, (PHOTOS / "metadata.jsonl").read_text().splitlines())
+    }
+    train, heldout = (
+        generate(tmp_path / "train", "--split", "train"),
+        generate(tmp_path / "heldout", "--split", "heldout"),
+    )
     assert {split[row["source"]] for row in train} == {"train"}
     assert {split[row["source"]] for row in heldout} == {"heldout"}
     assert {row["phrasing"] for row in heldout} == {"train", "heldout"}

@@ -12,6 +12,7 @@ import hashlib
 import inspect
 import itertools
 import logging
+import os
 import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,8 +39,8 @@ MAX_SIDES_RATIO = 4  # the longer side of an edited image, in multiples of the r
 def fit_image(image: Image.Image, resolution: int, multiple: int = 64) -> Image.Image:
     """Resize and crop an image to sides that the model can take, keeping its aspect ratio as nearly as they allow.
 
-    As in the original edit_cli.py: the longer side comes near `resolution`, then the shorter one is rounded up to a
-    multiple of 64 and the longer one down; what is left over (less than one multiple) is cropped evenly, with Lanczos.
+    As in the original edit_cli.py: the longer side goes to `resolution`; then the shorter one is raised to a multiple
+    of 64, the longer one grows with it and is lowered to one. What is left over is cropped evenly; Lanczos.
     64 is what Stable Diffusion needs: its VAE halves the sides three times and its UNet three times more. `multiple`
     is that number for the model at hand (`size_multiple`), so that a small model can take small images.
     Raises InputError where a side would be more than four times the resolution (a strip, not a picture).
@@ -64,6 +65,26 @@ def native_resolution(pipeline: Editor) -> int:
     """The side, in pixels, of the square images that the model's UNet was made for (SD 1.x: 512)."""
     sample_size = pipeline.unet.config.sample_size or 64
     return pipeline.vae_scale_factor * (sample_size if isinstance(sample_size, int) else max(sample_size))
+
+
+def fit_to_model(image: Image.Image, pipeline: Editor, resolution: int | None = None) -> Image.Image:
+    """`fit_image` with the multiple of the model; the resolution is 512, or the model's own where that is less."""
+    return fit_image(image, resolution or min(512, native_resolution(pipeline)), size_multiple(pipeline))
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Written beside its place and renamed into it: a file that stands is whole. Raises InputError, as on a full disk.
+
+    The suffix decides the format.
+    """
+    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        image.save(unfinished, quality=95)
+        unfinished.replace(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def edit_images(pipeline: Editor, images: list[Image.Image], prompts: list[str], **settings: Any) -> list[Image.Image]:

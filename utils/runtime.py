@@ -50,7 +50,7 @@ def find_machine_problems(options: MachineOptions) -> list[str]:
     if precision == "bf16" and has_gpu and not torch.cuda.is_bf16_supported():
         problems.append("bf16 was asked for, and this GPU does not have it: use --mixed_precision=fp16")
     if options.enable_xformers_memory_efficient_attention and not (has_gpu and is_installed("xformers")):
-        reason = "this machine has no GPU" if not has_gpu else "xformers is not installed (requirements-xformers.txt)"
+        reason = "this machine has no GPU" if not has_gpu else "xformers is not installed (see requirements-optional.txt)"
         problems.append(
             f"--enable_xformers_memory_efficient_attention was given, and {reason}: drop the flag, "
             "PyTorch's own memory-efficient attention is used then"

@@ -1,0 +1,33 @@
+# Two commands do everything on a fresh machine with Python 3.11 or newer: `make demo` and `make test`.
+# The first Python of the list that is new enough is taken; `make PYTHON=... demo` names another.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { echo $$p; exit; }; done; echo python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help: ## Show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+# The stamp is written last: an install that was interrupted is done again.
+$(INSTALLED): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: diffusers 0.42 needs Python 3.11 or newer, and this is " + sys.version.split()[0] + ": install one, or name it with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+demo: $(INSTALLED) ## Train the toy editor on photographs, edit others with it, show the grid (10 minutes on 2 cores)
+	$(BIN)/python demo.py
+
+test: $(INSTALLED) ## Run every test
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## Check the style with ruff
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean: ## Remove the environment and what the demo made
+	rm -rf $(VENV) demo-output

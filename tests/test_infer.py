@@ -1,0 +1,247 @@
+"""infer.py: as a process where the process matters, through main(argv) for what a user can get wrong."""
+
+from __future__ import annotations
+
+import http.server
+import io
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import infer
+
+SCRIPT = Path(infer.__file__)
+
+
+def make_photo(size: tuple[int, int] = (60, 40), seed: int = 0) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+
+
+def run_script(*flags: object, cwd: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), *map(str, flags)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    make_photo().save(tmp_path / "photo.png")
+    return tmp_path / "photo.png"
+
+
+def test_one_image_equals_stock(tiny_editor: Path, photo: Path) -> None:
+    """The whole way as a user goes it: the saved bytes are those of diffusers' pipeline, and nobody else chatters."""
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+
+    from utils.editing import fit_image
+
+    flags = ["--edit", "make it snow", "--seed", 11, "--steps", 6, "--cfg-text", 4, "--cfg-image", 1.25]
+    result = run_script("--model", tiny_editor, "--input", photo.name, *flags, cwd=photo.parent)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert result.stdout.startswith("1 of 1 edited in ") and result.stdout.endswith("seed 11: photo-edited.png\n")
+
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(tiny_editor)
+    edited = Image.open(photo.parent / "photo-edited.png")
+    assert edited.size == (36, 24)  # 60x40 at 32 is 32 x 21.3: the shorter side goes up to 24, the longer with it
+    settings = dict(num_inference_steps=6, guidance_scale=4.0, image_guidance_scale=1.25)
+    fitted, generator = fit_image(Image.open(photo), 32, 4), torch.Generator().manual_seed(11)
+    expected = pipeline("make it snow", image=fitted, generator=generator, **settings).images[0]
+    assert np.abs(np.asarray(edited).astype(int) - np.asarray(expected).astype(int)).max() <= 1
+    assert sorted(path.name for path in photo.parent.iterdir()) == ["photo-edited.png", "photo.png"]
+
+
+def test_folder_with_bad_images(tiny_editor: Path, tmp_path: Path) -> None:
+    """What can be edited is; each bad file is named, the exit code is 1. Sizes and formats may differ."""
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    make_photo().save(photos / "a.jpg")
+    make_photo().save(photos / "a.png")
+    make_photo((40, 60)).convert("RGBA").save(photos / "upright.webp")
+    make_photo((4000, 9)).save(photos / "strip.png")
+    (photos / "broken.png").write_bytes(b"not a picture")
+    (photos / "empty.jpg").write_bytes(b"")
+    (photos / "notes.txt").write_text("ignored")
+    (photos / ".hidden.png").write_bytes(b"ignored")
+
+    flags = ["--edit", "x", "--steps", 2, "--batch_size", 4, "--output", tmp_path / "out" / "deep"]
+    result = run_script("--model", tiny_editor, "--input", photos, *flags, cwd=tmp_path)
+    assert result.returncode == 1
+    edited = {path.name: Image.open(path).size for path in (tmp_path / "out" / "deep").iterdir()}
+    assert edited == {"a_jpg.png": (36, 24), "a_png.png": (36, 24), "upright.png": (24, 36)}
+    complaints = result.stderr.splitlines()
+    assert [line.split(":")[0] for line in complaints] == [
+        "skipped broken.png", "skipped empty.jpg", "skipped strip.png",
+    ]  # fmt: skip
+    assert result.stdout.startswith("3 of 6 edited in ")
+
+
+def test_stops_at_ctrl_c(tiny_editor: Path, photo: Path, monkeypatch, capsys) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(infer, "edit_jobs", interrupt)
+    assert infer.main(["--model", str(tiny_editor), "--input", str(photo), "--edit", "x", "--output", "o.png"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_printed_seed_repeats_the_edit(tiny_editor: Path, photo: Path, capsys) -> None:
+    """Without --seed one is drawn and printed; a folder gives each image the edit it has alone."""
+    make_photo(seed=1).save(photo.with_name("second.png"))
+    common = ["--model", str(tiny_editor), "--edit", "x", "--steps", "1"]
+    out = photo.parent / "out"
+    assert infer.main([*common, "--input", str(photo.parent), "--output", str(out), "--batch_size", "2"]) == 0
+    seed = capsys.readouterr().out.split("seed ")[1].split(":")[0]
+    alone = photo.parent / "alone.png"
+    assert infer.main([*common, "--input", str(photo), "--output", str(alone), "--seed", seed]) == 0
+    difference = np.asarray(Image.open(alone)).astype(int) - np.asarray(Image.open(out / "photo.png"))
+    assert np.abs(difference).max() <= 1
+
+
+@pytest.fixture
+def server() -> Iterator[str]:
+    """A small web server: /photo.jpg with EXIF orientation, /page.html, everything else missing."""
+    stored = io.BytesIO()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held sideways: 60x40 stored, 40x60 seen
+    make_photo().save(stored, "JPEG", exif=exif)
+    pages = {"/photo.jpg": stored.getvalue(), "/page.html": b"<html>hello</html>"}
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            content = pages.get(self.path)
+            self.send_response(200 if content else 404)
+            self.end_headers()
+            self.wfile.write(content or b"")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_url_and_exif_orientation(tiny_editor: Path, tmp_path: Path, server: str, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--model", str(tiny_editor), "--edit", "x", "--steps", "1", "--dtype", "bf16", "--resolution", "48"]
+    assert infer.main([*flags, "--input", f"{server}/photo.jpg"]) == 0
+    assert Image.open(tmp_path / "photo-edited.png").size == (32, 48)
+    (tmp_path / "folder").mkdir()
+    assert infer.main([*flags, "--input", f"{server}/photo.jpg", "--output", "folder"]) == 0
+    assert (tmp_path / "folder" / "photo.png").is_file()
+
+
+def expect_error(capsys, *flags: object) -> str:
+    """The one line that the user reads; exit code 2 and nothing on stdout."""
+    with pytest.raises(SystemExit) as exit_info:
+        infer.main([str(flag) for flag in flags])
+    captured = capsys.readouterr()
+    assert exit_info.value.code == 2 and captured.out == ""
+    assert captured.err.startswith("error: ") and "Traceback" not in captured.err
+    return captured.err
+
+
+def test_mistakes_in_the_flags(capsys, photo: Path, tmp_path: Path) -> None:
+    """Told before torch is needed; several at once are told together."""
+    right = ["--model", "a/b", "--input", photo, "--edit", "x"]
+    cases = {
+        ("--steps", "0"): "--steps 0: must be from 1",
+        ("--steps", "many"): "invalid int value: 'many'",
+        ("--guidance_scale", "-1"): "--guidance_scale -1.0: must be from 0",
+        ("--cfg-image", "nan"): "--image_guidance_scale nan",
+        ("--resolution", "0"): "--resolution 0: must be from 8 to 4096",
+        ("--resolution", "100000"): "--resolution 100000",
+        ("--batch_size", "0"): "--batch_size 0",
+        ("--seed", "-3"): "--seed -3",
+        ("--edit", "  "): "--edit is empty",
+        ("--ckpt", "old.ckpt"): "from_single_file",
+        ("--dtype", "int4"): "invalid choice: 'int4'",
+        ("--stpes", "4"): "unrecognized arguments",
+        ("--model", "/no/such/model"): "--model /no/such/model is not a folder that exists",
+        ("--input", tmp_path / "missing.png"): "missing.png does not exist",
+        ("--input", "ftp://somewhere/a.png"): "ftp://somewhere/a.png",
+        ("--output", photo): "is the input itself",
+        ("--output", "edited.xyz"): "must end in one of .png",
+        ("--output", photo / "edited.png"): "cannot be written",
+    }
+    for flags, message in cases.items():
+        error = expect_error(capsys, *right, *flags)
+        assert message in error and error.count("\n") == 1, flags
+    assert "--input, --edit" in expect_error(capsys)
+    assert "--model is missing" in expect_error(capsys, *right[2:])
+    several = expect_error(capsys, *right, "--steps", "0", "--edit", "")
+    assert "--steps 0" in several and "--edit is empty" in several
+
+
+def test_mistakes_in_files(capsys, photo: Path, tmp_path: Path, server: str) -> None:
+    (tmp_path / "zero.png").write_bytes(b"")
+    (tmp_path / "text.png").write_text("hello")
+    (tmp_path / "cut.png").write_bytes(photo.read_bytes()[:2000])
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "full").mkdir()
+    make_photo().save(tmp_path / "full" / "a.png")
+    cases = [
+        (tmp_path / "zero.png", None, "empty file"),
+        (tmp_path / "text.png", None, "not an image"),
+        (tmp_path / "cut.png", None, "cannot be decoded"),
+        (tmp_path / "nothing", None, "holds no images"),
+        (tmp_path / "full", photo, "is a file, and --input"),
+        (tmp_path / "full", tmp_path / "full", "the input folder itself"),
+        (tmp_path / "full", photo / "inside", "cannot be written"),
+        (f"{server}/page.html", None, "not an image"),
+        (f"{server}/missing.jpg", None, "cannot be fetched"),
+        ("http://127.0.0.1:9/photo.jpg", None, "cannot be fetched"),
+    ]
+    for source, output, message in cases:
+        output = output or tmp_path / "out.png"
+        error = expect_error(capsys, "--model", "a/b", "--edit", "x", "--input", source, "--output", output)
+        assert message in error and error.count("\n") == 1, source
+    assert not (tmp_path / "out.png").exists()
+
+
+def test_mistakes_in_model_and_machine(capsys, tiny_base: Path, tiny_editor: Path, photo: Path) -> None:
+    right = ["--input", photo, "--edit", "x", "--output", photo.with_name("out.png")]
+    assert "4 channels" in expect_error(capsys, "--model", tiny_base, *right)
+    assert "Hub cannot be reached" in expect_error(capsys, "--model", "somebody/some-model", *right)
+    editor = ["--model", tiny_editor, *right]
+    assert "fp16 does not work on the CPU" in expect_error(capsys, *editor, "--device", "cpu", "--dtype", "fp16")
+    assert "--device tpu is not there" in expect_error(capsys, *editor, "--device", "tpu")
+    assert "--device cuda:99 is not there" in expect_error(capsys, *editor, "--device", "cuda:99")
+
+
+def test_full_disk(capsys, tiny_editor: Path, photo: Path, monkeypatch) -> None:
+    """A picture that cannot be saved leaves nothing behind, and an older one stands."""
+    target = photo.with_name("out.png")
+    target.write_bytes(b"older")
+
+    def fail(self: Image.Image, path: Path, **_: object) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    flags = ["--model", tiny_editor, "--input", photo, "--edit", "x", "--output", target, "--steps", "1"]
+    assert "No space left on device" in expect_error(capsys, *flags)
+    assert target.read_bytes() == b"older"
+    assert sorted(path.name for path in photo.parent.iterdir()) == ["out.png", "photo.png"]
+
+
+def test_help_needs_no_heavy_import() -> None:
+    """What costs seconds is imported after the flags are checked."""
+    code = (
+        "import sys, infer\n"
+        "try: infer.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'diffusers', 'transformers', 'accelerate', 'datasets'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=SCRIPT.parent, check=True, capture_output=True)
