@@ -1,9 +1,9 @@
 """Fine-tune an InstructPix2Pix editor of Stable Diffusion 1.x/2.x on your own pairs.
 
-Goes on from a UNet that takes 8 channels already, such as timbrooks/instruct-pix2pix; its weights are taken as they are.
+Goes on from a UNet that takes 8 channels already, such as timbrooks/instruct-pix2pix.
 
     accelerate launch finetune_instruct_pix2pix.py --pretrained_model_name_or_path=timbrooks/instruct-pix2pix \\
-        --dataset_name=instruction-tuning-sd/cartoonization --resolution=256 --train_batch_size=2 --max_train_steps=15000
+        --dataset_name=instruction-tuning-sd/cartoonization --train_batch_size=2 --max_train_steps=15000
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import sys
 
 from utils.cli import parse_training_flags, pick
 from utils.errors import exit_on_input_error
-from utils.quiet import quiet_libraries
+from utils.launch import prepare_process
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; returns the exit code."""
     args = parse_training_flags(argv, "Fine-tune an InstructPix2Pix editor on your own pairs.")
-    quiet_libraries()
     with exit_on_input_error():
+        prepare_process(argv)
         from utils.models import require_editor
-        from utils.plan import Settings
+        from utils.settings import Settings
         from utils.training import train_editor
 
         return train_editor(pick(args, Settings), check_base=require_editor, prepare_unet=lambda unet: None)

@@ -160,6 +160,8 @@ def edit_jobs(pipeline: Any, jobs: list[Job], args: argparse.Namespace, seed: in
             )  # fmt: skip
             for output, image in zip(outputs, edited, strict=True):
                 save_image(image, output)
+                if image.info["flagged"]:
+                    tqdm.write(f"{output} is black: the model's safety checker objected", file=sys.stderr)
             bar.update(len(batch))
     return problems
 

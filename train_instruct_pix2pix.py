@@ -4,8 +4,9 @@ The text-to-image UNet gets four more input channels for the picture to be edite
 image, instruction and edited image (Brooks, Holynski and Efros, 2211.09800). The result is a whole
 StableDiffusionInstructPix2PixPipeline in --output_dir.
 
-    accelerate launch train_instruct_pix2pix.py --pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 \\
-        --dataset_name=fusing/instructpix2pix-1000-samples --resolution=256 --train_batch_size=4 --max_train_steps=15000
+    accelerate launch train_instruct_pix2pix.py \\
+        --pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 --dataset_name=fusing/instructpix2pix-1000-samples \\
+        --resolution=256 --train_batch_size=4 --max_train_steps=15000
 """
 
 from __future__ import annotations
@@ -14,16 +15,16 @@ import sys
 
 from utils.cli import parse_training_flags, pick
 from utils.errors import exit_on_input_error
-from utils.quiet import quiet_libraries
+from utils.launch import prepare_process
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; returns the exit code."""
     args = parse_training_flags(argv, "Train an InstructPix2Pix editor from a Stable Diffusion text-to-image model.")
-    quiet_libraries()
     with exit_on_input_error():
+        prepare_process(argv)
         from utils.models import require_text_to_image, widen_conv_in
-        from utils.plan import Settings
+        from utils.settings import Settings
         from utils.training import train_editor
 
         return train_editor(pick(args, Settings), check_base=require_text_to_image, prepare_unet=widen_conv_in)

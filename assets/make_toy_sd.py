@@ -2,8 +2,8 @@
 
     python assets/make_toy_sd.py all        # or one stage at a time: tokenizer, vae, base
 
-Under an hour on two CPU cores. Each stage saves its state beside the output every few minutes and goes on from it
-when run again; whatever is random about step n is drawn from (seed, stage, n), so a resumed run draws what an unbroken one would.
+Under an hour on two CPU cores. Each stage saves its state every few minutes and goes on from it when run again;
+whatever is random about step n is drawn from (seed, stage, n), so a resumed run draws what an unbroken one would.
 """
 
 from __future__ import annotations
@@ -18,83 +18,27 @@ import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from diffusers.training_utils import EMAModel
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
 ASSETS = Path(__file__).resolve().parent
 sys.path.insert(0, str(ASSETS.parent))
 
+from assets.toy_networks import (  # noqa: E402
+    SIZE,
+    make_scheduler,
+    make_text_encoder,
+    make_tokenizer,
+    make_unet,
+    make_vae,
+)
 from data_preparation.edits import EDITS  # noqa: E402
 
-SIZE = 64
-# How a caption names a style. The words are those of people, not of one instruction: the text encoder, frozen when an
-# editor is trained, should already know that "monochrome" and "black and white" are one thing.
-STYLES = {
-    "photograph": ["photograph", "photo", "picture", "natural colour photograph"],
-    "cartoonize": [
-        "cartoon",
-        "comic",
-        "comic book drawing",
-        "animated film frame",
-        "toon with bold ink outlines",
-        "cartoonized picture",
-    ],
-    "grayscale": [
-        "black and white photo",
-        "grayscale picture",
-        "monochrome photograph",
-        "grey picture without colour",
-        "desaturated gray image",
-    ],
-    "sepia": [
-        "sepia photograph",
-        "old brown photo",
-        "vintage sepia print",
-        "antique aged photograph",
-        "faded brown toned picture",
-    ],
-    "negative": [
-        "negative",
-        "photo negative",
-        "inverted picture",
-        "film negative with inverted colours",
-        "reversed colour image",
-    ],
-    "night": ["night scene", "dark picture at night", "moonlight view", "blue midnight photo", "dark moonlit picture"],
-    "sunset": [
-        "sunset scene",
-        "picture in orange evening light",
-        "warm glowing dusk view",
-        "golden hour photo",
-        "red evening sun scene",
-    ],
-    "fog": ["foggy scene", "picture in thick white fog", "misty view", "hazy photo", "scene covered in mist and haze"],
-    "sketch": [
-        "pencil sketch",
-        "pencil drawing",
-        "sketched drawing",
-        "graphite line drawing on white paper",
-        "hand drawn sketch",
-    ],
-    "mosaic": ["mosaic", "mosaic of square tiles", "tiled picture", "ceramic tile mosaic", "pixelated grid of tiles"],
-    "thermal": [
-        "thermal image",
-        "heat camera picture",
-        "infrared heat map",
-        "thermal camera view",
-        "false colour infrared image",
-    ],
-}
-TEMPLATES = [
-    "a {style} of {subject}",
-    "{subject}, {style}",
-    "{subject} as a {style}",
-    "make {subject} a {style}",
-    "a {style}",
-    "turn it into a {style}",
-]
+# How a caption names a style: "styles" by edit, "templates" that join style and subject. The words are those of people,
+# not of one instruction: the text encoder, frozen when an editor is trained, should know that "monochrome" and "black
+# and white" are one thing.
+CAPTIONS = json.loads((ASSETS / "captions.json").read_text())
 
 
 def generator(seed: int, stage: str, step: int) -> np.random.Generator:
@@ -131,9 +75,24 @@ def random_example(photographs: list, rng: np.random.Generator) -> tuple[np.ndar
     image, subject = photographs[rng.integers(len(photographs))]
     crop = random_crop(image, rng)
     style = "photograph" if rng.random() < 0.25 else list(EDITS)[rng.integers(len(EDITS))]
-    words = STYLES[style][rng.integers(len(STYLES[style]))]
-    caption = TEMPLATES[rng.integers(len(TEMPLATES))].format(style=words, subject=subject)
+    styles, templates = CAPTIONS["styles"][style], CAPTIONS["templates"]
+    words = styles[rng.integers(len(styles))]
+    caption = templates[rng.integers(len(templates))].format(style=words, subject=subject)
     return (EDITS[style](crop) if style in EDITS else crop), caption
+
+
+def tokenizer_texts(photographs: list) -> list[str]:
+    """Every caption there can be, and every instruction."""
+    texts = [
+        template.format(style=style, subject=subject)
+        for _, subject in photographs
+        for styles in CAPTIONS["styles"].values()
+        for style in styles
+        for template in CAPTIONS["templates"]
+    ]
+    for path in sorted((ASSETS.parent / "data_preparation" / "instructions").glob("*.txt")):
+        texts += path.read_text().splitlines()
+    return texts
 
 
 def to_tensor(images: list[np.ndarray]) -> torch.Tensor:
@@ -145,50 +104,6 @@ def save_state(path: Path, **state) -> None:
     """Write the state beside its place, then rename it."""
     torch.save(state, path.with_suffix(".partial"))
     path.with_suffix(".partial").replace(path)
-
-
-def make_tokenizer(photographs: list, output: Path) -> CLIPTokenizer:
-    """Byte-level BPE in CLIP's form, learned from captions and instructions; any other text falls back to letters."""
-    texts = [
-        template.format(style=style, subject=subject)
-        for _, subject in photographs
-        for styles in STYLES.values()
-        for style in styles
-        for template in TEMPLATES
-    ]
-    for path in sorted((ASSETS.parent / "data_preparation" / "instructions").glob("*.txt")):
-        texts += path.read_text().splitlines()
-    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    trained.normalizer = normalizers.Lowercase()
-    trained.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
-    trained.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", show_progress=False)
-    )
-    merges = [tuple(merge) for merge in json.loads(trained.to_str())["model"]["merges"]]
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = letters + [letter + "</w>" for letter in letters] + ["".join(merge) for merge in merges]
-    words = list(dict.fromkeys(words)) + ["<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(
-        vocab={word: index for index, word in enumerate(words)}, merges=merges, model_max_length=77
-    )
-    tokenizer.save_pretrained(output / "tokenizer")
-    return tokenizer
-
-
-def make_vae() -> AutoencoderKL:
-    """0.4M parameters; 64 pixels become 4 x 32 x 32: halving only once keeps reconstructions sharp."""
-    return AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2,
-        up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=(32, 48),
-        layers_per_block=1,
-        norm_num_groups=8,
-        latent_channels=4,
-        mid_block_add_attention=False,
-        sample_size=SIZE,
-    )
 
 
 def vae_loss(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
@@ -250,64 +165,16 @@ def train_vae(args: argparse.Namespace, photographs: list, heldout: list) -> Non
     vae.half().save_pretrained(args.output / "vae")
 
 
-def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Two layers of width 96."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=96,
-            intermediate_size=192,
-            num_hidden_layers=2,
-            num_attention_heads=3,
-            max_position_embeddings=77,
-            projection_dim=96,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-
-def make_unet() -> UNet2DConditionModel:
-    """1.9M parameters, text only at 8 x 8: every edit of the toy world is one for the whole picture."""
-    return UNet2DConditionModel(
-        sample_size=SIZE // 2,
-        in_channels=4,
-        out_channels=4,
-        block_out_channels=(32, 48, 96),
-        layers_per_block=1,
-        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
-        cross_attention_dim=96,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    )
-
-
-def make_scheduler() -> DDIMScheduler:
-    """v-prediction down to zero signal: without it no model of this size learns to darken a whole picture."""
-    return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        rescale_betas_zero_snr=True,
-        timestep_spacing="trailing",
-        steps_offset=0,
-        clip_sample=False,
-        set_alpha_to_one=True,
-    )
-
-
 @torch.no_grad()
 def encode_bank(vae: AutoencoderKL, photographs: list, seed: int, count: int) -> tuple[torch.Tensor, list[str]]:
     """Latents (count, 4, 32, 32) of unit variance and their captions, encoded once: the VAE stays out of the loop."""
     latents, captions = [], []
     for batch in range(count // 32):
         rng = generator(seed, "bank", batch)
-        images, texts = zip(*[random_example(photographs, rng) for _ in range(32)])
-        latents.append(vae.encode(to_tensor(list(images))).latent_dist.mode() * vae.config.scaling_factor)
-        captions += texts
+        examples = [random_example(photographs, rng) for _ in range(32)]
+        pixels = to_tensor([image for image, _ in examples])
+        latents.append(vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor)
+        captions += [caption for _, caption in examples]
     return torch.cat(latents), captions
 
 
@@ -369,18 +236,21 @@ def train_base(args: argparse.Namespace, photographs: list) -> None:
 
 
 def save_pipeline(output: Path, vae, tokenizer, unet, text_encoder, scheduler) -> None:
-    """Half precision keeps the folder small."""
+    """VAE and UNet in half precision keep the folder small; diffusers reads them as float32 by default.
+
+    The text encoder stays in float32, because transformers reads it in the type in which it was saved.
+    """
     pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
+        vae=vae.half(),
+        text_encoder=text_encoder.float(),
         tokenizer=tokenizer,
-        unet=unet,
+        unet=unet.half(),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.to(torch.float16).save_pretrained(output)
+    pipeline.save_pretrained(output)
 
 
 def main() -> None:
@@ -400,7 +270,7 @@ def main() -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     photographs = load_photographs(args.photos, "train")
     if args.stage in ("all", "tokenizer"):
-        make_tokenizer(photographs, args.output)
+        make_tokenizer(tokenizer_texts(photographs), args.output / "tokenizer")
     if args.stage in ("all", "vae"):
         train_vae(args, photographs, load_photographs(args.photos, "heldout"))
     if args.stage in ("all", "base"):

@@ -3,15 +3,31 @@
 from __future__ import annotations
 
 import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads that wait for one busy core are slower than one
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+
 from tests.tiny import make_tiny_sd  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def leave_no_run_behind() -> Iterator[None]:
+    """Scripts that run in this process leave accelerate's state and signal handlers as they found them."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

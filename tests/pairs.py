@@ -67,3 +67,10 @@ def write_image_folder(folder: Path, num_rows: int) -> dict[str, list]:
         for path, image in zip(paths[column], rows[column], strict=True):
             (folder / path).write_bytes(image["bytes"])
     return paths
+
+
+def save_pairs(folder: Path, num_rows: int = 10, rows: dict[str, list] | None = None) -> Path:
+    """Write pairs as a parquet file with embedded images into `folder`, and return the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    make_dataset(rows or make_rows(num_rows)).to_parquet(folder / "train-00000.parquet")
+    return folder

@@ -14,6 +14,8 @@ import os
 import re
 import shutil
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -45,41 +47,58 @@ class Progress:
     bad_rows: list[list[str]] = field(default_factory=list)
 
 
-def save_checkpoint(output_dir: Path, progress: Progress, models: dict, training_state: dict, limit: int | None) -> Path:
+def save_checkpoint(
+    output_dir: Path, progress: Progress, models: dict, training_state: dict, limit: int | None
+) -> Path:
     """Write `checkpoint-<global_step>` and then remove the oldest ones over `limit`.
 
     models: folder name -> (diffusers model, its state dict). training_state: what `torch.save` keeps.
     Raises `InputError` when it cannot be written (a full disk); what stood before stands still.
     """
     place = output_dir / f"checkpoint-{progress.global_step}"
-    unfinished = output_dir / f"{UNFINISHED}{place.name}"
-    try:
-        remove_whole(unfinished)
-        unfinished.mkdir(parents=True)
+    with written_beside(place) as unfinished:
         for name, (model, state) in models.items():
             save_weights(unfinished / name, model, state)
         torch.save(training_state, unfinished / "training_state.pt")
         files = {str(path.relative_to(unfinished)): _fingerprint(path) for path in _files_below(unfinished)}
-        (unfinished / "progress.json").write_text(json.dumps(asdict(progress) | {"files": files}, indent=1))
+        content = asdict(progress) | {"files": files}
+        (unfinished / "progress.json").write_text(json.dumps(content | {"checksum": _checksum(content)}, indent=1))
         for path in [*_files_below(unfinished), unfinished]:
             _flush_to_disk(path)
         remove_whole(place)
         unfinished.rename(place)
         _flush_to_disk(output_dir)
-    except Exception as error:
-        remove_whole(unfinished)
-        standing = [path.name for path in list_checkpoints(output_dir)]
-        kept = f"{', '.join(standing)} still stand{'s' if len(standing) == 1 else ''}" if standing else "none stands yet"
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or "PytorchStreamWriter" in str(error):
-            raise InputError(
-                f"{place} could not be written: {error}. Of the checkpoints {kept}. Make room, and go on with "
-                "--resume_from_checkpoint latest"
-            ) from error
-        raise
     if limit:
         for old in list_checkpoints(output_dir)[:-limit]:
             remove_whole(old)
     return place
+
+
+@contextmanager
+def written_beside(place: Path) -> Iterator[Path]:
+    """Gives an empty folder to fill and to rename to `place`, and removes it when anything goes wrong.
+
+    Raises `InputError` when the disk refuses; what stood before stands still.
+    """
+    unfinished = place.with_name(f"{UNFINISHED}{place.name}")
+    try:
+        remove_whole(unfinished)
+        unfinished.mkdir(parents=True)
+        yield unfinished
+    except Exception as error:
+        remove_whole(unfinished)
+        if not is_write_failure(error):
+            raise
+        standing = [path.name for path in list_checkpoints(place.parent)]
+        advice = f"go on from {standing[-1]} with --resume_from_checkpoint latest" if standing else "start again"
+        raise InputError(f"{place} could not be written: {error}. Make room, and {advice}") from error
+
+
+def is_write_failure(error: Exception) -> bool:
+    """Whether a file could not be written, as on a full disk: torch and safetensors have their own words for it."""
+    words = ("PytorchStreamWriter", "inline_container", "iostream")
+    is_torch = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    return isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or is_torch
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
@@ -97,10 +116,13 @@ def remove_unfinished(output_dir: Path) -> None:
 def find_damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or None when every file is as it was written."""
     try:
-        files = json.loads((checkpoint / "progress.json").read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
+        content = json.loads((checkpoint / "progress.json").read_text())
+        is_as_written = content.pop("checksum") == _checksum(content)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "progress.json is missing or unreadable"
-    for name, fingerprint in files.items():
+    if not is_as_written:
+        return "progress.json is damaged"
+    for name, fingerprint in content["files"].items():
         path = checkpoint / name
         if not path.is_file():
             return f"{name} is missing"
@@ -141,7 +163,7 @@ def choose_checkpoint(output_dir: Path, wanted: str) -> Path | None:
 def read_progress(checkpoint: Path) -> Progress:
     """The progress of a whole checkpoint."""
     stored = json.loads((checkpoint / "progress.json").read_text())
-    stored.pop("files")
+    stored = {name: value for name, value in stored.items() if name not in ("files", "checksum")}
     return Progress(**stored)
 
 
@@ -201,6 +223,10 @@ def _fingerprint(path: Path) -> list[int]:
     return [size, checksum]
 
 
+def _checksum(content: dict) -> int:
+    return zlib.crc32(json.dumps(content).encode())
+
+
 def _flush_to_disk(path: Path) -> None:
     """fsync: a rename that reaches the disk before the data would leave a checkpoint of empty files."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -211,7 +237,7 @@ def _flush_to_disk(path: Path) -> None:
 
 
 def remove_whole(path: Path) -> None:
-    """Remove a file or, in two steps, a folder, so that a kill in between leaves no half checkpoint under a whole one's name."""
+    """Remove a file or a folder; in two steps, so that a kill leaves no half checkpoint under a whole one's name."""
     if path.is_file():
         path.unlink()
     elif path.exists():

@@ -12,8 +12,10 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import difflib
+import math
 from pathlib import Path
-from typing import TypeVar, get_type_hints
+from typing import NoReturn, TypeVar, get_type_hints
 
 from utils.errors import InputError
 
@@ -24,7 +26,7 @@ TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "all", "none")
 
 
 def pick(args: argparse.Namespace, options_class: type[Options]) -> Options:
-    """The fields of `options_class` that are flags, with their values; a field that is such a class itself is filled too.
+    """The fields of `options_class` that are flags, with their values; a field that is such a class is filled too.
 
     A field that is neither keeps its default.
     """
@@ -39,16 +41,30 @@ def pick(args: argparse.Namespace, options_class: type[Options]) -> Options:
 
 def parse_training_flags(argv: list[str] | None, description: str) -> argparse.Namespace:
     """Parse and check the flags of an SD training script; exits with 2 and one message when they cannot work."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=_Help, allow_abbrev=False)
+    parser = FlagParser(description=description, formatter_class=_Help, allow_abbrev=False)
     for add_group in (_add_model, _add_data, _add_objective, _add_optimization, _add_precision, _add_run):
         add_group(parser)
     for add_group in (_add_validation, _add_checkpoints, _add_publishing):
         add_group(parser)
-    args = parser.parse_args(argv)
-    problems = find_problems(args)
+    args, unknown = parser.parse_known_args(argv)
+    problems = [*map(parser.describe_unknown, unknown), *find_problems(args)]
     if problems:
         parser.exit(2, f"error: {InputError.from_problems(problems)}\n")
     return args
+
+
+class FlagParser(argparse.ArgumentParser):
+    """Answers to a mistake with one message, and not with the usage of a hundred flags."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see --help)\n")
+
+    def describe_unknown(self, word: str) -> str:
+        """What to say of a word of the command line that no flag took, with the flag that it resembles."""
+        name = word.partition("=")[0]
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        similar = difflib.get_close_matches(name, flags, n=1)
+        return f"{name} is not a flag" + (f": did you mean {similar[0]}?" if similar else " (see --help)")
 
 
 class _Help(argparse.HelpFormatter):
@@ -72,7 +88,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("data")
     group.add_argument("--dataset_name", help="Hub id or folder of a dataset")
     group.add_argument("--dataset_config_name", help="configuration of the dataset, where it has several")
-    group.add_argument("--train_data_dir", help="folder of images with a metadata.jsonl or .csv naming two images a row")
+    group.add_argument(
+        "--train_data_dir", help="folder of images with a metadata.jsonl or .csv naming two images a row"
+    )
     group.add_argument("--train_mix", help="YAML file that lists several datasets with weights")
     group.add_argument("--dataset_split", default="train", help="split to train on")
     group.add_argument("--streaming", action="store_true", help="read the dataset as a stream, without storing it")
@@ -92,7 +110,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "bucket: keep the aspect ratio, batches by shape",
     )  # fmt: skip
     group.add_argument("--center_crop", action="store_true", help="crop the middle instead of a random place")
-    group.add_argument("--random_flip", action="store_true", help="mirror half of the pairs (never 'left'/'right' edits)")
+    group.add_argument(
+        "--random_flip", action="store_true", help="mirror half of the pairs (never 'left'/'right' edits)"
+    )
     group.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that decode images")
     group.add_argument(
         "--cache_latents", action="store_true",
@@ -110,7 +130,9 @@ def _add_objective(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), help="default: what the base predicts")
     group.add_argument("--snr_gamma", type=float, help="min-SNR weighting of the loss, 5.0 recommended (2303.09556)")
-    group.add_argument("--noise_offset", type=float, default=0.0, help="strength of noise added per channel, such as 0.05")
+    group.add_argument(
+        "--noise_offset", type=float, default=0.0, help="strength of noise added per channel, such as 0.05"
+    )
     group.add_argument(
         "--rescale_betas_zero_snr", action="store_true",
         help="rescale the noise schedule to zero terminal SNR (2305.08891), for very dark and bright edits; "
@@ -169,7 +191,9 @@ def _add_validation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--validation_prompt", action="append", default=None, help="instruction for it; may repeat")
     group.add_argument("--num_validation_images", type=int, default=4, help="edits of each picture")
     group.add_argument("--validation_epochs", type=int, default=1, help="epochs between two validations")
-    group.add_argument("--validation_steps", type=int, help="optimizer steps between two validations, instead of epochs")
+    group.add_argument(
+        "--validation_steps", type=int, help="optimizer steps between two validations, instead of epochs"
+    )
     group.add_argument("--validation_split", type=float, default=0.0, help="share of the rows kept out for a loss")
     group.add_argument("--save_best", action="store_true", help="publish the weights with the best held-out loss")
 
@@ -202,12 +226,17 @@ def _find_out_of_range(args: argparse.Namespace) -> list[str]:
         0: ("learning_rate", "lr_warmup_steps", "dataloader_num_workers", "noise_offset", "seed", "adam_epsilon",
             "adam_weight_decay", "max_bad_rows"),
     }  # fmt: skip
-    problems = []
+    problems = [f"--{name} is empty: give a value, or leave the flag out" for name in _find_empty(args)]
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"--{name} is {value}, and it must be a finite number")
     for lowest, names in at_least.items():
         for name in names:
             value = getattr(args, name)
-            if value is not None and not value >= lowest:
+            if value is not None and value < lowest:
                 problems.append(f"--{name} is {value}, and the lowest allowed is {lowest}")
+    if args.seed is not None and args.seed >= 2**63:
+        problems.append(f"--seed is {args.seed}, and it must lie between 0 and 2**63 - 1")
     if args.resolution < 16 or args.resolution % 8:
         problems.append(f"--resolution is {args.resolution}, and it must be a multiple of 8, 16 at least")
     shares = {"conditioning_dropout_prob": 1 / 3, "validation_split": 0.9, "ema_decay": 1.0}
@@ -221,6 +250,11 @@ def _find_out_of_range(args: argparse.Namespace) -> list[str]:
         if not 0 <= getattr(args, name) < 1:
             problems.append(f"--{name} is {getattr(args, name)}, and it must lie between 0 and 1 (1 excluded)")
     return problems
+
+
+def _find_empty(args: argparse.Namespace) -> list[str]:
+    """Flags given without a value, as in `--output_dir=$UNSET`: an empty path would be the current folder."""
+    return [name for name, value in vars(args).items() if value == "" or (isinstance(value, list) and "" in value)]
 
 
 def _find_conflicts(args: argparse.Namespace) -> list[str]:
@@ -247,12 +281,17 @@ def _find_conflicts(args: argparse.Namespace) -> list[str]:
         problems.append("with --train_mix the columns stand in the YAML file, for each dataset its own")
     if args.lr_scheduler != "constant" and args.max_train_steps and args.lr_warmup_steps >= args.max_train_steps:
         problems.append(
-            f"--lr_warmup_steps is {args.lr_warmup_steps}, and it must be below --max_train_steps {args.max_train_steps}"
+            f"--lr_warmup_steps is {args.lr_warmup_steps}, and it must be below --max_train_steps, "
+            f"which is {args.max_train_steps}"
         )
     problems += _find_validation_conflicts(args)
     output_dir = Path(args.output_dir)
     if any(place.is_file() for place in (output_dir, *output_dir.parents)):
         problems.append(f"--output_dir {output_dir} is a file, or lies below one: name a folder")
+    for name in ("pretrained_model_name_or_path", "dataset_name", "train_data_dir"):
+        folder = Path(getattr(args, name) or "")
+        if getattr(args, name) and folder.is_dir() and output_dir.resolve() == folder.resolve():
+            problems.append(f"--output_dir is the folder of --{name}, which would be written over: name another folder")
     return problems
 
 

@@ -109,7 +109,9 @@ def _known_columns(dataset_name: str, features: datasets.Features, given: Column
         if dataset_name.casefold() == name.casefold():
             raise InputError(f"{name} cannot be read as it is: {reason}")
     candidates = {_overlay(columns, given) for columns in KNOWN.values()}
-    matches = [columns for columns in candidates if _fits(columns, features, given)]
+    open_roles = [role for role in ROLES if getattr(given, role) is None]
+    named = [columns for columns in candidates if all(getattr(columns, role) in features for role in open_roles)]
+    matches = [columns for columns in named if _fits(columns, features, given)] or named
     if len(matches) == 1:
         return matches[0]
     missing = ", ".join(getattr(FLAGS, role) for role in ROLES if getattr(given, role) is None)

@@ -8,29 +8,31 @@ generator has a state. Workers get the draws to make, hold nothing, and so their
 from __future__ import annotations
 
 import logging
-import signal
 from collections.abc import Iterator
+from functools import partial
 from itertools import count, islice
 from typing import NamedTuple
 
-import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from utils.buckets import scan_buckets
 from utils.draws import DrawOrder, check_seed
 from utils.errors import InputError
 from utils.geometry import Geometry, Size, prepare_pair
+from utils.latent_cache import LatentCache
 from utils.pixels import BadRow
 from utils.samples import (
     MAX_CONSECUTIVE_BAD_ROWS,
     SampleSettings,
     choose_prompt,
     collate,
+    make_cached_sample,
     make_sample,
     too_many_bad_rows,
 )
 from utils.sources import Source
 from utils.streaming import StreamedBatches, check_streamable
+from utils.workers import BatchLoader
 
 logger = logging.getLogger(__name__)
 
@@ -49,16 +51,18 @@ class Visit(NamedTuple):
 class PairBatches(Dataset):
     """A list of visits -> its batch. A bad row is replaced by the next good one of its source, its draw unchanged."""
 
-    def __init__(self, sources: list[Source], settings: SampleSettings) -> None:
+    def __init__(self, sources: list[Source], settings: SampleSettings, cache: LatentCache | None = None) -> None:
         self.sources = sources
         self.settings = settings
+        self.cache = cache
+        self.prompts = [source.rows.select_columns([source.columns.prompt]) for source in sources] if cache else []
 
     def __getitem__(self, visits: list[Visit]) -> dict | InputError:
         bad_rows: list[tuple[str, str]] = []
         try:
             made = [self._make(visit, bad_rows) for visit in visits]
         except InputError as error:
-            return error  # a worker's exception would reach the user wrapped in a traceback: see BatchLoader
+            return error  # a worker's exception would reach the user wrapped in a traceback: see utils/workers.py
         return collate([sample for sample, _ in made], [row for _, row in made], bad_rows)
 
     def _make(self, visit: Visit, bad_rows: list[tuple[str, str]]) -> tuple[dict, str]:
@@ -69,10 +73,17 @@ class PairBatches(Dataset):
             row = (visit.row + step) % len(source.rows)
             name = source.row_name(row)
             try:
-                return make_sample(source.rows[row], source, visit.draw, self.settings, visit.bucket), name
+                return self._make_from(row, visit), name
             except BadRow as error:
                 bad_rows.append((name, error.reason))
         raise too_many_bad_rows(bad_rows[-num_tries:])
+
+    def _make_from(self, row: int, visit: Visit) -> dict:
+        source = self.sources[visit.source]
+        if self.cache is None:
+            return make_sample(source.rows[row], source, visit.draw, self.settings, visit.bucket)
+        prompt = self.prompts[visit.source][row][source.columns.prompt]
+        return make_cached_sample(prompt, visit.draw, self.settings, partial(self.cache.read, visit.source, row))
 
 
 class BatchPlans(Sampler):
@@ -119,16 +130,6 @@ class BatchPlans(Sampler):
                 queues[bucket] = []
 
 
-class BatchLoader(DataLoader):
-    """A DataLoader whose data may answer with an `InputError`, which is raised here as it is."""
-
-    def __iter__(self) -> Iterator[dict]:
-        for batch in super().__iter__():
-            if isinstance(batch, InputError):
-                raise batch
-            yield batch
-
-
 def make_loader(
     sources: list[Source],
     geometry: Geometry,
@@ -143,6 +144,7 @@ def make_loader(
     start_batch: int = 0,
     num_workers: int = 0,
     pin_memory: bool = False,
+    cache: LatentCache | None = None,
 ) -> DataLoader:
     """The endless loader of this rank's micro-batches from number `start_batch` on; it has no length.
 
@@ -150,7 +152,7 @@ def make_loader(
     `original_sizes`, `crop_top_lefts`, `target_sizes` (B, 2) as (h, w) or (y, x). float32: `noise`, `posterior_noise`
     (B, C, h, w), `offset_noise` (B, C, 1, 1), `dropout` (B,) uniform in [0, 1). Lists: `prompts`, `rows` (names such as
     "train[12]"), `bad_rows` (pairs of name and reason, any number). Iterating raises an `InputError` when all rows, or
-    100 in a row, are bad.
+    100 in a row, are bad. With a `cache`, `moments` float32 (B, 3C, h, w) stands in the place of pixels and sizes.
     """
     settings = SampleSettings(geometry, check_seed(seed), num_train_timesteps, latent_channels, vae_scale_factor)
     if any(source.is_streaming for source in sources):
@@ -159,29 +161,9 @@ def make_loader(
         sampler, num_workers = None, min(num_workers, 1)
     else:
         buckets = scan_buckets(sources, geometry) if geometry.resize_mode == "bucket" else None
-        dataset = PairBatches(sources, settings)
+        dataset = PairBatches(sources, settings, cache)
         sampler = BatchPlans(sources, seed, batch_size, rank, world_size, start_batch, buckets)
-    return BatchLoader(
-        dataset,
-        batch_size=None,
-        sampler=sampler,
-        num_workers=num_workers,
-        collate_fn=_identity,
-        pin_memory=pin_memory,
-        persistent_workers=num_workers > 0,
-        generator=torch.Generator(),  # else starting a loader would draw from torch's global generator
-        worker_init_fn=_ignore_stop_signals,
-    )
-
-
-def _identity(batch: dict) -> dict:
-    return batch
-
-
-def _ignore_stop_signals(_worker: int) -> None:
-    """Ctrl-C and a launcher's SIGTERM reach the whole process group, but the step in hand still needs its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return BatchLoader(dataset, sampler, num_workers, pin_memory)
 
 
 def check_first_rows(sources: list[Source], geometry: Geometry, count: int = 8) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ Notation: x_t = alpha_t x_0 + sigma_t eps, with alpha_t^2 = `alphas_cumprod[t]` 
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -53,13 +54,15 @@ def make_noise_schedule(base_config: dict, options: ObjectiveOptions) -> DDPMSch
 def make_published_scheduler(base_scheduler: SchedulerMixin, schedule: DDPMScheduler) -> SchedulerMixin:
     """The scheduler that is saved with the editor: the base's own class, brought to the schedule trained with.
 
-    A class that cannot rescale its betas (PNDM) would sample another schedule than was trained, so DDIM takes its place.
+    A class that cannot rescale its betas (PNDM) would sample another schedule than was trained, so DDIM takes
+    its place.
     """
     changes = {"prediction_type": schedule.config.prediction_type}
     scheduler_class = type(base_scheduler)
     if schedule.config.rescale_betas_zero_snr:
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        if not hasattr(base_scheduler.config, "rescale_betas_zero_snr"):
+        # Not by the configuration: it keeps keys of other classes, which its own class does not heed.
+        if "rescale_betas_zero_snr" not in inspect.signature(scheduler_class.__init__).parameters:
             scheduler_class = DDIMScheduler
             changes |= {"clip_sample": False, "set_alpha_to_one": False}
     return scheduler_class.from_config(dict(base_scheduler.config), **changes)

@@ -3,15 +3,38 @@
 from __future__ import annotations
 
 import datetime
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from utils.loop import Trainee
+from utils.loop import Trainee, fit
+from utils.run import Run
 from utils.validation import draw_grid
 
 MAX_PAIRS = 16
+
+
+def take_dry_run(run: Run, batches: Iterator[dict]) -> int:
+    """Draw the first batches, take one real step, and say what the whole run would need. Saves only `dry_run.png`."""
+    plan, output_dir, seen = run.plan, run.settings.output_dir, []
+    one_step = replace(
+        run.settings.loop, max_train_steps=plan.progress.global_step + 1, logging_steps=1, checkpointing_steps=1 << 62
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        exit_code = fit(
+            run.accelerator, run.trainee, run.objective, batches, plan.progress, one_step, Path(folder),
+            on_batch=seen.append, on_step=lambda step: None,
+        )  # fmt: skip
+        if run.accelerator.is_main_process:
+            entry = json.loads((Path(folder) / "training_log.jsonl").read_text().splitlines()[-1])
+            draw_pairs(seen).save(output_dir / "dry_run.png")
+            report_dry_run(entry, run.trainee, plan.samples_per_step, plan.max_train_steps, output_dir)
+    return exit_code
 
 
 def draw_pairs(batches: list[dict]) -> Image.Image:
@@ -34,7 +57,9 @@ def size_in_gb(tensors: list[torch.Tensor]) -> float:
 def report_dry_run(entry: dict, trainee: Trainee, samples_per_step: int, max_steps: int, output_dir: Path) -> None:
     """Print the estimate. entry: the log entry of the one step that was taken."""
     weights = size_in_gb([value for value in trainee.model.parameters() if value.requires_grad])
-    state = [v for values in trainee.optimizer.state_dict()["state"].values() for v in values.values() if torch.is_tensor(v)]
+    state = [
+        v for values in trainee.optimizer.state_dict()["state"].values() for v in values.values() if torch.is_tensor(v)
+    ]
     ema = size_in_gb(list(trainee.ema.state_dict().values())) if trainee.ema else 0.0
     seconds = samples_per_step / entry["samples_per_second"]
     duration = datetime.timedelta(seconds=round(seconds * max_steps))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class InputError(ValueError):
@@ -18,9 +21,19 @@ class InputError(ValueError):
 
 @contextmanager
 def exit_on_input_error(exit_code: int = 2) -> Iterator[None]:
-    """Turn an `InputError` into one message on stderr and `exit_code`; any other exception is a bug and shows itself."""
+    """Turn an `InputError` or a full disk into one message on stderr and `exit_code`.
+
+    Any other exception is a bug and shows itself.
+    """
     try:
         yield
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        raise SystemExit(exit_code) from None
+        message = str(error)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        message = f"{error.filename or 'a file'} could not be written: {error.strerror}. Make room, and run this again"
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(exit_code)

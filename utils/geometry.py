@@ -55,6 +55,11 @@ def mentions_direction(prompt: str) -> bool:
     return DIRECTION.search(prompt) is not None
 
 
+def is_mirrored(geometry: Geometry, u_flip: float, prompt: str) -> bool:
+    """Whether a pair is mirrored: half of them, by the uniform draw `u_flip`, where that is asked for and harmless."""
+    return geometry.random_flip and u_flip < 0.5 and not mentions_direction(prompt)
+
+
 def make_buckets(resolution: int) -> list[Size]:
     """Training sizes (h, w) of about resolution² pixels, from 1:2.5 to 2.5:1, in steps of 64 (or less)."""
     step = next((step for step in (64, 32, 16) if resolution >= 4 * step), 8)
@@ -95,7 +100,7 @@ def prepare_pair(
     resized, target = _sizes(original_size, geometry, bucket)
     u_crop = (0.5, 0.5) if geometry.center_crop else u_crop
     top, left = (min(int(u * (r - t + 1)), r - t) for u, r, t in zip(u_crop, resized, target, strict=True))
-    is_flipped = geometry.random_flip and u_flip < 0.5 and not mentions_direction(prompt)
+    is_flipped = is_mirrored(geometry, u_flip, prompt)
     pixels = [_resize_and_crop(image, resized, (top, left), target) for image in (original_image, edited_image)]
     if is_flipped:
         pixels = [array[:, ::-1] for array in pixels]

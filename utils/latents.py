@@ -17,9 +17,7 @@ def encode_moments(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     return vae.encode(scaled.to(vae.dtype)).latent_dist.parameters.float()
 
 
-def sample_edited_latents(
-    moments: torch.Tensor, posterior_noise: torch.Tensor, scaling_factor: float
-) -> torch.Tensor:
+def sample_edited_latents(moments: torch.Tensor, posterior_noise: torch.Tensor, scaling_factor: float) -> torch.Tensor:
     """moments (B, 2C, h, w) and noise (B, C, h, w) => latents to be noised (B, C, h, w)."""
     mean, log_variance = moments.chunk(2, dim=1)
     deviation = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))

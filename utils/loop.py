@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ from diffusers import UNet2DConditionModel
 from tqdm.auto import tqdm
 
 from utils.checkpoints import Progress, load_training_state, load_weights, save_checkpoint
+from utils.curve import append_log
 from utils.errors import InputError
 from utils.models import MovingAverage
 from utils.objective import Objective
@@ -60,8 +60,14 @@ class Trainee:
         return save_checkpoint(output_dir, progress, models, state, limit)
 
     def load(self, checkpoint: Path) -> None:
-        """Take over everything that `save` wrote."""
-        self.model.load_state_dict(load_weights(checkpoint, "unet"))
+        """Take over everything that `save` wrote. Raises `InputError` when it is of another model."""
+        try:
+            self.model.load_state_dict(load_weights(checkpoint, "unet"))
+        except RuntimeError as error:
+            raise InputError(
+                f"the UNet of {checkpoint} does not fit the model of this command, so the run began with another: "
+                "give that one as --pretrained_model_name_or_path"
+            ) from error
         state = load_training_state(checkpoint)
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
@@ -82,7 +88,7 @@ class Window:
     started: float = field(default_factory=time.monotonic)
 
     def read(self, accelerator: Accelerator, first_step: int) -> dict[str, float]:
-        """The one host sync: means over the steps and the processes. Raises `InputError` at a loss that is not finite."""
+        """The one host sync: means over steps and processes. Raises `InputError` at a loss that is not finite."""
         losses, norms = torch.stack(self.losses), torch.stack(self.norms)
         self._stop_at_nan(losses.tolist(), norms.tolist(), first_step, may_skip=accelerator.scaler is not None)
         elapsed = time.monotonic() - self.started
@@ -100,7 +106,7 @@ class Window:
             if loss - loss != 0 or (norm - norm != 0 and not may_skip):
                 rows = sum(self.rows[index * per_step : (index + 1) * per_step], [])
                 raise InputError(
-                    f"training stopped: at step {first_step + index} the loss is {loss} and the gradient's norm {norm}. "
+                    f"training stopped: at step {first_step + index} the loss is {loss}, the gradient's norm {norm}. "
                     f"Rows of that step: {', '.join(rows)}. Look at them; a lower --learning_rate or "
                     "--mixed_precision=bf16 may help. The checkpoints before it stand"
                 )
@@ -205,12 +211,6 @@ def log_window(
         bar.set_postfix(loss=f"{entry['loss']:.4f}", lr=f"{entry['lr']:.2e}", refresh=False)
         append_log(output_dir, {"step": progress.global_step} | entry)
     return Window()
-
-
-def append_log(output_dir: Path, entry: dict) -> None:
-    """Add a line to `training_log.jsonl`, from which the training curve is drawn."""
-    with (output_dir / "training_log.jsonl").open("a") as file:
-        file.write(json.dumps(entry) + "\n")
 
 
 def _agree_to_stop(accelerator: Accelerator, stop: StopSignal, at_sync: bool) -> bool:

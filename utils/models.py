@@ -5,14 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, DiffusionPipeline, SchedulerMixin, StableDiffusionInstructPix2PixPipeline
-from diffusers import UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDPMScheduler,
+    DiffusionPipeline,
+    SchedulerMixin,
+    StableDiffusionInstructPix2PixPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from utils.errors import InputError
 
+PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 EDITOR_CHANNELS = 8  # 4 of the noisy latents, 4 of the original image (paper, section 3.2)
 
 
@@ -44,15 +52,23 @@ class StableDiffusion:
 
 
 def read_configs(options: ModelOptions) -> tuple[dict, dict, dict]:
-    """The configurations of UNet, VAE and scheduler, without their weights. Raises `InputError` when they are missing."""
+    """The configurations of UNet, VAE and scheduler, without weights. Raises `InputError` when they are missing."""
     where = dict(revision=options.revision, cache_dir=options.cache_dir)
     name = options.pretrained_model_name_or_path
+    missing = [part for part in PARTS if Path(name).is_dir() and not (Path(name) / part).is_dir()]
+    if missing:
+        raise InputError(
+            f"--pretrained_model_name_or_path {name} is not the folder of a whole diffusers pipeline: "
+            f"it lacks {', '.join(missing)}"
+        )
     with _explain_missing(name):
         unet = UNet2DConditionModel.load_config(name, subfolder="unet", **where)
         vae = AutoencoderKL.load_config(name, subfolder="vae", **where)
         scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **where)
     if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel" or unet.get("addition_embed_type"):
-        raise InputError(f"{name} is not a Stable Diffusion 1.x/2.x: this script trains those (for SDXL see the README)")
+        raise InputError(
+            f"{name} is not a Stable Diffusion 1.x/2.x: this script trains those (for SDXL see the README)"
+        )
     return unet, vae, scheduler
 
 
@@ -64,14 +80,23 @@ def load_stable_diffusion(options: ModelOptions, unet: UNet2DConditionModel | No
     unet_revision = options.non_ema_revision or options.revision
     with _explain_missing(name):
         return StableDiffusion(
-            tokenizer=CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **where),
+            tokenizer=_load_tokenizer(name, where),
             text_encoder=CLIPTextModel.from_pretrained(name, subfolder="text_encoder", **where, **weights).eval(),
             vae=AutoencoderKL.from_pretrained(name, subfolder="vae", **where, **weights).eval(),
-            unet=unet or UNet2DConditionModel.from_pretrained(
+            unet=unet
+            or UNet2DConditionModel.from_pretrained(
                 name, subfolder="unet", cache_dir=options.cache_dir, revision=unet_revision, **weights
             ),
             scheduler=_load_scheduler(name, where),
         )
+
+
+def _load_tokenizer(name: str, where: dict) -> CLIPTokenizer:
+    """The tokenizer. Where its files are missing, transformers makes one that knows no text at all."""
+    tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **where)
+    if len(tokenizer) < 256:  # a byte-level one has a token for each byte at least
+        raise InputError(f"the tokenizer of {name} is not whole (it lacks vocab.json or tokenizer.json): copy it again")
+    return tokenizer
 
 
 def _load_scheduler(name: str, where: dict) -> SchedulerMixin:
@@ -87,7 +112,7 @@ def _load_scheduler(name: str, where: dict) -> SchedulerMixin:
 
 @contextmanager
 def _explain_missing(name: str) -> Iterator[None]:
-    """diffusers and transformers raise OSError, EnvironmentError or ValueError for files that are missing or damaged."""
+    """diffusers and transformers raise errors of many kinds for files that are missing or damaged."""
     try:
         yield
     except InputError:
@@ -98,7 +123,7 @@ def _explain_missing(name: str) -> Iterator[None]:
         first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise InputError(
             f"--pretrained_model_name_or_path {name} cannot be loaded: {first_line.strip()} "
-            "(give the folder of a whole diffusers pipeline, or its id on the Hub)"
+            "(give the folder of a whole diffusers pipeline, or its id on the Hub; copy a damaged file again)"
         ) from error
     except Exception as error:  # safetensors has an error class of its own for a damaged file
         if type(error).__name__ != "SafetensorError":
@@ -108,19 +133,21 @@ def _explain_missing(name: str) -> Iterator[None]:
 
 def require_text_to_image(unet_config: dict, name: str) -> None:
     """Refuse a UNet that is not a text-to-image one, naming the script that fits."""
-    channels = unet_config["in_channels"]
+    channels = unet_config.get("in_channels", 4)
     if channels == EDITOR_CHANNELS:
         raise InputError(
             f"{name} is an InstructPix2Pix editor already (its UNet takes 8 channels): "
             "continue from it with finetune_instruct_pix2pix.py"
         )
     if channels != 4:
-        raise InputError(f"the UNet of {name} takes {channels} channels, and a text-to-image base takes 4: choose another")
+        raise InputError(
+            f"the UNet of {name} takes {channels} channels, and a text-to-image base takes 4: choose another"
+        )
 
 
 def require_editor(unet_config: dict, name: str) -> None:
     """Refuse a UNet that is not an InstructPix2Pix one, naming the script that fits."""
-    channels = unet_config["in_channels"]
+    channels = unet_config.get("in_channels", 4)
     if channels == 4:
         raise InputError(
             f"{name} is a text-to-image model (its UNet takes 4 channels, an editor's takes 8): "
@@ -167,7 +194,7 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, model: torch.nn.Module, step: int) -> None:
-        """Move towards the model's weights after optimizer step `step`, counted from 1: ema += (1 - decay) (w - ema)."""
+        """Move towards the model's weights after optimizer step `step`, from 1 on: ema += (1 - decay) (w - ema)."""
         decay = min(self.decay, (1 + step) / (10 + step))
         live = [value.detach() for value in model.state_dict().values()]
         torch._foreach_lerp_(list(self._weights.values()), live, 1 - decay)

@@ -24,18 +24,18 @@ class Objective:
     def __call__(self, unet: torch.nn.Module, batch: dict) -> torch.Tensor:
         """Weighted loss of each sample, float32 (B,).
 
-        batch (utils/data.py): original_pixels and edited_pixels uint8 (B, 3, H, W), or their cached moments
-        original_moments and edited_moments (B, 2C, h, w); prompts; timesteps (B,); noise and posterior_noise
-        (B, C, h, w); offset_noise (B, C, 1, 1); dropout (B,) in [0, 1).
+        batch (utils/data.py): original_pixels and edited_pixels uint8 (B, 3, H, W), or the cached moments of both
+        (B, 3C, h, w); prompts; timesteps (B,); noise and posterior_noise (B, C, h, w); offset_noise (B, C, 1, 1);
+        dropout (B,) in [0, 1).
         """
         device = self.vae.device
         carried = {name: value.to(device, non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)}
-        original_moments, edited_moments = self._moments(carried)
+        original_latents, edited_moments = self._encode(carried)
         edited_latents = sample_edited_latents(
             edited_moments, carried["posterior_noise"], self.vae.config.scaling_factor
         )
         is_prompt_null, is_image_null = dropout_masks(carried["dropout"], self.options.conditioning_dropout_prob)
-        original_latents = drop_images(mode_of_original_latents(original_moments), is_image_null)
+        original_latents = drop_images(original_latents, is_image_null)
         prompt_embeds = drop_prompts(
             self.encode_prompts(batch["prompts"]), self.encode_prompts.null_embeds, is_prompt_null
         )  # (B, 77, D)
@@ -48,15 +48,15 @@ class Objective:
         loss = per_sample_loss(prediction, make_target(self.schedule, edited_latents, noise, timesteps))
         return loss * self._weights(timesteps) if self.options.snr_gamma else loss
 
-    def _moments(self, carried: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """Moments of the original and the edited images, each (B, 2C, h, w); both are encoded in one call."""
-        if "original_moments" in carried:
-            return carried["original_moments"], carried["edited_moments"]
+    def _encode(self, carried: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """(image condition (B, C, h, w), moments of the edited images (B, 2C, h, w)); one call encodes both images."""
+        if "moments" in carried:
+            channels = carried["noise"].shape[1]
+            return carried["moments"].split((channels, 2 * channels), dim=1)
         moments = encode_moments(self.vae, torch.cat([carried["original_pixels"], carried["edited_pixels"]]))
-        return moments.chunk(2)
+        original_moments, edited_moments = moments.chunk(2)
+        return mode_of_original_latents(original_moments), edited_moments
 
     def _weights(self, timesteps: torch.Tensor) -> torch.Tensor:
         alphas_cumprod = self.schedule.alphas_cumprod.to(timesteps.device)
-        return min_snr_weights(
-            alphas_cumprod, timesteps, self.options.snr_gamma, self.schedule.config.prediction_type
-        )
+        return min_snr_weights(alphas_cumprod, timesteps, self.options.snr_gamma, self.schedule.config.prediction_type)

@@ -1,4 +1,4 @@
-"""What a run was asked for, and everything that is looked for before a model is loaded."""
+"""Everything that is looked for before a model is loaded, and what was found."""
 
 from __future__ import annotations
 
@@ -23,80 +23,17 @@ from utils.checkpoints import (
     read_progress,
     remove_unfinished,
 )
+from utils.curve import cut_log
 from utils.data import check_first_rows
-from utils.diffusion import ObjectiveOptions, make_noise_schedule
+from utils.diffusion import make_noise_schedule
 from utils.errors import InputError
-from utils.geometry import Geometry
 from utils.hub import check_push_rights
-from utils.loop import LoopOptions
-from utils.models import ModelOptions, read_configs
-from utils.optimization import OptimizationOptions
+from utils.models import read_configs
 from utils.pictures import load_picture
-from utils.publishing import PublishingOptions
-from utils.runtime import MachineOptions
+from utils.settings import DataOptions, RunOptions, Settings
 from utils.sources import Source, hold_out, open_mix, open_source, sources_digest
-from utils.validation import ValidationOptions, cut_log
 
 FIRST_ROWS = 8
-
-
-@dataclass(frozen=True)
-class DataOptions:
-    """The fields are flags."""
-
-    dataset_name: str | None = None
-    dataset_config_name: str | None = None
-    train_data_dir: str | None = None
-    train_mix: str | None = None
-    dataset_split: str = "train"
-    streaming: bool = False
-    original_image_column: str | None = None
-    edit_prompt_column: str | None = None
-    edited_image_column: str | None = None
-    max_train_samples: int | None = None
-    max_bad_rows: float = 0.01
-    validation_split: float = 0.0
-    cache_dir: str | None = None
-    dataloader_num_workers: int = 0
-    train_batch_size: int = 16
-    cache_latents: bool = False
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """The fields are flags."""
-
-    output_dir: str = "instruct-pix2pix-model"
-    seed: int | None = None
-    dry_run: bool = False
-    num_train_epochs: int = 100
-    max_train_steps: int | None = None
-    resume_from_checkpoint: str | None = None
-    gradient_checkpointing: bool = False
-    use_ema: bool = False
-    ema_decay: float = 0.9999
-    val_image_url: list[str] | None = None
-    validation_prompt: list[str] | None = None
-
-
-@dataclass(frozen=True)
-class Settings:
-    """Everything that a run was asked for, by concern."""
-
-    machine: MachineOptions
-    model: ModelOptions
-    data: DataOptions
-    geometry: Geometry
-    objective: ObjectiveOptions
-    optimization: OptimizationOptions
-    loop: LoopOptions
-    validation: ValidationOptions
-    publishing: PublishingOptions
-    run: RunOptions
-
-    @property
-    def output_dir(self) -> Path:
-        return Path(self.run.output_dir)
 
 
 @dataclass
@@ -149,14 +86,22 @@ def make_plan(accelerator: Accelerator, settings: Settings, check_base: Callable
 def prepare_output_dir(accelerator: Accelerator, settings: Settings) -> None:
     """Make the folder, see that it can be written to, and clear away what a killed run left unfinished."""
     if accelerator.is_main_process:
-        try:
-            settings.output_dir.mkdir(parents=True, exist_ok=True)
-            remove_unfinished(settings.output_dir)
-            with tempfile.TemporaryFile(dir=settings.output_dir) as probe:
-                probe.write(b"x" * 65536)
-        except OSError as error:
-            raise InputError(f"--output_dir {settings.output_dir} cannot be written to: {error.strerror}") from error
+        make_writable(settings.output_dir, "--output_dir")
+        if settings.machine.report_to in ("tensorboard", "all"):
+            make_writable(settings.output_dir / settings.machine.logging_dir, "--logging_dir")
+        remove_unfinished(settings.output_dir)
     accelerator.wait_for_everyone()
+
+
+def make_writable(folder: Path, flag: str) -> None:
+    """Make the folder and try to write to it. Raises `InputError` that names `flag`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"x" * 65536)
+    except OSError as error:
+        message = f"{flag} {folder} cannot be written to ({error.strerror}): name another folder, or make room"
+        raise InputError(message) from error
 
 
 def draw_seed() -> int:
@@ -210,7 +155,8 @@ def describe_run(
     fixed |= {"validation_split": settings.data.validation_split, "seed": seed}
     if settings.geometry.resize_mode == "bucket":
         fixed["samples per micro-step"] = settings.data.train_batch_size * accelerator.num_processes
-    return {"dataset": sources_digest(sources), "samples per step": samples_per_step} | fixed
+    per_step = "samples per step (train_batch_size x gradient_accumulation_steps x processes)"
+    return {"dataset": sources_digest(sources), per_step: samples_per_step} | fixed
 
 
 def agree_on_repository(accelerator: Accelerator, settings: Settings) -> str | None:
@@ -231,7 +177,6 @@ def write_settings(accelerator: Accelerator, settings: Settings, plan: Plan) -> 
     """Keep the flags in `args.json`, without the token."""
     if not accelerator.is_main_process or settings.run.dry_run:
         return
-    values = {key: value for concern in asdict(settings).values() for key, value in concern.items()}
-    values |= {"hub_token": None, "seed": plan.progress.seed, "max_train_steps": plan.max_train_steps}
+    values = settings.by_flag() | {"seed": plan.progress.seed, "max_train_steps": plan.max_train_steps}
     (settings.output_dir / "args.json").write_text(json.dumps(values, indent=1) + "\n")
     cut_log(settings.output_dir, plan.progress.global_step)

@@ -5,28 +5,22 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 
 from utils.card import ModelFacts, write_card
-from utils.checkpoints import UNFINISHED, load_weights, remove_whole, save_weights
-from utils.errors import InputError
+from utils.checkpoints import load_weights, remove_whole, save_weights, written_beside
 from utils.hub import upload
+from utils.models import load_stable_diffusion, make_editor
+from utils.plan import Plan
+from utils.run import Run
+from utils.settings import PublishingOptions, Settings
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class PublishingOptions:
-    """The fields are flags."""
-
-    push_to_hub: bool = False
-    hub_model_id: str | None = None
-    hub_private_repo: bool = False
-    hub_token: str | None = None
 
 
 @dataclass(frozen=True)
@@ -44,12 +38,11 @@ class BestWeights:
         """Replace what was kept by the UNet as it is now."""
         if not self.enabled:
             return
-        unfinished = self.output_dir / f"{UNFINISHED}{self.place.name}"
-        remove_whole(unfinished)
-        save_weights(unfinished / "unet", unet, unet.state_dict())
-        (unfinished / "best.json").write_text(json.dumps({"global_step": step, "held_out_loss": loss}))
-        remove_whole(self.place)
-        unfinished.rename(self.place)
+        with written_beside(self.place) as unfinished:
+            save_weights(unfinished / "unet", unet, unet.state_dict())
+            (unfinished / "best.json").write_text(json.dumps({"global_step": step, "held_out_loss": loss}))
+            remove_whole(self.place)
+            unfinished.rename(self.place)
 
     def load(self) -> tuple[dict[str, torch.Tensor], dict] | None:
         """(weights, what is known of them), or None where nothing was kept."""
@@ -64,23 +57,13 @@ def save_pipeline(pipeline: DiffusionPipeline, output_dir: Path) -> None:
     Until that file stands, nothing takes the folder for a whole pipeline. Raises `InputError` where it cannot be
     written; the checkpoints stand.
     """
-    unfinished = output_dir / f"{UNFINISHED}pipeline"
-    try:
-        remove_whole(unfinished)
+    with written_beside(output_dir / "pipeline") as unfinished:
         pipeline.save_pretrained(unfinished)
         (output_dir / "model_index.json").unlink(missing_ok=True)
         for part in sorted(unfinished.iterdir(), key=lambda path: path.name == "model_index.json"):
             remove_whole(output_dir / part.name)
             part.rename(output_dir / part.name)
         unfinished.rmdir()
-    except Exception as error:
-        remove_whole(unfinished)
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise InputError(
-                f"the pipeline could not be written to {output_dir}: {error}. The checkpoints stand: make room and run "
-                "the same command with --resume_from_checkpoint latest"
-            ) from error
-        raise
 
 
 def publish(
@@ -93,3 +76,56 @@ def publish(
     if repo_id:
         url = upload(output_dir, repo_id, options.hub_token, private=options.hub_private_repo)
         print(f"pushed to {url}", file=sys.stderr, flush=True)
+
+
+def finish(run: Run, best: BestWeights) -> None:
+    """Publish the editor: float32 throughout, with the best or the averaged weights where they were kept."""
+    settings, plan, trainee = run.settings, run.plan, run.trainee
+    results = {}
+    kept = best.load()
+    if kept:
+        trainee.model.load_state_dict(kept[0])
+        results = {"held-out loss": kept[1]["held_out_loss"], "at step": kept[1]["global_step"]}
+    elif trainee.ema:
+        trainee.model.load_state_dict(trainee.ema.state_dict())
+    unet = trainee.model.to("cpu", memory_format=torch.contiguous_format)
+    parts = load_stable_diffusion(settings.model, unet=unet)  # the frozen ones anew: in memory they may have 16 bits
+    pipeline = make_editor(parts, make_published_scheduler(parts.scheduler, plan.schedule))
+    curve = draw_curve(settings.output_dir)
+    held_out = [entry["held_out_loss"] for entry in read_log(settings.output_dir) if "held_out_loss" in entry]
+    if held_out and not results:
+        results = {"held-out loss": held_out[-1]}
+    samples = sorted((settings.output_dir / "validation").glob("step-*.png"), key=lambda path: int(path.stem[5:]))
+    facts = ModelFacts(
+        base_model=settings.model.pretrained_model_name_or_path,
+        command=["accelerate", "launch", *sys.argv],
+        repo_id=plan.repo_id,
+        datasets=name_datasets(settings, plan),
+        hyperparameters={"steps": plan.progress.global_step, "samples per step": plan.samples_per_step}
+        | asdict(settings.objective) | asdict(settings.optimization) | asdict(settings.geometry)
+        | {"use_ema": settings.run.use_ema, "seed": plan.progress.seed},
+        results=results,
+        widget=save_inputs(settings.output_dir, plan.pairs),
+        samples=[f"validation/{path.name}" for path in samples[-1:]],
+        curve=curve.name if curve else None,
+        resolution=settings.geometry.resolution,
+    )  # fmt: skip
+    publish(pipeline, settings.output_dir, facts, settings.publishing, plan.repo_id)
+
+
+def name_datasets(settings: Settings, plan: Plan) -> list[str]:
+    """Ids or folders of what was trained on."""
+    if settings.data.train_mix:
+        return [source.name.rsplit(":", 1)[0] for source in plan.sources]
+    return [settings.data.dataset_name or settings.data.train_data_dir]
+
+
+def save_inputs(output_dir: Path, pairs: list[tuple[Image.Image, str]]) -> list[tuple[str, str]]:
+    """Keep the validation pictures for the card's widgets: (path in output_dir, instruction) each."""
+    widget = []
+    for index, (image, prompt) in enumerate(pairs):
+        path = Path("validation") / f"input-{index}.png"
+        (output_dir / path).parent.mkdir(exist_ok=True)
+        image.save(output_dir / path)
+        widget.append((str(path), prompt))
+    return widget

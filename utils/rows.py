@@ -47,7 +47,8 @@ def open_rows(
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
         what = f"the folder {name}" if path.is_dir() else f"the dataset {name} from the Hugging Face Hub"
         reason = f"{type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else str(error)
-        raise InputError(f"cannot open {what}, config {config!r}, split {split!r}: {reason}") from error
+        advice = "" if path.is_dir() else ". Check the id and the network; a folder of your own is given by its path"
+        raise InputError(f"cannot open {what}, config {config!r}, split {split!r}: {reason}{advice}") from error
 
 
 def _with_features(name: str, rows: datasets.IterableDataset) -> datasets.IterableDataset:

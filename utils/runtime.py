@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import signal
@@ -41,16 +40,20 @@ def find_machine_problems(options: MachineOptions) -> list[str]:
     """What this machine cannot do of what was asked; one sentence each, saying what to change."""
     problems = []
     precision = options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("no", "fp16", "bf16"):
+        problems.append(f"accelerate is set to {precision}, and this script trains in no (float32), fp16 or bf16")
     has_gpu = torch.cuda.is_available()
     if precision == "fp16" and not has_gpu:
         problems.append(
-            "fp16 was asked for (--mixed_precision of the script or of accelerate launch), and this machine has no GPU: "
+            "fp16 was asked for (--mixed_precision of the script or of accelerate), and this machine has no GPU: "
             "use --mixed_precision=no in both places, or bf16 where the processor has it"
         )
     if precision == "bf16" and has_gpu and not torch.cuda.is_bf16_supported():
         problems.append("bf16 was asked for, and this GPU does not have it: use --mixed_precision=fp16")
     if options.enable_xformers_memory_efficient_attention and not (has_gpu and is_installed("xformers")):
-        reason = "this machine has no GPU" if not has_gpu else "xformers is not installed (see requirements-optional.txt)"
+        reason = (
+            "this machine has no GPU" if not has_gpu else "xformers is not installed (see requirements-optional.txt)"
+        )
         problems.append(
             f"--enable_xformers_memory_efficient_attention was given, and {reason}: drop the flag, "
             "PyTorch's own memory-efficient attention is used then"
@@ -68,14 +71,23 @@ def find_tracker_problems(report_to: str) -> list[str]:
         return []
     if not is_installed(TRACKER_PACKAGES[report_to]):
         return [f"--report_to {report_to} needs its package: pip install {TRACKER_PACKAGES[report_to]}"]
-    if report_to == "wandb" and os.environ.get("WANDB_MODE") not in ("offline", "disabled", "dryrun"):
-        import wandb
-
-        if not wandb.api.api_key:
-            return ["--report_to wandb: you are not logged in: run `wandb login`, or set WANDB_MODE=offline"]
+    if report_to == "wandb" and (reason := _why_wandb_refuses()):
+        return [f"--report_to wandb: {reason}: run `wandb login`, or set WANDB_MODE=offline"]
     if report_to == "comet_ml" and not (os.environ.get("COMET_API_KEY") or (Path.home() / ".comet.config").exists()):
         return ["--report_to comet_ml: no key found: set COMET_API_KEY, or run `comet login`"]
     return []
+
+
+def _why_wandb_refuses() -> str | None:
+    """Asks the server without asking the user; None where wandb is logged in, offline or switched off."""
+    import wandb
+
+    if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):
+        return None
+    try:
+        return None if wandb.login(prompt=False) else "you are not logged in"
+    except wandb.errors.Error as error:
+        return str(error).rstrip(".")
 
 
 def start_accelerator(options: MachineOptions) -> Accelerator:
@@ -102,28 +114,19 @@ def start_accelerator(options: MachineOptions) -> Accelerator:
 
 
 def choose_trackers(report_to: str) -> list[str] | None:
-    """Names for accelerate's `log_with`; "all" stands for those that are installed and can log in without a question."""
+    """Names for accelerate's `log_with`; "all" stands for those installed that log in without a question."""
     if report_to == "none":
         return None
     if report_to != "all":
         return [report_to]
-    return [name for name, package in TRACKER_PACKAGES.items() if is_installed(package) and not find_tracker_problems(name)]
+    return [
+        name for name, package in TRACKER_PACKAGES.items() if is_installed(package) and not find_tracker_problems(name)
+    ]
 
 
 def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
     """The dtype of the frozen models (VAE, text encoder): 16 bits under mixed precision, they need no gradients."""
     return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-
-
-def follow_the_launcher() -> None:
-    """Ask Linux to send this process SIGTERM when `accelerate launch` dies.
-
-    The launcher passes no signal on: killed alone, it would leave the training running unseen. This way its end
-    reaches us as a SIGTERM, and a checkpoint is written.
-    """
-    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 
 from utils.draws import sample_draws
 from utils.errors import InputError
-from utils.geometry import Geometry, PreparedPair, Size, prepare_pair
+from utils.geometry import Geometry, PreparedPair, Size, is_mirrored, prepare_pair
 from utils.pixels import BadRow
 from utils.sources import Source
 
@@ -42,6 +43,21 @@ def make_sample(row: dict, source: Source, draw: int, settings: SampleSettings, 
     return dict(pair=pair, prompt=prompt, draws=draws)
 
 
+def make_cached_sample(
+    prompt_value: object, draw: int, settings: SampleSettings, read_moments: Callable[[bool], np.ndarray]
+) -> dict:
+    """As `make_sample`, with the pair's moments (utils/latent_cache.py) in the place of its pixels. Raises `BadRow`.
+
+    `read_moments(is_flipped)` gives float32 (3C, h, w).
+    """
+    side = settings.geometry.resolution // settings.vae_scale_factor
+    latent_shape = (settings.latent_channels, side, side)
+    draws = sample_draws(settings.seed, draw, latent_shape, settings.num_train_timesteps)
+    prompt = choose_prompt(prompt_value, draws["u_prompt"])
+    moments = read_moments(is_mirrored(settings.geometry, draws["u_flip"], prompt))
+    return dict(moments=moments, prompt=prompt, draws=draws)
+
+
 def choose_prompt(value: object, u_prompt: float) -> str:
     """The prompt of a row; of a list, one of those that are not empty, by the uniform draw `u_prompt`."""
     if isinstance(value, (list, tuple, np.ndarray)):
@@ -60,27 +76,35 @@ def choose_prompt(value: object, u_prompt: float) -> str:
 
 def collate(samples: list[dict], rows: list[str], bad_rows: list[tuple[str, str]]) -> dict:
     """Samples of one size -> the batch that the training step takes (shapes in `make_loader`)."""
-    pairs: list[PreparedPair] = [sample["pair"] for sample in samples]
     draws = [sample["draws"] for sample in samples]
-
-    def stack(values: list) -> torch.Tensor:
-        return torch.from_numpy(np.stack(values))
-
-    return dict(
-        original_pixels=stack([pair.original for pair in pairs]),
-        edited_pixels=stack([pair.edited for pair in pairs]),
+    images = (
+        {"moments": _stack([s["moments"] for s in samples])} if "moments" in samples[0] else _collate_pairs(samples)
+    )
+    return images | dict(
         prompts=[sample["prompt"] for sample in samples],
         timesteps=torch.tensor([draw["timestep"] for draw in draws], dtype=torch.int64),
-        noise=stack([draw["noise"] for draw in draws]),
-        posterior_noise=stack([draw["posterior_noise"] for draw in draws]),
-        offset_noise=stack([draw["offset_noise"] for draw in draws]),
+        noise=_stack([draw["noise"] for draw in draws]),
+        posterior_noise=_stack([draw["posterior_noise"] for draw in draws]),
+        offset_noise=_stack([draw["offset_noise"] for draw in draws]),
         dropout=torch.tensor([draw["u_dropout"] for draw in draws], dtype=torch.float32),
-        original_sizes=torch.tensor([pair.original_size for pair in pairs], dtype=torch.int64),
-        crop_top_lefts=torch.tensor([pair.crop_top_left for pair in pairs], dtype=torch.int64),
-        target_sizes=torch.tensor([pair.target_size for pair in pairs], dtype=torch.int64),
         rows=rows,
         bad_rows=bad_rows,
     )
+
+
+def _collate_pairs(samples: list[dict]) -> dict[str, torch.Tensor]:
+    pairs: list[PreparedPair] = [sample["pair"] for sample in samples]
+    return dict(
+        original_pixels=_stack([pair.original for pair in pairs]),
+        edited_pixels=_stack([pair.edited for pair in pairs]),
+        original_sizes=torch.tensor([pair.original_size for pair in pairs], dtype=torch.int64),
+        crop_top_lefts=torch.tensor([pair.crop_top_left for pair in pairs], dtype=torch.int64),
+        target_sizes=torch.tensor([pair.target_size for pair in pairs], dtype=torch.int64),
+    )
+
+
+def _stack(arrays: list[np.ndarray]) -> torch.Tensor:
+    return torch.from_numpy(np.stack(arrays))
 
 
 def too_many_bad_rows(bad_rows: list[tuple[str, str]]) -> InputError:

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
-from torch.utils.data import IterableDataset
+import fsspec.asyn
+from torch.utils.data import IterableDataset, get_worker_info
 
 from utils.errors import InputError
 from utils.geometry import Geometry
@@ -56,9 +57,11 @@ class StreamedBatches(IterableDataset):
         try:
             yield from self._batches()
         except InputError as error:
-            yield error  # raised by BatchLoader, without a worker's traceback around it
+            yield error  # raised by BatchLoader
 
     def _batches(self) -> Iterator[dict]:
+        if get_worker_info() is not None:
+            fsspec.asyn.reset_lock()  # the lock of remote files came along from the process that was forked
         window = _Window(self._endless_rows())
         window.skip(self.start_batch * self.global_batch_size)
         with ThreadPoolExecutor(self.num_threads) as threads:
@@ -76,9 +79,11 @@ class StreamedBatches(IterableDataset):
         for epoch in count():
             shuffled.set_epoch(epoch)
             is_empty = True
-            for row in shuffled:
+            # Not `for row in shuffled`: inside a worker, datasets would deal its shards out among the workers and
+            # shuffle in another order than without one.
+            for rows in shuffled.iter(batch_size=1):
                 is_empty = False
-                yield row
+                yield {name: values[0] for name, values in rows.items()}
             if is_empty:
                 raise InputError(f"the stream of the split {self.source.name!r} has no rows")
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,22 +12,62 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 
+from utils.curve import append_log, draw_curve
+from utils.diffusion import make_published_scheduler
 from utils.editing import edit_images, fit_image, size_multiple
+from utils.models import make_editor
 from utils.objective import Objective
+from utils.plan import count_rows
+from utils.publishing import BestWeights
+from utils.run import Run
+from utils.settings import ValidationOptions
 
 NUM_INFERENCE_STEPS, GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE = 20, 7.0, 1.5  # as diffusers validates
 LABEL_HEIGHT = 16
 QUARTERS = 4
 
 
-@dataclass(frozen=True)
-class ValidationOptions:
-    """The fields are flags."""
+def validate(run: Run, best: BestWeights, step: int) -> None:
+    """Where `step` is one to validate after: held-out loss, edited pictures and the curve, with the EMA weights."""
+    plan, trainee, options = run.plan, run.trainee, run.settings.validation
+    is_due = is_validation_step(step, plan.max_train_steps, plan.steps_per_epoch, options)
+    if not is_due or plan.progress.validated_step == step:
+        return
+    trainee.model.eval()
+    with trainee.ema.swapped_into(trainee.model) if trainee.ema else nullcontext(), torch.no_grad():
+        if plan.held_out:
+            measure_held_out(run, best, step)
+        if plan.pairs and run.accelerator.is_main_process:
+            editor = make_editor(run.parts, make_published_scheduler(run.parts.scheduler, plan.schedule))
+            with run.accelerator.autocast():
+                rows = sample_edits(
+                    editor,
+                    plan.pairs,
+                    options.num_validation_images,
+                    plan.progress.seed,
+                    run.settings.geometry.resolution,
+                )
+            show_edits(run.accelerator, run.settings.output_dir, plan.pairs, rows, step)
+    trainee.model.train()
+    plan.progress.validated_step = step
+    if run.accelerator.is_main_process:
+        draw_curve(run.settings.output_dir)
 
-    num_validation_images: int = 4
-    validation_epochs: int = 1
-    validation_steps: int | None = None
-    save_best: bool = False
+
+def measure_held_out(run: Run, best: BestWeights, step: int) -> None:
+    """Log the held-out loss, and keep the weights where it is the best so far."""
+    progress = run.plan.progress
+    losses = held_out_loss(
+        run.accelerator, run.objective, run.trainee.unet, run.held_out_batches(), count_rows(run.plan.held_out)
+    )
+    run.accelerator.log(losses, step=step)
+    is_best = progress.best_loss is None or losses["held_out_loss"] < progress.best_loss
+    if is_best:
+        progress.best_loss = losses["held_out_loss"]
+    if run.accelerator.is_main_process:
+        append_log(run.settings.output_dir, {"step": step} | losses)
+        if is_best:
+            best.keep(run.trainee.model, step, losses["held_out_loss"])
 
 
 def is_validation_step(step: int, max_steps: int, steps_per_epoch: float, options: ValidationOptions) -> bool:
@@ -44,7 +83,7 @@ def is_validation_step(step: int, max_steps: int, steps_per_epoch: float, option
 def sample_edits(
     pipeline: DiffusionPipeline, pairs: list[tuple[Image.Image, str]], num_images: int, seed: int, resolution: int
 ) -> list[list[Image.Image]]:
-    """For every (image, instruction): the image as the model takes it and `num_images` edits, seeded with seed + 0, 1, ..."""
+    """For every (image, instruction): the image as the model takes it and `num_images` edits, seeded seed + 0, 1, ..."""
     rows = []
     for image, prompt in pairs:
         fitted = fit_image(image, resolution, size_multiple(pipeline))
@@ -120,66 +159,22 @@ def held_out_loss(
     return {"held_out_loss": sum(means) / QUARTERS} | {f"held_out_loss_q{q + 1}": m for q, m in enumerate(means)}
 
 
-def read_log(output_dir: Path) -> list[dict]:
-    """The entries of `training_log.jsonl`; a line cut off by a kill is left out."""
-    path = output_dir / "training_log.jsonl"
-    entries = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            entries.append(json.loads(line))
-        except ValueError:
-            continue
-    return entries
-
-
-def cut_log(output_dir: Path, last_step: int) -> None:
-    """Forget what a killed run logged after the checkpoint that it goes on from."""
-    kept = [entry for entry in read_log(output_dir) if entry["step"] <= last_step]
-    unfinished = output_dir / ".unfinished-training_log.jsonl"
-    unfinished.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
-    unfinished.rename(output_dir / "training_log.jsonl")
-
-
-def draw_curve(output_dir: Path) -> Path | None:
-    """Draw loss, held-out loss and learning rate over the steps into `training_curve.png`; None without entries."""
-    entries = read_log(output_dir)
-    training = [entry for entry in entries if "loss" in entry]
-    if not training:
-        return None
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    loss_axis = figure.add_subplot()
-    steps = [entry["step"] for entry in training]
-    losses = np.array([entry["loss"] for entry in training])
-    loss_axis.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
-    loss_axis.plot(steps, _smooth(losses), color="tab:blue", label="training loss (smoothed)")
-    held_out = [entry for entry in entries if "held_out_loss" in entry]
-    if held_out:
-        loss_axis.plot(
-            [entry["step"] for entry in held_out], [entry["held_out_loss"] for entry in held_out],
-            "o-", color="tab:orange", markersize=3, label="held-out loss",
-        )  # fmt: skip
-    if losses.min() > 0:
-        loss_axis.set_yscale("log")
-    loss_axis.set(xlabel="optimizer step", ylabel="loss")
-    rate_axis = loss_axis.twinx()
-    rate_axis.plot(steps, [entry["lr"] for entry in training], color="tab:gray", linestyle=":", label="learning rate")
-    rate_axis.set_ylabel("learning rate")
-    rate_axis.set_ylim(bottom=0)
-    handles = [handle for axis in (loss_axis, rate_axis) for handle in axis.get_legend_handles_labels()[0]]
-    loss_axis.legend(handles=handles, loc="upper right")
-    path = output_dir / "training_curve.png"
-    figure.savefig(path, dpi=110)
-    return path
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Moving average over about a twentieth of the run, shorter at the ends."""
-    width = max(1, len(values) // 20)
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(len(values))
-    low, high = np.maximum(ends - width, 0), np.minimum(ends + width + 1, len(values))
-    return (sums[high] - sums[low]) / (high - low)
+def show_edits(
+    accelerator: Accelerator,
+    output_dir: Path,
+    pairs: list[tuple[Image.Image, str]],
+    rows: list[list[Image.Image]],
+    step: int,
+) -> None:
+    """Save the pictures of a validation as `validation/step-N.png`, each row the picture and its edits; log them."""
+    sheet = draw_grid(rows, [prompt for _, prompt in pairs], cell=max(128, *(max(row[0].size) for row in rows)))
+    folder = output_dir / "validation"
+    folder.mkdir(exist_ok=True)
+    unfinished = folder / f".unfinished-step-{step}.png"
+    sheet.save(unfinished)
+    unfinished.rename(folder / f"step-{step}.png")
+    log_images(
+        accelerator,
+        {f"validation/{i} {pair[1]}": row for i, (pair, row) in enumerate(zip(pairs, rows, strict=True))},
+        step,
+    )

@@ -1,0 +1,102 @@
+"""The networks of the toy Stable Diffusion: the classes of the real one, made very small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+SIZE = 64
+
+
+def make_tokenizer(texts: list[str], output: Path) -> CLIPTokenizer:
+    """Byte-level BPE in CLIP's form, learned from `texts`; any other text falls back to letters. Saved in `output`."""
+    trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    trained.normalizer = normalizers.Lowercase()
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Whitespace(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    trained.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=2000, end_of_word_suffix="</w>", show_progress=False)
+    )
+    merges = [tuple(merge) for merge in json.loads(trained.to_str())["model"]["merges"]]
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = letters + [letter + "</w>" for letter in letters] + ["".join(merge) for merge in merges]
+    words = list(dict.fromkeys(words)) + ["<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(
+        vocab={word: index for index, word in enumerate(words)}, merges=merges, model_max_length=77
+    )
+    tokenizer.save_pretrained(output)
+    # The older pair of files too: not every reader of a Stable Diffusion folder knows tokenizer.json.
+    (output / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (output / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges))
+    return tokenizer
+
+
+def make_vae() -> AutoencoderKL:
+    """0.4M parameters; 64 pixels become 4 x 32 x 32: halving only once keeps reconstructions sharp."""
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=(32, 48),
+        layers_per_block=1,
+        norm_num_groups=8,
+        latent_channels=4,
+        mid_block_add_attention=False,
+        sample_size=SIZE,
+    )
+
+
+def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Two layers of width 96."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            intermediate_size=192,
+            num_hidden_layers=2,
+            num_attention_heads=3,
+            max_position_embeddings=77,
+            projection_dim=96,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def make_unet() -> UNet2DConditionModel:
+    """1.9M parameters, text only at 8 x 8: every edit of the toy world is one for the whole picture."""
+    return UNet2DConditionModel(
+        sample_size=SIZE // 2,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(32, 48, 96),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D", "UpBlock2D"),
+        cross_attention_dim=96,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
+
+
+def make_scheduler() -> DDIMScheduler:
+    """v-prediction down to zero signal: without it no model of this size learns to darken a whole picture.
+
+    Trailing spacing uses no steps_offset; it is 1 because stock pipelines warn about any other value.
+    """
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        steps_offset=1,
+        clip_sample=False,
+        set_alpha_to_one=True,
+    )

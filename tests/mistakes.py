@@ -1,0 +1,91 @@
+"""Training scripts in this process, for runs that go wrong: what the user sees, and what stands afterwards."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from collections.abc import Callable
+from contextlib import redirect_stderr
+from pathlib import Path
+from unittest import mock
+
+import torch
+
+import train_instruct_pix2pix
+
+UNTOUCHED = ("model_index.json", "unet/", "checkpoint-")  # of what stood, what even a run that started leaves alone
+
+Script = Callable[[list[str]], int]
+
+
+def run_here(flags: list[str], script: Script) -> tuple[int, str]:
+    """Exit code and everything that appeared on stderr, log lines included."""
+    seen = io.StringIO()
+    handler = logging.StreamHandler(seen)  # pytest has taken the place of the one that the script would install
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger().addHandler(handler)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more only wait for one another on so small a model
+    try:
+        with redirect_stderr(seen):
+            code = script(flags)
+    except SystemExit as exit:
+        code = exit.code
+    finally:
+        torch.set_num_threads(num_threads)
+        logging.getLogger().removeHandler(handler)
+    return code, seen.getvalue()
+
+
+def fails_early(flags: list[str], *words: str, script: Script = train_instruct_pix2pix.main) -> str:
+    """Ends with 2 and nothing but one message, before a model is loaded; every file in output_dir stands unharmed."""
+    stood = read_files(output_dir_of(flags))
+    refusal = AssertionError("a model was loaded")
+    with mock.patch("utils.training.load_stable_diffusion", side_effect=refusal):
+        code, seen = run_here(flags, script)
+    assert code == 2 and seen.startswith("error: "), seen
+    _check_message(seen, words)
+    assert stood.items() <= read_files(output_dir_of(flags)).items()
+    return seen
+
+
+def fails_late(flags: list[str], *words: str, script: Script = train_instruct_pix2pix.main) -> str:
+    """As `fails_early`, after models were loaded: an editor and checkpoints that stood stand unharmed."""
+    stood = {name: content for name, content in read_files(output_dir_of(flags)).items() if name.startswith(UNTOUCHED)}
+    code, seen = run_here(flags, script)
+    assert code == 2, seen
+    _check_message(seen, words)
+    left = read_files(output_dir_of(flags))
+    assert stood.items() <= left.items()
+    assert not [name for name in left if ".unfinished" in name]
+    return seen
+
+
+def finishes(flags: list[str], *words: str, script: Script = train_instruct_pix2pix.main) -> str:
+    """Ends with 0 and a published editor, and says `words`; returns all that it said."""
+    code, seen = run_here(flags, script)
+    assert code == 0, seen
+    assert "error" not in seen and all(word in seen for word in words), seen
+    published = output_dir_of(flags)
+    assert (published / "model_index.json").is_file() and (published / "README.md").is_file()
+    assert json.loads((published / "unet/config.json").read_text())["in_channels"] == 8
+    return seen
+
+
+def _check_message(seen: str, words: tuple[str, ...]) -> None:
+    assert "Traceback" not in seen
+    lines = seen.splitlines()
+    assert sum(line.startswith("error: ") for line in lines) == 1, seen
+    message = seen[seen.index("error: ") :]
+    assert not [word for word in words if word not in message], message
+
+
+def output_dir_of(flags: list[str]) -> Path:
+    """The last --output_dir among the flags."""
+    return Path([flag for flag in flags if flag.startswith("--output_dir=")][-1].partition("=")[2])
+
+
+def read_files(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder by its relative path."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}

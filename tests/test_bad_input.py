@@ -1,0 +1,488 @@
+"""A user's mistakes and bad luck outside the rows: one clear message and exit code 2, and nothing that stood is lost.
+
+Every case goes through a script's own `main`. What can be seen before a model is loaded is said before. For what is
+wrong inside a dataset see test_bad_rows.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import resource
+import shutil
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+
+import finetune_instruct_pix2pix
+from tests.hub_server import hub_server
+from tests.mistakes import fails_early, fails_late, finishes, output_dir_of
+from tests.pairs import make_dataset, make_rows
+from tests.runs import WEIGHTS, training_flags
+from utils import runtime
+
+FINETUNE = finetune_instruct_pix2pix.main
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four good pairs."""
+    folder = tmp_path_factory.mktemp("data") / "pairs"
+    make_dataset(make_rows(4)).save_to_disk(str(folder))
+    return folder
+
+
+@pytest.fixture
+def flags(tiny_base: Path, pairs: Path, tmp_path: Path) -> list[str]:
+    """Flags of two good steps, into a folder where an editor of a former run stands."""
+    output_dir = tmp_path / "out"
+    (output_dir / "unet").mkdir(parents=True)
+    for name in ("model_index.json", "unet/weights", "args.json", "training_curve.png", "README.md", "my notes.txt"):
+        (output_dir / name).write_text(f"{name} of the former run")
+    (output_dir / "training_log.jsonl").write_text('{"step": 1, "loss": 0.5, "lr": 0.1}\n')
+    return training_flags(tiny_base, pairs, output_dir, "--max_train_steps=2", "--report_to=none")
+
+
+# ---- flags ----------------------------------------------------------------------------------------------------------
+
+FLAG_MISTAKES = {
+    "resolution not a multiple of 8": ("--resolution=33", "--resolution is 33", "multiple of 8"),
+    "resolution 0": ("--resolution=0", "--resolution is 0", "16 at least"),
+    "resolution in words": ("--resolution=big", "--resolution", "'big'"),
+    "unknown scheduler": ("--lr_scheduler=cosinus", "--lr_scheduler", "'cosinus'", "cosine_with_restarts"),
+    "unknown flag": ("--resolutoin=32", "--resolutoin", "--resolution"),
+    "unknown tracker": ("--report_to=mlflow", "--report_to", "'mlflow'", "tensorboard", "none"),
+    "unknown precision": ("--mixed_precision=fp8", "--mixed_precision", "'fp8'", "bf16"),
+    "batch of none": ("--train_batch_size=0", "--train_batch_size is 0", "1"),
+    "negative batch": ("--train_batch_size=-2", "--train_batch_size is -2", "1"),
+    "no steps": ("--max_train_steps=0", "--max_train_steps is 0", "1"),
+    "half an epoch": ("--num_train_epochs=0.5", "--num_train_epochs", "'0.5'"),
+    "negative learning rate": ("--learning_rate=-1e-4", "--learning_rate is -0.0001", "0"),
+    "infinite learning rate": ("--learning_rate=inf", "--learning_rate is inf", "finite"),
+    "learning rate nan": ("--learning_rate=nan", "--learning_rate is nan"),
+    "negative warm-up": ("--lr_warmup_steps=-1", "--lr_warmup_steps is -1", "0"),
+    "dropout above a third": ("--conditioning_dropout_prob=0.5", "--conditioning_dropout_prob is 0.5", "0.333"),
+    "beta of 1": ("--adam_beta1=1", "--adam_beta1 is 1.0", "1 excluded"),
+    "negative limit of checkpoints": ("--checkpoints_total_limit=-1", "--checkpoints_total_limit is -1", "1"),
+    "negative seed": ("--seed=-1", "--seed is -1", "0"),
+    "seed too large": (f"--seed={2**63}", "--seed is 9223372036854775808", "lie between"),
+    "empty value": ("--hub_model_id=", "--hub_model_id is empty"),
+    "best without held-out rows": ("--save_best", "--save_best", "--validation_split"),
+    "zero SNR of an epsilon base": ("--rescale_betas_zero_snr", "zero terminal SNR", "--prediction_type v_prediction"),
+    "prompt without picture": ("--validation_prompt=sepia", "--val_image_url", "--validation_prompt", "both"),
+    "two pictures, three prompts": (
+        "--val_image_url=a --val_image_url=b --validation_prompt=1 --validation_prompt=2 --validation_prompt=3",
+        "2 --val_image_url", "3 --validation_prompt",
+    ),
+    "two datasets": ("--train_data_dir=a", "--dataset_name", "--train_data_dir", "exactly one"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", FLAG_MISTAKES.values(), ids=FLAG_MISTAKES)
+def test_flags(flags: list[str], mistake: tuple[str, ...]) -> None:
+    extra, *words = mistake
+    fails_early([*flags, *extra.split()], *words)
+
+
+def test_all_mistakes_in_flags_come_in_one_message(flags: list[str]) -> None:
+    fails_early([*flags, "--resolution=33", "--train_batch_size=0"], "--resolution is 33", "--train_batch_size is 0")
+
+
+def test_streaming_without_steps(flags: list[str]) -> None:
+    without = [flag for flag in flags if not flag.startswith("--max_train_steps")]
+    fails_early([*without, "--streaming"], "--streaming needs --max_train_steps")
+
+
+def test_no_dataset(flags: list[str]) -> None:
+    fails_early([flag for flag in flags if not flag.startswith("--dataset_name")], "--dataset_name", "--train_data_dir")
+
+
+def test_no_model(flags: list[str]) -> None:
+    fails_early(flags[1:], "--pretrained_model_name_or_path")
+
+
+# ---- the model ------------------------------------------------------------------------------------------------------
+
+
+def copy_of(model: Path, folder: Path) -> Path:
+    return Path(shutil.copytree(model, folder))
+
+
+def of_model(flags: list[str], model: Path | str) -> list[str]:
+    return [*flags, f"--pretrained_model_name_or_path={model}"]
+
+
+def test_missing_model_folder(flags: list[str], tmp_path: Path) -> None:
+    fails_early(
+        of_model(flags, tmp_path / "nothing"), "--pretrained_model_name_or_path", "nothing", "folder of a whole"
+    )
+
+
+def test_model_of_the_hub_while_offline(flags: list[str]) -> None:
+    fails_early(of_model(flags, "someone/model"), "--pretrained_model_name_or_path someone/model", "Hub")
+
+
+def test_model_folder_without_a_unet(flags: list[str], tiny_base: Path, tmp_path: Path) -> None:
+    base = copy_of(tiny_base, tmp_path / "base")
+    for part in ("unet", "tokenizer"):
+        shutil.rmtree(base / part)
+    fails_early(of_model(flags, base), str(base), "whole diffusers pipeline", "lacks tokenizer, unet")
+
+
+def test_model_whose_tokenizer_lacks_its_files(flags: list[str], tiny_base: Path, tmp_path: Path) -> None:
+    """transformers would make an empty tokenizer, for which all instructions are alike."""
+    base = copy_of(tiny_base, tmp_path / "base")
+    (base / "tokenizer/tokenizer.json").unlink()
+    fails_late(of_model(flags, base), f"the tokenizer of {base} is not whole")
+
+
+def test_damaged_config_of_the_unet(flags: list[str], tiny_base: Path, tmp_path: Path) -> None:
+    base = copy_of(tiny_base, tmp_path / "base")
+    cut(base / "unet/config.json")
+    fails_early(of_model(flags, base), str(base), "unet/config.json")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_damaged_weights_of_the_base(flags: list[str], tiny_base: Path, tmp_path: Path, part: str) -> None:
+    base = copy_of(tiny_base, tmp_path / "base")
+    weights = base / part / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:5000])
+    fails_late(of_model(flags, base), str(base), "again")
+
+
+def test_weights_of_another_shape(flags: list[str], tiny_base: Path, tmp_path: Path) -> None:
+    base = copy_of(tiny_base, tmp_path / "base")
+    config = json.loads((base / "unet/config.json").read_text())
+    (base / "unet/config.json").write_text(json.dumps(config | {"cross_attention_dim": 64}))
+    fails_late(of_model(flags, base), str(base), "cannot be loaded")
+
+
+def test_sdxl_is_told_apart(flags: list[str], tiny_base: Path, tmp_path: Path) -> None:
+    base = copy_of(tiny_base, tmp_path / "base")
+    config = json.loads((base / "unet/config.json").read_text())
+    (base / "unet/config.json").write_text(json.dumps(config | {"addition_embed_type": "text_time"}))
+    fails_early(of_model(flags, base), str(base), "not a Stable Diffusion 1.x/2.x", "SDXL")
+
+
+def test_an_editor_is_sent_to_the_other_script(flags: list[str], tiny_editor: Path) -> None:
+    fails_early(of_model(flags, tiny_editor), "8 channels", "finetune_instruct_pix2pix.py")
+
+
+def test_a_base_is_sent_to_the_other_script(flags: list[str]) -> None:
+    fails_early(flags, "4 channels", "train_instruct_pix2pix.py", script=FINETUNE)
+
+
+def test_an_inpainting_model_is_refused(flags: list[str], tiny_base: Path, tmp_path: Path) -> None:
+    base = copy_of(tiny_base, tmp_path / "base")
+    config = json.loads((base / "unet/config.json").read_text())
+    (base / "unet/config.json").write_text(json.dumps(config | {"in_channels": 9}))
+    fails_early(of_model(flags, base), "9 channels")
+    fails_early(of_model(flags, base), "9 channels", script=FINETUNE)
+
+
+# ---- the machine ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+
+
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        ("--mixed_precision=fp16", ("fp16", "no GPU", "--mixed_precision=no")),
+        ("--enable_xformers_memory_efficient_attention", ("xformers", "no GPU", "drop the flag")),
+        ("--allow_tf32", ("--allow_tf32", "drop the flag")),
+    ],
+)
+def test_without_a_gpu(flags: list[str], no_gpu: None, extra: str, words: tuple[str, ...]) -> None:
+    fails_early([*flags, extra], *words)
+
+
+@pytest.mark.parametrize("precision, words", [("fp16", ("no GPU", "accelerate launch")), ("fp8", ("fp8", "bf16"))])
+def test_precision_of_the_launcher(
+    flags: list[str], no_gpu: None, monkeypatch: pytest.MonkeyPatch, precision: str, words: tuple[str, ...]
+) -> None:
+    monkeypatch.setattr("utils.launch.follow_the_launcher", lambda: None)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    fails_early(flags, *words)
+
+
+def test_tracker_that_is_not_installed(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(runtime.TRACKER_PACKAGES, "trackio", "no_such_package")
+    fails_early([*flags, "--report_to=trackio"], "--report_to trackio", "pip install no_such_package")
+
+
+@pytest.mark.parametrize(
+    "key, words", [(None, ("not logged in", "wandb login", "WANDB_MODE=offline")), ("short", ("wandb", "invalid"))]
+)
+def test_wandb_without_login(
+    flags: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, key: str | None, words: tuple[str, ...]
+) -> None:
+    """It neither asks nor waits."""
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    if key:
+        monkeypatch.setenv("WANDB_API_KEY", key)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked for a key"))
+    wandb.teardown()
+    fails_early([*flags, "--report_to=wandb"], "--report_to wandb", *words)
+    wandb.teardown()
+
+
+# ---- the output folder ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["notes.txt", "notes.txt/below", "/proc/nowhere", "/dev/null/out"])
+def test_output_dir_that_cannot_be(flags: list[str], tmp_path: Path, place: str) -> None:
+    (tmp_path / "notes.txt").write_text("notes")
+    fails_early([*flags, f"--output_dir={tmp_path / place}"], "--output_dir", place)
+    assert (tmp_path / "notes.txt").read_text() == "notes"
+
+
+def test_output_dir_without_a_name(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    """An empty path would be the current folder."""
+    fails_early([*flags, "--output_dir="], "--output_dir is empty")
+
+
+def test_output_dir_that_is_the_model(flags: list[str], tiny_editor: Path, tmp_path: Path) -> None:
+    """Publishing would write over the model that the run began with."""
+    model = copy_of(tiny_editor, tmp_path / "editor")
+    own = [*of_model(flags, model), f"--output_dir={tmp_path}/./editor"]
+    fails_early(own, "--output_dir", "--pretrained_model_name_or_path", "name another folder", script=FINETUNE)
+
+
+def test_logging_dir_that_is_a_file(flags: list[str], tmp_path: Path) -> None:
+    (tmp_path / "out/logs").write_text("a file")
+    fails_early([*flags, "--report_to=tensorboard"], "--logging_dir", "logs")
+
+
+# ---- validation pictures --------------------------------------------------------------------------------------------
+
+
+def test_validation_picture_that_is_missing(flags: list[str], tmp_path: Path) -> None:
+    extra = [f"--val_image_url={tmp_path / 'none.png'}", "--validation_prompt=sepia"]
+    fails_early([*flags, *extra], "--val_image_url", "none.png", "does not exist")
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n cut"], ids=["0 bytes", "text", "cut"])
+def test_validation_picture_that_is_none(flags: list[str], tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "picture.png").write_bytes(content)
+    extra = [f"--val_image_url={tmp_path / 'picture.png'}", "--validation_prompt=sepia"]
+    fails_early([*flags, *extra], "--val_image_url", "picture.png", "not a picture")
+
+
+@pytest.mark.parametrize(
+    "address", ["http://127.0.0.1:{port}/cat.png", "http:///cat.png", "http://no.such.host.invalid/a"]
+)
+def test_validation_picture_that_cannot_be_fetched(flags: list[str], address: str) -> None:
+    url = address.format(port=closed_port())
+    fails_early([*flags, f"--val_image_url={url}", "--validation_prompt=sepia"], url, "cannot be fetched", "its path")
+
+
+def closed_port() -> int:
+    """A port of this machine where nobody listens."""
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+# ---- the Hub --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The client of this process speaks to a server of ours, and has no token."""
+    with hub_server(tmp_path / "hub") as served:
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-login"))
+        monkeypatch.setattr(constants, "ENDPOINT", served.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        yield
+    huggingface_hub.close_session()
+
+
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        ("", ("--push_to_hub needs a login", "hf auth login")),
+        ("--hub_token=read-token", ("may only read", "role 'write'")),
+        ("--hub_token=wrong-token", ("--hub_token", "wrong or expired")),
+        ("--hub_token=write-token --hub_model_id=other/editor", ("other/editor", "user or team")),
+    ],
+    ids=["no token", "read token", "wrong token", "another's name"],
+)
+def test_no_right_to_push(flags: list[str], hub: None, extra: str, words: tuple[str, ...]) -> None:
+    assert "-token" not in fails_early([*flags, "--push_to_hub", *extra.split()], *words)
+
+
+def test_push_while_offline(flags: list[str]) -> None:
+    fails_early([*flags, "--push_to_hub", "--hub_token=hf_some"], "--push_to_hub", "HF_HUB_OFFLINE")
+
+
+def test_push_to_a_hub_that_is_not_there(flags: list[str], hub: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed_port()}")
+    fails_early([*flags, "--push_to_hub", "--hub_token=hf_some"], "cannot be reached", "train without --push_to_hub")
+
+
+# ---- checkpoints of a former run ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def former_run(tiny_base: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output folder after two steps, with a checkpoint of each."""
+    output_dir = tmp_path_factory.mktemp("former") / "out"
+    extra = ("--max_train_steps=2", "--checkpointing_steps=1", "--report_to=none")
+    finishes(training_flags(tiny_base, pairs, output_dir, *extra))
+    return output_dir
+
+
+@pytest.fixture
+def resumed(former_run: Path, tiny_base: Path, pairs: Path, tmp_path: Path) -> list[str]:
+    """Flags that go on with a copy of the former run for a third step."""
+    output_dir = copy_of(former_run, tmp_path / "former")
+    extra = ("--max_train_steps=3", "--checkpointing_steps=1", "--report_to=none", "--resume_from_checkpoint=latest")
+    return training_flags(tiny_base, pairs, output_dir, *extra)
+
+
+def test_checkpoints_of_a_former_run(resumed: list[str]) -> None:
+    fails_early(resumed[:-1], "--output_dir", "--resume_from_checkpoint latest", "another folder")
+
+
+def test_resume_from_a_name_that_does_not_exist(resumed: list[str]) -> None:
+    fails_early([*resumed, "--resume_from_checkpoint=checkpoint-7"], "checkpoint-7", "checkpoint-1, checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        ("--max_train_samples=3", ("dataset",)),
+        ("--seed=4", ("seed", "has 3", "this command 4")),
+        ("--train_batch_size=4", ("train_batch_size", "has 2", "this command 4")),
+        ("--gradient_accumulation_steps=2", ("gradient_accumulation_steps", "has 2", "this command 4")),
+        ("--learning_rate=1e-3", ("learning_rate", "has 0.0001", "this command 0.001")),
+        ("--resolution=48", ("resolution", "has 32", "this command 48")),
+        ("--use_ema", ("use_ema", "has False", "this command True")),
+    ],
+)
+def test_resume_of_another_run(resumed: list[str], extra: str, words: tuple[str, ...]) -> None:
+    fails_early([*resumed, extra], "another run", "Give the former values, or another --output_dir", *words)
+
+
+def test_resume_with_another_base(resumed: list[str], tiny_base: Path, tmp_path: Path) -> None:
+    base = copy_of(tiny_base, tmp_path / "base")
+    weights = load_file(base / "unet" / WEIGHTS)
+    save_file({name: value for name, value in weights.items() if "mid_block" not in name}, base / "unet" / WEIGHTS)
+    config = json.loads((base / "unet/config.json").read_text())
+    (base / "unet/config.json").write_text(json.dumps(config | {"mid_block_type": None}))
+    fails_late(of_model(resumed, base), "checkpoint-2", "does not fit")
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "UNet cut off": lambda path: cut(path / "unet" / WEIGHTS),
+    "flipped byte in the UNet": lambda path: flip_byte(path / "unet" / WEIGHTS),
+    "flipped byte in the optimizer": lambda path: flip_byte(path / "training_state.pt"),
+    "no training_state.pt": lambda path: (path / "training_state.pt").unlink(),
+    "no progress.json": lambda path: (path / "progress.json").unlink(),
+    "progress.json cut off": lambda path: cut(path / "progress.json"),
+    "another step in progress.json": lambda path: replace(path / "progress.json", '"draws": 4', '"draws": 5'),
+    "empty folder": lambda path: (shutil.rmtree(path), path.mkdir()),
+}
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def replace(path: Path, old: str, new: str) -> None:
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_damaged_checkpoint_gives_way_to_the_one_before(resumed: list[str], damage: Callable[[Path], object]) -> None:
+    damage(output_dir_of(resumed) / "checkpoint-2")
+    finishes(resumed, "checkpoint-2 is not whole", "going on from checkpoint-1 instead")
+
+
+def test_no_whole_checkpoint(resumed: list[str]) -> None:
+    for number in (1, 2):
+        cut(output_dir_of(resumed) / f"checkpoint-{number}" / "unet" / WEIGHTS)
+    fails_early(resumed, "no whole checkpoint", "checkpoint-1", "checkpoint-2", "damaged", "Start again")
+
+
+# ---- a full disk ----------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def no_file_above(size: int) -> Iterator[None]:
+    """Writing on past `size` bytes fails, as it does on a full disk."""
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+
+
+@pytest.mark.parametrize("size", [1_500_000, 500_000, 0], ids=["for the optimizer", "for the UNet", "for anything"])
+def test_no_space_for_a_checkpoint(resumed: list[str], size: int) -> None:
+    with no_file_above(size):
+        fails_late([*resumed, "--checkpoints_total_limit=1"], "Make room") if size else fails_early(
+            resumed, "--output_dir"
+        )
+    if size:
+        assert not (output_dir_of(resumed) / "checkpoint-3").exists()
+    finishes(resumed)
+
+
+def test_no_space_for_the_best_weights(flags: list[str]) -> None:
+    with no_file_above(500_000):
+        fails_late([*flags, "--validation_split=0.5", "--save_best"], "could not be written", "Make room")
+
+
+def test_no_space_for_the_editor(flags: list[str]) -> None:
+    with no_file_above(500_000):
+        fails_late(flags, "pipeline could not be written", "Make room")
+
+
+def test_no_space_left_during_training(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.loop.append_log", lambda folder, _: full_disk(folder / "training_log.jsonl"))
+    fails_late(flags, "training_log.jsonl could not be written: No space left", "Make room")
+
+
+def full_disk(path: Path) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+
+# ---- a loss that is not finite --------------------------------------------------------------------------------------
+
+
+def test_base_that_holds_nan(flags: list[str], tiny_base: Path, tmp_path: Path) -> None:
+    base = copy_of(tiny_base, tmp_path / "base")
+    weights = load_file(base / "unet" / WEIGHTS)
+    weights["conv_out.weight"][0, 0, 0, 0] = math.nan
+    save_file(weights, base / "unet" / WEIGHTS, metadata={"format": "pt"})
+    fails_late(of_model(flags, base), "at step 1 the loss is nan", "train[", "--learning_rate")
+
+
+def test_learning_rate_that_explodes(flags: list[str]) -> None:
+    fails_late([*flags, "--learning_rate=1e30"], "at step 2 the loss is", "train[", "--learning_rate")

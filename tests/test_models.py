@@ -1,0 +1,181 @@
+"""Widening the UNet, the moving average of its weights, and the course of the learning rate."""
+
+from __future__ import annotations
+
+import json
+import math
+from itertools import repeat
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, PNDMScheduler, UNet2DConditionModel
+
+from utils.checkpoints import Progress
+from utils.cli import LR_SCHEDULERS
+from utils.errors import InputError
+from utils.loop import LoopOptions, Trainee, fit
+from utils.models import (
+    ModelOptions,
+    MovingAverage,
+    load_stable_diffusion,
+    require_editor,
+    require_text_to_image,
+    widen_conv_in,
+)
+from utils.optimization import OptimizationOptions, make_lr_schedule, make_optimizer
+
+
+def load_unet(folder: Path) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(folder, subfolder="unet").eval()
+
+
+# ---- widening -------------------------------------------------------------------------------------------------------
+
+
+def test_the_widened_unet_equals_the_base_for_any_image(tiny_base: Path) -> None:
+    base, widened = load_unet(tiny_base), load_unet(tiny_base)
+    widen_conv_in(widened)
+    noisy, text = torch.randn(3, 4, 16, 16), torch.randn(3, 77, 32)
+    timesteps = torch.tensor([0, 500, 999])
+    with torch.no_grad():
+        expected = base(noisy, timesteps, text).sample
+        for image in (torch.zeros(3, 4, 16, 16), torch.randn(3, 4, 16, 16), 1e4 * torch.randn(3, 4, 16, 16)):
+            assert torch.equal(widened(torch.cat([noisy, image], dim=1), timesteps, text).sample, expected)
+
+
+def test_the_bias_is_copied_and_the_image_channels_start_at_zero(tiny_base: Path) -> None:
+    base, widened = load_unet(tiny_base), load_unet(tiny_base)
+    widen_conv_in(widened)
+    assert base.conv_in.bias.abs().max() > 0.01  # else this test would show nothing
+    assert torch.equal(widened.conv_in.bias, base.conv_in.bias)
+    assert torch.equal(widened.conv_in.weight[:, :4], base.conv_in.weight)
+    assert not widened.conv_in.weight[:, 4:].any()
+    assert widened.config.in_channels == 8
+
+
+def test_the_image_channels_learn_and_the_widened_unet_is_reloaded(tiny_base: Path, tmp_path: Path) -> None:
+    widened = load_unet(tiny_base)
+    widen_conv_in(widened)
+    widened(torch.randn(1, 8, 16, 16), 10, torch.randn(1, 77, 32)).sample.square().mean().backward()
+    assert widened.conv_in.weight.grad[:, 4:].abs().min() > 0
+    assert widened.conv_in.bias.grad is not None
+    widened.save_pretrained(tmp_path / "unet")
+    reloaded = load_unet(tmp_path)
+    assert all(torch.equal(value, reloaded.state_dict()[name]) for name, value in widened.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("check", "channels", "script"),
+    [(require_text_to_image, 8, "finetune_instruct_pix2pix.py"), (require_editor, 4, "train_instruct_pix2pix.py")],
+)
+def test_the_wrong_base_names_the_other_script(check, channels: int, script: str) -> None:
+    with pytest.raises(InputError, match=script):
+        check({"in_channels": channels}, "some/model")
+    check({"in_channels": 12 - channels}, "some/model")
+    with pytest.raises(InputError, match="9 channels"):
+        check({"in_channels": 9}, "some/model")
+
+
+def test_the_scheduler_is_loaded_in_its_own_class(tiny_base: Path, tmp_path: Path) -> None:
+    assert type(load_stable_diffusion(ModelOptions(str(tiny_base))).scheduler) is DDIMScheduler
+    other = tmp_path / "other"
+    other.mkdir()
+    for part in tiny_base.iterdir():
+        if part.name != "scheduler":
+            (other / part.name).symlink_to(part)
+    PNDMScheduler().save_pretrained(other / "scheduler")
+    assert type(load_stable_diffusion(ModelOptions(str(other))).scheduler) is PNDMScheduler
+
+
+# ---- moving average -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [0.9999, 0.5, 0.0])
+def test_the_moving_average_follows_its_formula(decay: float) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(5, 3)
+    average = MovingAverage(model, decay)
+    expected = {name: value.double() for name, value in model.state_dict().items()}
+    for step in range(1, 61):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        average.update(model, step)
+        kept = min(decay, (1 + step) / (10 + step))
+        for name, value in model.state_dict().items():
+            expected[name] = kept * expected[name] + (1 - kept) * value.double()
+    for name, value in average.state_dict().items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-5)
+        assert value.dtype == torch.float32
+
+
+def test_averaged_weights_are_swapped_in_and_out_to_the_bit() -> None:
+    model = torch.nn.Linear(5, 3)
+    average = MovingAverage(model, 0.9)
+    start = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight.mul_(1 / 3)
+    live = model.weight.detach().clone()
+    with pytest.raises(ZeroDivisionError), average.swapped_into(model):
+        assert torch.equal(model.weight, start)
+        raise ZeroDivisionError
+    assert torch.equal(model.weight, live)
+    average.load_state_dict(model.state_dict())
+    assert torch.equal(average.state_dict()["weight"], live)
+    with pytest.raises(KeyError):
+        average.load_state_dict({"weight": live})
+
+
+# ---- learning rate --------------------------------------------------------------------------------------------------
+
+PEAK, WARMUP, STEPS = 3e-4, 4, 20
+
+
+def learning_rate(name: str, step: int) -> float:
+    """After optimizer step `step` of `STEPS`."""
+    if name == "constant":
+        return PEAK
+    if step < WARMUP:
+        return PEAK * step / WARMUP
+    progress = (step - WARMUP) / (STEPS - WARMUP)
+    if name == "constant_with_warmup":
+        return PEAK
+    if name == "linear":
+        return PEAK * (1 - progress)
+    if name == "polynomial":  # of power 1, down to 1e-7
+        return (PEAK - 1e-7) * (1 - progress) + 1e-7
+    return PEAK * (1 + math.cos(math.pi * progress)) / 2 if progress < 1 else 0.0  # one cycle is no restart
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+@pytest.mark.parametrize("name", LR_SCHEDULERS)
+def test_the_learning_rate_counts_optimizer_steps(name: str, accumulation: int, tmp_path: Path) -> None:
+    """Through the real loop, whose log is read, and the rates that the optimizer really used."""
+    model = torch.nn.Linear(2, 1)
+    options = OptimizationOptions(learning_rate=PEAK, lr_scheduler=name, lr_warmup_steps=WARMUP)
+    optimizer = make_optimizer(list(model.parameters()), options, samples_per_step=accumulation)
+    schedule = make_lr_schedule(optimizer, options, STEPS)
+    used = []
+    optimizer.register_step_pre_hook(lambda *_: used.append(optimizer.param_groups[0]["lr"]))
+    accelerator = Accelerator(cpu=True)
+    prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
+    batch = {"rows": ["train[0]"], "x": torch.ones(1, 2)}
+    fit(
+        accelerator, Trainee(prepared, model, None, prepared_optimizer, schedule),
+        lambda network, batch: network(batch["x"]).square().mean(dim=1), repeat(batch), Progress(),
+        LoopOptions(STEPS, accumulation, logging_steps=1, checkpointing_steps=1000), tmp_path,
+        on_batch=lambda batch: None, on_step=lambda step: None,
+    )  # fmt: skip
+    log = [json.loads(line) for line in (tmp_path / "training_log.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in log] == list(range(1, STEPS + 1))
+    expected = [learning_rate(name, step) for step in range(STEPS + 1)]
+    assert [entry["lr"] for entry in log] == pytest.approx(expected[1:], rel=1e-9, abs=1e-18)
+    assert used == pytest.approx(expected[:-1], rel=1e-9, abs=1e-18)
+
+
+def test_scale_lr_multiplies_by_the_samples_of_a_step() -> None:
+    parameters = [torch.nn.Parameter(torch.zeros(1))]
+    options = OptimizationOptions(learning_rate=1e-5, scale_lr=True)
+    assert make_optimizer(parameters, options, samples_per_step=24).param_groups[0]["lr"] == pytest.approx(2.4e-4)

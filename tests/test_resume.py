@@ -1,0 +1,175 @@
+"""A run that is killed, told to stop, or resumed ends with the same bytes as one that was never stopped."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from tests.pairs import save_pairs
+from tests.runs import losses_of, run, start, training_flags, weights_of
+from utils import checkpoints
+from utils.checkpoints import Progress, find_damage, list_checkpoints, save_checkpoint
+
+SCRIPT = "train_instruct_pix2pix.py"
+STEPS, CHECKPOINTING = 12, 3
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """11 pairs: no batch of 2 and no accumulation divides them."""
+    return save_pairs(tmp_path_factory.mktemp("data") / "pairs", 11)
+
+
+def flags_for(base: Path, pairs: Path, output_dir: Path, workers: int, accumulation: int) -> list[str]:
+    return training_flags(
+        base, pairs, output_dir, f"--max_train_steps={STEPS}", f"--checkpointing_steps={CHECKPOINTING}", "--use_ema",
+        "--lr_scheduler=cosine", "--lr_warmup_steps=2", f"--dataloader_num_workers={workers}", "--random_flip",
+        f"--gradient_accumulation_steps={accumulation}", "--logging_steps=2", "--validation_split=0.1",
+        "--validation_steps=4", "--save_best", "--resume_from_checkpoint=latest",
+    )  # fmt: skip
+
+
+def kill_when(process: subprocess.Popen, is_time: object, timeout: float = 120) -> None:
+    """kill -9 as soon as `is_time()` holds."""
+    end = time.monotonic() + timeout
+    while not is_time():
+        assert time.monotonic() < end and process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.0005)
+    process.kill()
+    process.wait()
+
+
+def assert_same_run(output_dir: Path, reference: Path) -> None:
+    for name in ("unet", "unet_ema"):
+        place = Path(f"checkpoint-{STEPS}") / name
+        assert weights_of(output_dir / place) == weights_of(reference / place), name
+    assert weights_of(output_dir / "unet") == weights_of(reference / "unet")
+    assert losses_of(output_dir) == losses_of(reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers, accumulation", [(0, 1), (2, 1), (0, 3), (2, 3)])
+def test_killed_and_resumed_equals_never_stopped(tiny_base, pairs, tmp_path, workers, accumulation):
+    reference, output_dir = tmp_path / "reference", tmp_path / "killed"
+    run(SCRIPT, flags_for(tiny_base, pairs, reference, 0, accumulation))
+
+    flags = flags_for(tiny_base, pairs, output_dir, workers, accumulation)
+    random_moment = random.Random(f"{workers} {accumulation}").uniform(0.0, 1.0)
+    first = start(SCRIPT, flags, log=tmp_path / "first.log")
+    kill_when(first, lambda: list_checkpoints(output_dir))
+    second = start(SCRIPT, flags, log=tmp_path / "second.log")
+    begun = []  # the moment when the run goes on, from which the random moment counts
+
+    def has_gone_on() -> bool:
+        log = output_dir / "training_log.jsonl"
+        if not begun and log.exists() and "going on from" in (tmp_path / "second.log").read_text():
+            begun.append(time.monotonic())
+        return bool(begun) and time.monotonic() - begun[0] >= random_moment
+
+    kill_when(second, has_gone_on)
+    run(SCRIPT, flags)
+    assert_same_run(output_dir, reference)
+
+
+@pytest.mark.slow
+def test_killed_while_a_checkpoint_is_written(tiny_base, pairs, tmp_path):
+    reference, output_dir = tmp_path / "reference", tmp_path / "killed"
+    run(SCRIPT, flags_for(tiny_base, pairs, reference, 0, 1))
+    flags = flags_for(tiny_base, pairs, output_dir, 0, 1)
+    unfinished = f"{checkpoints.UNFINISHED}checkpoint-{2 * CHECKPOINTING}"
+    kill_when(start(SCRIPT, flags, log=tmp_path / "log"), (output_dir / unfinished).exists)
+    standing = list_checkpoints(output_dir)
+    assert standing and all(find_damage(checkpoint) is None for checkpoint in standing)
+    run(SCRIPT, flags)
+    assert not list(output_dir.glob(f"{checkpoints.UNFINISHED}*"))
+    assert_same_run(output_dir, reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number, launcher", [(signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGTERM, ("--cpu",))])
+def test_signal_leaves_a_checkpoint(tiny_base, pairs, tmp_path, number, launcher):
+    flags = training_flags(
+        tiny_base, pairs, tmp_path / "out", "--max_train_steps=100000", "--checkpointing_steps=100000",
+        "--logging_steps=1",
+    )  # fmt: skip
+    process = start(SCRIPT, flags, launcher, log=tmp_path / "log")
+    log = tmp_path / "out/training_log.jsonl"
+    end = time.monotonic() + 120
+    while not (log.exists() and log.read_text()):
+        assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
+        time.sleep(0.05)
+    process.send_signal(number)
+    exit_code = process.wait(timeout=60)
+    if not launcher:  # the launcher's own end says nothing about ours
+        assert exit_code == 128 + number
+    while not list_checkpoints(tmp_path / "out"):
+        assert time.monotonic() < end + 60, (tmp_path / "log").read_text()
+        time.sleep(0.05)
+    assert find_damage(list_checkpoints(tmp_path / "out")[-1]) is None
+
+
+def test_a_whole_checkpoint_stands_at_every_moment(tiny_base, tmp_path, monkeypatch):
+    """With a limit of one: looked at before and after everything that changes the folder."""
+    unet = UNet2DConditionModel.from_pretrained(tiny_base / "unet")
+    seen = []
+
+    def looking(change):
+        def wrapper(*arguments, **settings):
+            seen.append(has_whole_checkpoint())
+            result = change(*arguments, **settings)
+            seen.append(has_whole_checkpoint())
+            return result
+
+        return wrapper
+
+    def has_whole_checkpoint() -> bool:
+        return any(find_damage(checkpoint) is None for checkpoint in list_checkpoints(tmp_path))
+
+    def save(step: int) -> None:
+        models = {"unet": (unet, unet.state_dict())}
+        save_checkpoint(tmp_path, Progress(global_step=step), models, {"optimizer": torch.zeros(3)}, limit=1)
+
+    save(1)
+    monkeypatch.setattr(Path, "rename", looking(Path.rename))
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", looking(checkpoints.shutil.rmtree))
+    for step in (2, 3):
+        save(step)
+    assert len(seen) >= 12 and all(seen)
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["checkpoint-3"]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_accumulation_two(tiny_base, pairs, tmp_path):
+    """Same draws, same weights to rounding, through the command that users give."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    shared = ("--max_train_steps=6", "--use_ema", "--random_flip", "--validation_split=0.2", "--validation_steps=3",
+              "--logging_steps=1", "--checkpointing_steps=3", "--learning_rate=1e-3")  # fmt: skip
+    run(SCRIPT, training_flags(tiny_base, pairs, one, *shared, "--gradient_accumulation_steps=2"))
+    run(SCRIPT, training_flags(tiny_base, pairs, two, *shared), launcher=("--cpu", "--num_processes", "2"))
+    expected = UNet2DConditionModel.from_pretrained(one / "unet").state_dict()
+    actual = UNet2DConditionModel.from_pretrained(two / "unet").state_dict()
+    start_weights = UNet2DConditionModel.from_pretrained(tiny_base / "unet").state_dict()
+    moved = max((expected[name] - start_weights[name]).abs().max() for name in expected if "conv_in" not in name)
+    difference = max((expected[name] - actual[name]).abs().max() for name in expected)
+    assert difference < 0.02 * moved, (difference, moved)
+    for first, second in zip(losses_of(one), losses_of(two), strict=True):
+        assert first == pytest.approx(second, rel=1e-4, nan_ok=False)
+
+
+def test_the_launcher_is_followed(tmp_path):
+    """A script whose launcher dies gets SIGTERM."""
+    child = "import time, utils.launch as l; l.follow_the_launcher(); print('ready', flush=True); time.sleep(60)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "no"}
+    process = subprocess.Popen(["python3", "-c", parent], env=environment, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"ready\n"
+    process.kill()
+    assert process.stdout.read() == b""  # ends only when the child, which holds the pipe, has died
