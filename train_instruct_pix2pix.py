@@ -5,8 +5,8 @@ image, instruction and edited image (Brooks, Holynski and Efros, 2211.09800). Th
 StableDiffusionInstructPix2PixPipeline in --output_dir.
 
     accelerate launch train_instruct_pix2pix.py \\
-        --pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 --dataset_name=fusing/instructpix2pix-1000-samples \\
-        --resolution=256 --train_batch_size=4 --max_train_steps=15000
+        --pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 \\
+        --dataset_name=fusing/instructpix2pix-1000-samples --resolution=256 --train_batch_size=4 --max_train_steps=15000
 """
 
 from __future__ import annotations

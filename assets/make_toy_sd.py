@@ -1,6 +1,6 @@
 """Make assets/toy-sd: a very small Stable Diffusion that knows photographs and styles, trained on assets/photos.
 
-    python assets/make_toy_sd.py all        # or one stage at a time: tokenizer, vae, base
+    python assets/make_toy_sd.py all        # or one stage at a time: tokenizer, vae, text, base
 
 Under an hour on two CPU cores. Each stage saves its state every few minutes and goes on from it when run again;
 whatever is random about step n is drawn from (seed, stage, n), so a resumed run draws what an unbroken one would.
@@ -26,6 +26,7 @@ ASSETS = Path(__file__).resolve().parent
 sys.path.insert(0, str(ASSETS.parent))
 
 from assets.toy_networks import (  # noqa: E402
+    MAX_TOKENS,
     SIZE,
     make_scheduler,
     make_text_encoder,
@@ -34,6 +35,7 @@ from assets.toy_networks import (  # noqa: E402
     make_vae,
 )
 from data_preparation.edits import EDITS  # noqa: E402
+from data_preparation.instructions import read_phrasings  # noqa: E402
 
 # How a caption names a style: "styles" by edit, "templates" that join style and subject. The words are those of people,
 # not of one instruction: the text encoder, frozen when an editor is trained, should know that "monochrome" and "black
@@ -189,10 +191,58 @@ def base_loss(unet, text_encoder, scheduler, tokens, latents, rng) -> torch.Tens
 
 
 def base_batch(latents: torch.Tensor, tokens: torch.Tensor, empty: torch.Tensor, rng, size: int = 16):
-    """(tokens (B, 77), latents (B, 4, 32, 32)) of random pictures, one caption in ten replaced by the empty one."""
+    """Tokens (B, MAX_TOKENS) and latents (B, 4, 32, 32) of random pictures, one caption in ten made empty."""
     rows = torch.from_numpy(rng.integers(0, len(latents), size))
     dropped = torch.from_numpy(rng.random(size) < 0.1)
     return torch.where(dropped[:, None], empty, tokens[rows]), latents[rows]
+
+
+def text_examples(photographs: list) -> tuple[list[str], torch.Tensor]:
+    """Captions and instructions of the training kind, and (N, 2) labels: style, subject (-1 where none is named)."""
+    texts, labels = [], []
+    for number, (task, styles) in enumerate(CAPTIONS["styles"].items()):
+        for style in styles:
+            for template in CAPTIONS["templates"]:
+                for index in range(len(photographs)) if "{subject}" in template else [-1]:
+                    subject = photographs[index][1]
+                    texts.append(template.format(style=style, subject=subject))
+                    labels.append((number, index))
+        if task in EDITS:
+            phrasings = read_phrasings(task)[0]
+            # Few among so many captions: repeated, so that a batch shows some.
+            texts += phrasings * 20
+            labels += [(number, -1)] * (20 * len(phrasings))
+    return texts, torch.tensor(labels)
+
+
+def train_text(args: argparse.Namespace, photographs: list) -> None:
+    """A head start for the text encoder, as CLIP has one: tell styles and subjects apart by the angle of the mean state.
+
+    Diffusion alone separates the states of different captions slowly: until then the UNet learns to do without text.
+    """
+    torch.manual_seed(args.seed)
+    tokenizer = CLIPTokenizer.from_pretrained(args.output / "tokenizer")
+    text_encoder = make_text_encoder(tokenizer)
+    texts, labels = text_examples(photographs)
+    tokens = tokenizer(
+        texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
+    heads = torch.nn.ParameterList([torch.randn(11, 96), torch.randn(len(photographs), 96)])
+    optimizer = torch.optim.AdamW([*text_encoder.parameters(), *heads], lr=1e-3)
+    for step in range(args.text_steps):
+        rows = torch.from_numpy(generator(args.seed, "text", step).integers(0, len(texts), 64))
+        state = F.normalize(text_encoder(tokens[rows]).last_hidden_state.mean(dim=1), dim=1)
+        # A small factor before the softmax: low loss then takes wide angles.
+        styles, subjects = (10 * state @ F.normalize(head, dim=1).T for head in heads)
+        style_labels, subject_labels = labels[rows].unbind(dim=1)
+        loss = F.cross_entropy(styles, style_labels) + 0.5 * F.cross_entropy(subjects, subject_labels, ignore_index=-1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if (step + 1) % 100 == 0:
+            right = (styles.argmax(dim=1) == style_labels).float().mean()
+            print(f"text {step + 1}: loss {loss.item():.3f}, styles told right {right:.2f}", flush=True)
+    save_state(args.state_dir / "text.pt", text_encoder=text_encoder.state_dict())
 
 
 def train_base(args: argparse.Namespace, photographs: list) -> None:
@@ -201,6 +251,7 @@ def train_base(args: argparse.Namespace, photographs: list) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(args.output / "tokenizer")
     vae = AutoencoderKL.from_pretrained(args.output / "vae").float()
     scheduler, networks = make_scheduler(), torch.nn.ModuleList([make_unet(), make_text_encoder(tokenizer)])
+    networks[1].load_state_dict(torch.load(args.state_dir / "text.pt")["text_encoder"])
     ema = EMAModel(networks.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
     optimizer, first, state_path = (
         torch.optim.AdamW(networks.parameters(), lr=1e-3, fused=True),
@@ -213,7 +264,7 @@ def train_base(args: argparse.Namespace, photographs: list) -> None:
             part.load_state_dict(state[name])
         first = state["step"]
     latents, captions = encode_bank(vae, photographs, args.seed, args.bank_size)
-    padded = dict(padding="max_length", max_length=77, truncation=True, return_tensors="pt")
+    padded = dict(padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt")
     tokens, empty = tokenizer(captions, **padded).input_ids, tokenizer([""], **padded).input_ids
     started, losses = time.time(), []
     for step in range(first, args.base_steps):
@@ -255,15 +306,16 @@ def save_pipeline(output: Path, vae, tokenizer, unet, text_encoder, scheduler) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stage", choices=["all", "tokenizer", "vae", "base"])
+    parser.add_argument("stage", choices=["all", "tokenizer", "vae", "text", "base"])
     parser.add_argument("--photos", type=Path, default=ASSETS / "photos")
     parser.add_argument("--output", type=Path, default=ASSETS / "toy-sd")
     parser.add_argument(
         "--state_dir", type=Path, default=ASSETS.parent / "demo-output" / "toy-sd-state", help="resumable states"
     )
     parser.add_argument("--vae_steps", type=int, default=3000)
-    parser.add_argument("--base_steps", type=int, default=10000)
-    parser.add_argument("--bank_size", type=int, default=12800, help="pictures encoded for the base, a multiple of 32")
+    parser.add_argument("--text_steps", type=int, default=600)
+    parser.add_argument("--base_steps", type=int, default=2500)
+    parser.add_argument("--bank_size", type=int, default=4800, help="pictures encoded for the base, a multiple of 32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.state_dir.mkdir(parents=True, exist_ok=True)
@@ -273,6 +325,8 @@ def main() -> None:
         make_tokenizer(tokenizer_texts(photographs), args.output / "tokenizer")
     if args.stage in ("all", "vae"):
         train_vae(args, photographs, load_photographs(args.photos, "heldout"))
+    if args.stage in ("all", "text"):
+        train_text(args, photographs)
     if args.stage in ("all", "base"):
         train_base(args, photographs)
 

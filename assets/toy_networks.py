@@ -10,6 +10,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 SIZE = 64
+# Not CLIP's 77: seventy tokens of padding would drown the five that matter, in a model this young.
+MAX_TOKENS = 24
 
 
 def make_tokenizer(texts: list[str], output: Path) -> CLIPTokenizer:
@@ -27,7 +29,7 @@ def make_tokenizer(texts: list[str], output: Path) -> CLIPTokenizer:
     words = letters + [letter + "</w>" for letter in letters] + ["".join(merge) for merge in merges]
     words = list(dict.fromkeys(words)) + ["<|startoftext|>", "<|endoftext|>"]
     tokenizer = CLIPTokenizer(
-        vocab={word: index for index, word in enumerate(words)}, merges=merges, model_max_length=77
+        vocab={word: index for index, word in enumerate(words)}, merges=merges, model_max_length=MAX_TOKENS
     )
     tokenizer.save_pretrained(output)
     # The older pair of files too: not every reader of a Stable Diffusion folder knows tokenizer.json.
@@ -52,24 +54,31 @@ def make_vae() -> AutoencoderKL:
 
 def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """Two layers of width 96."""
-    return CLIPTextModel(
+    text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=96,
             intermediate_size=192,
             num_hidden_layers=2,
             num_attention_heads=3,
-            max_position_embeddings=77,
+            max_position_embeddings=MAX_TOKENS,
             projection_dim=96,
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         )
     )
+    # Unlike CLIP's 0.02: with embeddings so small all prompts look alike, and the UNet learns to do without them.
+    text_encoder.get_input_embeddings().weight.data.mul_(50)
+    return text_encoder
 
 
 def make_unet() -> UNet2DConditionModel:
-    """1.9M parameters, text only at 8 x 8: every edit of the toy world is one for the whole picture."""
+    """About 2M parameters. Cross-attention at 8 x 8 only, where it is cheap.
+
+    The pooled text is added to the time embedding and scales and shifts every residual block: an edit of tone must
+    reach each pixel, and by the way through 8 x 8 alone so small a model learned to do without the text.
+    """
     return UNet2DConditionModel(
         sample_size=SIZE // 2,
         in_channels=4,
@@ -81,6 +90,9 @@ def make_unet() -> UNet2DConditionModel:
         cross_attention_dim=96,
         attention_head_dim=2,
         norm_num_groups=8,
+        addition_embed_type="text",
+        addition_embed_type_num_heads=4,
+        resnet_time_scale_shift="scale_shift",
     )
 
 

@@ -22,7 +22,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 import finetune_instruct_pix2pix
-from tests.hub_server import hub_server
+from tests.hub_server import Hub, Refused, hub_server
 from tests.mistakes import fails_early, fails_late, finishes, output_dir_of
 from tests.pairs import make_dataset, make_rows
 from tests.runs import WEIGHTS, training_flags
@@ -207,7 +207,7 @@ def test_without_a_gpu(flags: list[str], no_gpu: None, extra: str, words: tuple[
     fails_early([*flags, extra], *words)
 
 
-@pytest.mark.parametrize("precision, words", [("fp16", ("no GPU", "accelerate launch")), ("fp8", ("fp8", "bf16"))])
+@pytest.mark.parametrize("precision, words", [("fp16", ("no GPU", "accelerate")), ("fp8", ("fp8", "bf16"))])
 def test_precision_of_the_launcher(
     flags: list[str], no_gpu: None, monkeypatch: pytest.MonkeyPatch, precision: str, words: tuple[str, ...]
 ) -> None:
@@ -302,7 +302,7 @@ def closed_port() -> int:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The client of this process speaks to a server of ours, and has no token."""
     with hub_server(tmp_path / "hub") as served:
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH"):
@@ -310,7 +310,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-login"))
         monkeypatch.setattr(constants, "ENDPOINT", served.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        yield
+        yield served
     huggingface_hub.close_session()
 
 
@@ -324,7 +324,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ],
     ids=["no token", "read token", "wrong token", "another's name"],
 )
-def test_no_right_to_push(flags: list[str], hub: None, extra: str, words: tuple[str, ...]) -> None:
+def test_no_right_to_push(flags: list[str], hub: Hub, extra: str, words: tuple[str, ...]) -> None:
     assert "-token" not in fails_early([*flags, "--push_to_hub", *extra.split()], *words)
 
 
@@ -332,9 +332,22 @@ def test_push_while_offline(flags: list[str]) -> None:
     fails_early([*flags, "--push_to_hub", "--hub_token=hf_some"], "--push_to_hub", "HF_HUB_OFFLINE")
 
 
-def test_push_to_a_hub_that_is_not_there(flags: list[str], hub: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_to_a_hub_that_is_not_there(flags: list[str], hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed_port()}")
     fails_early([*flags, "--push_to_hub", "--hub_token=hf_some"], "cannot be reached", "train without --push_to_hub")
+
+
+def test_upload_that_is_refused_at_the_end(flags: list[str], hub: Hub, tmp_path: Path) -> None:
+    """The editor stands whole, and the message holds a command that uploads it later."""
+
+    def refuse_the_commit(method: str, path: str) -> None:
+        if "/commit/" in path:
+            raise Refused(403, "storage limit reached")
+
+    hub.hook = refuse_the_commit
+    push = ("--push_to_hub", "--hub_token=write-token", "--hub_model_id=editor", f"--output_dir={tmp_path / 'fresh'}")
+    assert "write-token" not in fails_late([*flags, *push], "user/editor", "storage limit", "stands whole", "hf upload")
+    assert (tmp_path / "fresh/model_index.json").is_file()
 
 
 # ---- checkpoints of a former run ------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def written_beside(place: Path) -> Iterator[Path]:
             raise
         standing = [path.name for path in list_checkpoints(place.parent)]
         advice = f"go on from {standing[-1]} with --resume_from_checkpoint latest" if standing else "start again"
-        raise InputError(f"{place} could not be written: {error}. Make room, and {advice}") from error
+        raise InputError(f"{place} could not be written (a full disk?): {error}. Make room, and {advice}") from error
 
 
 def is_write_failure(error: Exception) -> bool:

@@ -279,11 +279,6 @@ def _find_conflicts(args: argparse.Namespace) -> list[str]:
         problems.append("--cache_latents needs --center_crop or --resize_mode squash: a cached latent has one crop")
     if args.train_mix and (args.original_image_column or args.edit_prompt_column or args.edited_image_column):
         problems.append("with --train_mix the columns stand in the YAML file, for each dataset its own")
-    if args.lr_scheduler != "constant" and args.max_train_steps and args.lr_warmup_steps >= args.max_train_steps:
-        problems.append(
-            f"--lr_warmup_steps is {args.lr_warmup_steps}, and it must be below --max_train_steps, "
-            f"which is {args.max_train_steps}"
-        )
     problems += _find_validation_conflicts(args)
     output_dir = Path(args.output_dir)
     if any(place.is_file() for place in (output_dir, *output_dir.parents)):

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from tqdm.auto import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from utils.checkpoints import Progress, load_training_state, load_weights, save_checkpoint
 from utils.curve import append_log
@@ -142,7 +143,7 @@ def fit(
         total=options.max_train_steps, initial=progress.global_step, desc="training", unit="step",
         disable=not accelerator.is_main_process, mininterval=1.0,
     )  # fmt: skip
-    with StopSignal() as stop, bar:
+    with StopSignal() as stop, bar, logging_redirect_tqdm():
         while progress.global_step < options.max_train_steps:
             samples_before = window.samples
             take_step(accelerator, trainee, objective, batches, options, window, on_batch)

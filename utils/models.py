@@ -65,7 +65,10 @@ def read_configs(options: ModelOptions) -> tuple[dict, dict, dict]:
         unet = UNet2DConditionModel.load_config(name, subfolder="unet", **where)
         vae = AutoencoderKL.load_config(name, subfolder="vae", **where)
         scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **where)
-    if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel" or unet.get("addition_embed_type"):
+    if (
+        unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel"
+        or unet.get("addition_embed_type") == "text_time"
+    ):
         raise InputError(
             f"{name} is not a Stable Diffusion 1.x/2.x: this script trains those (for SDXL see the README)"
         )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from diffusers.optimization import get_scheduler
 
+from utils.errors import InputError
+
 
 @dataclass(frozen=True)
 class OptimizationOptions:
@@ -21,6 +23,20 @@ class OptimizationOptions:
     adam_beta2: float = 0.999
     adam_weight_decay: float = 1e-2
     adam_epsilon: float = 1e-8
+
+
+def check_lr_schedule(options: OptimizationOptions, max_train_steps: int) -> None:
+    """Refuse a schedule that never comes to its peak, or that cannot be computed. Raises `InputError`."""
+    if options.lr_scheduler != "constant" and options.lr_warmup_steps >= max_train_steps:
+        raise InputError(
+            f"--lr_warmup_steps is {options.lr_warmup_steps}, and it must be below the {max_train_steps} steps of the run "
+            "(--max_train_steps, or --num_train_epochs with the number of rows): the learning rate would never be reached"
+        )
+    end = 1e-7  # where diffusers' polynomial schedule ends
+    if options.lr_scheduler == "polynomial" and options.learning_rate <= end:
+        raise InputError(
+            f"--lr_scheduler polynomial falls to {end}: --learning_rate {options.learning_rate} must be above"
+        )
 
 
 def make_optimizer(

@@ -29,6 +29,7 @@ from utils.diffusion import make_noise_schedule
 from utils.errors import InputError
 from utils.hub import check_push_rights
 from utils.models import read_configs
+from utils.optimization import check_lr_schedule
 from utils.pictures import load_picture
 from utils.settings import DataOptions, RunOptions, Settings
 from utils.sources import Source, hold_out, open_mix, open_source, sources_digest
@@ -74,9 +75,11 @@ def make_plan(accelerator: Accelerator, settings: Settings, check_base: Callable
     identity = describe_run(settings, accelerator, sources, seed, samples)
     if progress:
         check_same_run(progress, identity)
+    max_train_steps, steps_per_epoch = count_steps(settings.run, sources, samples)
+    check_lr_schedule(settings.optimization, max_train_steps)
     plan = Plan(
         sources, held_out, load_pairs(settings.run), schedule, checkpoint, progress or Progress(), samples,
-        *count_steps(settings.run, sources, samples),
+        max_train_steps, steps_per_epoch,
     )  # fmt: skip
     plan.progress.seed, plan.progress.identity = seed, identity
     plan.repo_id = agree_on_repository(accelerator, settings)

@@ -14,6 +14,8 @@ from PIL import Image
 
 from utils.card import ModelFacts, write_card
 from utils.checkpoints import load_weights, remove_whole, save_weights, written_beside
+from utils.curve import draw_curve, read_log
+from utils.diffusion import make_published_scheduler
 from utils.hub import upload
 from utils.models import load_stable_diffusion, make_editor
 from utils.plan import Plan

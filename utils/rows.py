@@ -25,6 +25,8 @@ def open_rows(
     if path.is_dir():
         rows = _open_saved(path, split)
         rows = _open_metadata(path, split) if rows is None else rows
+        if rows is not None and config:
+            raise InputError(f"--dataset_config_name {config}: {name} has no configurations, drop the flag")
         if rows is not None:
             return rows.to_iterable_dataset() if streaming else rows
         name = str(path)

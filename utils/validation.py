@@ -83,7 +83,7 @@ def is_validation_step(step: int, max_steps: int, steps_per_epoch: float, option
 def sample_edits(
     pipeline: DiffusionPipeline, pairs: list[tuple[Image.Image, str]], num_images: int, seed: int, resolution: int
 ) -> list[list[Image.Image]]:
-    """For every (image, instruction): the image as the model takes it and `num_images` edits, seeded seed + 0, 1, ..."""
+    """For every (image, instruction): the image as the model takes it and `num_images` edits, from `seed` on."""
     rows = []
     for image, prompt in pairs:
         fitted = fit_image(image, resolution, size_multiple(pipeline))

@@ -1,0 +1,66 @@
+"""Imports run one way, and nothing heavy is imported before the flags are known to be good (design, section 2)."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent
+SCRIPTS = sorted(path for path in REPOSITORY.glob("*.py"))
+UTILS = sorted((REPOSITORY / "utils").glob("*.py"))
+ABOVE_UTILS = {path.stem for path in SCRIPTS} | {"data_preparation", "evaluation", "benchmarks", "tests"}
+LIGHT = {"utils.cli", "utils.errors", "utils.launch", "utils.quiet", "utils"}
+
+
+def imports_of(path: Path, only_top: bool = False) -> set[str]:
+    """Modules that a file imports: full names, of the repository and of others."""
+    tree = ast.parse(path.read_text())
+    nodes = tree.body if only_top else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize("path", UTILS, ids=lambda path: path.stem)
+def test_utils_import_nothing_above_them(path):
+    assert not {name for name in imports_of(path) if name.split(".")[0] in ABOVE_UTILS}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_no_script_imports_a_script(path):
+    assert not {name.split(".")[0] for name in imports_of(path)} & {script.stem for script in SCRIPTS}
+
+
+def test_utils_have_no_cycle():
+    graph = {f"utils.{path.stem}": imports_of(path) for path in UTILS}
+    graph = {module: {name for name in names if name in graph} for module, names in graph.items()}
+    while free := {module for module, names in graph.items() if not names}:
+        graph = {module: names - free for module, names in graph.items() if module not in free}
+    assert not graph
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_scripts_start_light(path):
+    """At the top of a script: the standard library and what is as light."""
+    heavy = {"torch", "diffusers", "transformers", "datasets", "accelerate"}
+    todo, seen = {name for name in imports_of(path, only_top=True)}, set()
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        file = REPOSITORY / f"{name.replace('.', '/')}.py"
+        if file.exists():
+            todo |= imports_of(file, only_top=True) - seen
+    assert not {name.split(".")[0] for name in seen} & heavy
+
+
+@pytest.mark.parametrize("path", UTILS, ids=lambda path: path.stem)
+def test_only_the_command_line_sees_args(path):
+    names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
+    assert path.stem == "cli" or "args" not in names

@@ -1,0 +1,294 @@
+"""The training scripts do what their users know from diffusers, with every feature that the flags name."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import finetune_instruct_pix2pix
+import train_instruct_pix2pix
+from tests.hub_server import hub_server
+from tests.pairs import make_image, make_rows, save_pairs
+from tests.runs import ENVIRONMENT, REPOSITORY, WEIGHTS, training_flags, weights_of
+from utils.checkpoints import list_checkpoints
+from utils.cli import parse_training_flags
+
+TRAIN, FINETUNE = train_instruct_pix2pix.main, finetune_instruct_pix2pix.main
+
+# The flags of diffusers' examples/instruct_pix2pix/train_instruct_pix2pix.py with their defaults there.
+DIFFUSERS_DEFAULTS = {
+    "revision": None, "variant": None, "dataset_name": None, "dataset_config_name": None, "train_data_dir": None,
+    "original_image_column": "input_image", "edited_image_column": "edited_image", "edit_prompt_column": "edit_prompt",
+    "val_image_url": None, "validation_prompt": None, "num_validation_images": 4, "validation_epochs": 1,
+    "max_train_samples": None, "output_dir": "instruct-pix2pix-model", "cache_dir": None, "seed": None,
+    "resolution": 256, "center_crop": False, "random_flip": False, "train_batch_size": 16, "num_train_epochs": 100,
+    "max_train_steps": None, "gradient_accumulation_steps": 1, "gradient_checkpointing": False, "learning_rate": 1e-4,
+    "scale_lr": False, "lr_scheduler": "constant", "lr_warmup_steps": 500, "conditioning_dropout_prob": None,
+    "use_8bit_adam": False, "allow_tf32": False, "use_ema": False, "non_ema_revision": None,
+    "dataloader_num_workers": 0, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 0.01,
+    "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "push_to_hub": False, "hub_token": None, "hub_model_id": None,
+    "logging_dir": "logs", "mixed_precision": None, "report_to": "tensorboard", "local_rank": -1,
+    "checkpointing_steps": 500, "checkpoints_total_limit": None, "resume_from_checkpoint": None,
+    "enable_xformers_memory_efficient_attention": False,
+}  # fmt: skip
+# Their default trains a wrong model, or guesses: docs/decisions/0002.
+OTHER_DEFAULTS = {
+    "original_image_column": None, "edited_image_column": None, "edit_prompt_column": None,
+    "conditioning_dropout_prob": 0.05,
+}  # fmt: skip
+
+DOCUMENTED = """--enable_xformers_memory_efficient_attention --resolution=256 --random_flip --train_batch_size=4
+ --gradient_accumulation_steps=4 --gradient_checkpointing --max_train_steps=15000 --checkpointing_steps=5000
+ --checkpoints_total_limit=1 --learning_rate=5e-05 --max_grad_norm=1 --lr_warmup_steps=0
+ --conditioning_dropout_prob=0.05 --mixed_precision=fp16 --use_ema --seed=42 --report_to=wandb --push_to_hub
+ --val_image_url=mountain.png --validation_prompt=snowy --original_image_column=input_image
+ --edit_prompt_column=instruction --edited_image_column=ground_truth_image --output_dir=low-level""".split()
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pairs(tmp_path_factory.mktemp("data") / "pairs", 7)
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pictures") / "picture.png"
+    make_image(3, (48, 40)).save(path)
+    return path
+
+
+def config_of(output_dir: Path, part: str) -> dict:
+    name = "scheduler_config.json" if part == "scheduler" else "config.json"
+    return json.loads((output_dir / part / name).read_text())
+
+
+def test_every_flag_of_diffusers_exists_with_its_default():
+    args = vars(parse_training_flags(["--pretrained_model_name_or_path=m", "--dataset_name=d"], ""))
+    given = {"dataset_name": "d"}
+    expected = DIFFUSERS_DEFAULTS | OTHER_DEFAULTS | given
+    assert {name: args[name] for name in expected} == expected
+
+
+def test_documented_flags_are_taken():
+    args = parse_training_flags(["--pretrained_model_name_or_path=m", "--dataset_name=d", *DOCUMENTED], "")
+    assert args.lr_warmup_steps == 0 and args.val_image_url == ["mountain.png"]
+
+
+@pytest.mark.slow
+def test_the_documented_command_trains_and_publishes(tiny_base, pairs, picture, tmp_path):
+    """Of diffusers' README and instruction-tuned-sd's, through the launcher, without what needs a GPU; to a Hub."""
+    flags = [flag for flag in DOCUMENTED if "xformers" not in flag and "mixed_precision" not in flag]
+    output_dir = tmp_path / "low-level"
+    flags += [
+        f"--pretrained_model_name_or_path={tiny_base}", f"--dataset_name={pairs}", f"--output_dir={output_dir}",
+        "--original_image_column=original_image", "--edit_prompt_column=edit_prompt", "--resolution=32",
+        "--edited_image_column=edited_image", "--max_train_steps=2", f"--val_image_url={picture}", "--max_bad_rows=0",
+        "--num_validation_images=1",
+    ]  # fmt: skip
+    flags.remove("--val_image_url=mountain.png")
+    with hub_server(tmp_path / "hub") as hub:
+        environment = ENVIRONMENT | hub.environment(tmp_path / "home", token="write-token") | {"WANDB_MODE": "offline"}
+        launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--mixed_precision", "no"]
+        run = subprocess.run(
+            [*launch, "train_instruct_pix2pix.py", *flags], cwd=REPOSITORY, env=environment, capture_output=True
+        )
+        assert run.returncode == 0, run.stderr.decode()
+        repo = hub.repos["models/user/low-level"]
+        assert "model_index.json" in repo.files and not any("checkpoint" in name for name in repo.files)
+        assert {"README.md", "training_curve.png", "validation/step-2.png"} <= set(repo.files)
+        everything = b"".join(repo.read(name) for name in repo.files)
+        assert b"write-token" not in everything
+        load = (
+            "import sys, torch; from diffusers import StableDiffusionInstructPix2PixPipeline as P; from PIL import Image\n"
+            "pipeline = P.from_pretrained('user/low-level'); image = Image.open(sys.argv[1]).resize((32, 32))\n"
+            "edit = pipeline('snowy', image=image, num_inference_steps=2, generator=torch.manual_seed(0), "
+            "output_type='np').images[0]\nimport numpy; numpy.save(sys.argv[2], edit)"
+        )
+        subprocess.run(
+            [sys.executable, "-c", load, str(picture), str(tmp_path / "edit.npy")], env=environment, check=True
+        )
+    local = StableDiffusionInstructPix2PixPipeline.from_pretrained(output_dir)
+    image = Image.open(picture).resize((32, 32))
+    expected = local(
+        "snowy", image=image, num_inference_steps=2, generator=torch.manual_seed(0), output_type="np"
+    ).images[0]
+    np.testing.assert_allclose(np.load(tmp_path / "edit.npy"), expected, atol=1e-5)
+    assert list((output_dir / "wandb").iterdir())
+    assert "write-token" not in (output_dir / "args.json").read_text()
+
+
+def test_published_pipeline_is_whole_and_of_one_dtype(tiny_base, pairs, tmp_path):
+    assert TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", "--use_ema", "--mixed_precision=bf16")) == 0
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "out")
+    assert pipeline.unet.config.in_channels == 8 and pipeline.safety_checker is None
+    for part in ("unet", "vae", "text_encoder"):
+        files = list((tmp_path / "out" / part).glob("*.safetensors"))
+        assert {value.dtype for file in files for value in load_file(file).values()} == {torch.float32}
+    base_vae = load_file(tiny_base / "vae" / WEIGHTS)
+    assert all(torch.equal(value, base_vae[name]) for name, value in load_file(tmp_path / "out/vae" / WEIGHTS).items())
+
+
+def test_moving_average_is_published_and_differs_from_the_weights(tiny_base, pairs, tmp_path):
+    flags = ("--use_ema", "--checkpointing_steps=4", "--learning_rate=1e-3")
+    assert TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", *flags)) == 0
+    checkpoint = tmp_path / "out/checkpoint-4"
+    published, averaged, live = (
+        load_file(folder / WEIGHTS) for folder in (tmp_path / "out/unet", checkpoint / "unet_ema", checkpoint / "unet")
+    )
+    assert all(torch.equal(published[name], averaged[name]) for name in published)
+    assert any(not torch.equal(live[name], averaged[name]) for name in published)
+    UNet2DConditionModel.from_pretrained(checkpoint / "unet_ema")
+
+
+def test_validation_does_not_disturb_training(tiny_base, pairs, picture, tmp_path):
+    TRAIN(training_flags(tiny_base, pairs, tmp_path / "without", "--use_ema"))
+    flags = (f"--val_image_url={picture}", "--validation_prompt=make it red", "--validation_prompt=make it blue",
+             "--validation_steps=1", "--num_validation_images=2")  # fmt: skip
+    TRAIN(training_flags(tiny_base, pairs, tmp_path / "with", "--use_ema", *flags))
+    assert weights_of(tmp_path / "with/unet") == weights_of(tmp_path / "without/unet")
+    sheets = sorted(path.name for path in (tmp_path / "with/validation").glob("step-*.png"))
+    assert sheets == [f"step-{step}.png" for step in (1, 2, 3, 4)]
+    sheet = Image.open(tmp_path / "with/validation/step-4.png")
+    assert sheet.width == 3 * 128  # the picture and two edits
+
+
+def test_trackers_get_numbers_and_pictures(tiny_base, pairs, picture, tmp_path):
+    flags = ("--report_to=tensorboard", "--logging_steps=2", f"--val_image_url={picture}", "--validation_prompt=red",
+             "--num_validation_images=1", "--validation_split=0.3")  # fmt: skip
+    TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", *flags))
+    events = EventAccumulator(str(tmp_path / "out/logs/instruct-pix2pix"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [2, 4]
+    assert {"lr", "grad_norm", "samples_per_second", "peak_memory_gb", "held_out_loss"} <= set(events.Tags()["scalars"])
+    assert {f"held_out_loss_q{quarter}" for quarter in (1, 2, 3, 4)} <= set(events.Tags()["scalars"])
+    assert any("red" in tag for tag in events.Tags()["images"])
+
+
+def test_best_weights_are_published(tiny_base, pairs, tmp_path):
+    flags = ("--validation_split=0.3", "--validation_steps=1", "--save_best", "--checkpointing_steps=1",
+             "--learning_rate=0.05", "--max_train_steps=5")  # fmt: skip
+    TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", *flags))
+    entries = [json.loads(line) for line in (tmp_path / "out/training_log.jsonl").read_text().splitlines()]
+    losses = {entry["step"]: entry["held_out_loss"] for entry in entries if "held_out_loss" in entry}
+    best = min(losses, key=losses.get)
+    assert len(set(losses.values())) == 5
+    assert json.loads((tmp_path / "out/checkpoint-best/best.json").read_text())["global_step"] == best
+    published, kept = (load_file(tmp_path / "out" / folder / WEIGHTS) for folder in ("unet", f"checkpoint-{best}/unet"))
+    assert all(torch.equal(published[name], kept[name]) for name in published)
+
+
+def test_cached_latents_equal_live_ones(tiny_base, pairs, tmp_path):
+    shared = ("--center_crop", "--random_flip", "--max_train_steps=8")
+    TRAIN(training_flags(tiny_base, pairs, tmp_path / "live", *shared))
+    TRAIN(training_flags(tiny_base, pairs, tmp_path / "cached", *shared, "--cache_latents"))
+    live, cached = (load_file(tmp_path / name / "unet" / WEIGHTS) for name in ("live", "cached"))
+    start = load_file(tiny_base / "unet" / WEIGHTS)
+    moved = max((live[name] - start[name]).abs().max() for name in live if "conv_in" not in name)
+    assert max((live[name] - cached[name]).abs().max() for name in live) < 0.01 * moved
+    assert list((tmp_path / "cached/latent-cache").glob("*/source-0-00000.safetensors"))
+
+
+def test_dry_run_draws_the_pairs_and_saves_nothing_else(tiny_base, pairs, tmp_path, capsys):
+    assert TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", "--dry_run", "--report_to=none")) == 0
+    printed = capsys.readouterr().out
+    assert "one step of 2 samples" in printed and "GB optimizer" in printed and "4 steps take" in printed
+    files = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert files == ["dry_run.png"]
+    assert Image.open(tmp_path / "out/dry_run.png").width == 2 * 192
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--streaming",), ("--streaming", "--dataloader_num_workers=1"), ("--resize_mode=bucket",),
+        ("--resize_mode=squash",), ("--use_8bit_adam",), ("--gradient_checkpointing",), ("--mixed_precision=bf16",),
+        ("--snr_gamma=5", "--noise_offset=0.1", "--prediction_type=v_prediction", "--rescale_betas_zero_snr"),
+        ("--scale_lr", "--max_train_samples=3"), ("--num_train_epochs=2", "--max_train_steps=4"),
+    ],
+    ids=lambda flags: " ".join(flags),
+)  # fmt: skip
+def test_features_train_and_the_result_loads(tiny_base, pairs, tmp_path, flags):
+    assert TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", *flags, "--report_to=none")) == 0
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "out")
+    start = load_file(tiny_base / "unet" / WEIGHTS)
+    moved = [name for name, value in pipeline.unet.state_dict().items() if not torch.equal(value, start[name][: len(value)])
+             if name != "conv_in.weight"]  # fmt: skip
+    assert moved
+    image = pipeline("red", image=make_image(1, (32, 32)), num_inference_steps=2).images[0]
+    assert image.size == (32, 32)
+
+
+def test_zero_terminal_snr_is_published_with_trailing_steps(tiny_base, pairs, tmp_path):
+    flags = ("--prediction_type=v_prediction", "--rescale_betas_zero_snr", "--max_train_steps=1")
+    TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", *flags))
+    config = config_of(tmp_path / "out", "scheduler")
+    assert (config["rescale_betas_zero_snr"], config["timestep_spacing"]) == (True, "trailing")
+    assert config["prediction_type"] == "v_prediction"
+    scheduler = DDIMScheduler.from_pretrained(tmp_path / "out/scheduler")
+    assert scheduler.alphas_cumprod[-1] < 1e-6
+
+
+def test_epochs_count_rows_not_batches(tiny_base, pairs, tmp_path):
+    flags = [flag for flag in training_flags(tiny_base, pairs, tmp_path / "out") if "max_train_steps" not in flag]
+    TRAIN([*flags, "--num_train_epochs=2", "--gradient_accumulation_steps=2", "--checkpointing_steps=1"])
+    assert [path.name for path in list_checkpoints(tmp_path / "out")] == [f"checkpoint-{n}" for n in (1, 2, 3, 4)]
+
+
+def test_a_mix_takes_each_set_by_its_weight(tiny_base, tmp_path):
+    for name, first in (("one", 0), ("two", 100)):
+        save_pairs(tmp_path / name, rows=make_rows(6, first))
+    (tmp_path / "mix.yaml").write_text(
+        "datasets:\n  - {name: one, weight: 3}\n  - {name: two, weight: 1, edit_prompt_column: edit_prompt}\n"
+    )
+    flags = [flag for flag in training_flags(tiny_base, tmp_path, tmp_path / "out") if "dataset_name" not in flag]
+    assert TRAIN([*flags, f"--train_mix={tmp_path / 'mix.yaml'}", "--validation_split=0.2"]) == 0
+    assert "one" in (tmp_path / "out/README.md").read_text()
+
+
+def test_fine_tuning_goes_on_from_the_editor(tiny_editor, pairs, tmp_path):
+    """At a learning rate of zero the editor comes out as it went in, its eight channels and bias too."""
+    assert (
+        FINETUNE(training_flags(tiny_editor, pairs, tmp_path / "out", "--learning_rate=0", "--max_train_steps=2")) == 0
+    )
+    before, after = (load_file(folder / "unet" / WEIGHTS) for folder in (tiny_editor, tmp_path / "out"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_training_starts_from_the_base_with_its_bias(tiny_base, pairs, tmp_path):
+    TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", "--learning_rate=0", "--max_train_steps=1"))
+    before, after = (load_file(folder / "unet" / WEIGHTS) for folder in (tiny_base, tmp_path / "out"))
+    weight = after.pop("conv_in.weight")
+    assert torch.equal(weight[:, :4], before.pop("conv_in.weight")) and not weight[:, 4:].any()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_resumed_after_its_end_publishes_again(tiny_base, pairs, tmp_path):
+    flags = training_flags(tiny_base, pairs, tmp_path / "out", "--checkpointing_steps=4")
+    TRAIN(flags)
+    expected = weights_of(tmp_path / "out/unet")
+    (tmp_path / "out/model_index.json").unlink()
+    assert TRAIN([*flags, "--resume_from_checkpoint=latest"]) == 0
+    assert weights_of(tmp_path / "out/unet") == expected and (tmp_path / "out/model_index.json").exists()
+
+
+@pytest.mark.parametrize("script", ["train_instruct_pix2pix.py", "finetune_instruct_pix2pix.py"])
+def test_help_imports_nothing_heavy(script):
+    listing = (
+        "import runpy, sys; sys.argv = [sys.argv[1], '--help']\ntry: runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    listing += "\nexcept SystemExit: print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    run = subprocess.run([sys.executable, "-c", listing, script], cwd=REPOSITORY, capture_output=True, check=True)
+    help_text, modules = run.stdout.decode().rsplit("\n", 2)[0], run.stdout.decode().split("\n")[-2].split()
+    assert not {"torch", "diffusers", "transformers", "datasets", "numpy", "accelerate"} & set(modules)
+    for group in ("model:", "data:", "objective:", "optimization:", "validation:", "checkpoints:", "publishing:"):
+        assert group in help_text
