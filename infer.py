@@ -172,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
 
     quiet_libraries()
     warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
-    from utils.editing import choose_device, load_editor  # the heavy imports begin here
+    from utils.loading import choose_device, load_editor  # the heavy imports begin here
 
     hide_progress_bars()
     device, dtype = choose_device(args.device, args.dtype)

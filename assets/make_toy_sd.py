@@ -216,7 +216,7 @@ def text_examples(photographs: list) -> tuple[list[str], torch.Tensor]:
 
 
 def train_text(args: argparse.Namespace, photographs: list) -> None:
-    """A head start for the text encoder, as CLIP has one: tell styles and subjects apart by the angle of the mean state.
+    """A head start for the text encoder, as CLIP has one: tell styles and subjects apart by the mean state's angle.
 
     Diffusion alone separates the states of different captions slowly: until then the UNet learns to do without text.
     """

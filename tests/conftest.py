@@ -16,6 +16,8 @@ os.environ.setdefault("WANDB_MODE", "offline")
 
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
+from tests.pairs import make_dataset, make_rows  # noqa: E402
+from tests.runs import training_flags  # noqa: E402
 from tests.tiny import make_tiny_sd  # noqa: E402
 
 
@@ -40,3 +42,22 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_editor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny 8-channel InstructPix2Pix editor."""
     return make_tiny_sd(tmp_path_factory.mktemp("models") / "editor", in_channels=8, seed=1)
+
+
+@pytest.fixture(scope="session")
+def four_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four good pairs."""
+    folder = tmp_path_factory.mktemp("data") / "pairs"
+    make_dataset(make_rows(4)).save_to_disk(str(folder))
+    return folder
+
+
+@pytest.fixture
+def flags(tiny_base: Path, four_pairs: Path, tmp_path: Path) -> list[str]:
+    """Flags of two good steps, into a folder where an editor of a former run stands."""
+    output_dir = tmp_path / "out"
+    (output_dir / "unet").mkdir(parents=True)
+    for name in ("model_index.json", "unet/weights", "args.json", "training_curve.png", "README.md", "my notes.txt"):
+        (output_dir / name).write_text(f"{name} of the former run")
+    (output_dir / "training_log.jsonl").write_text('{"step": 1, "loss": 0.5, "lr": 0.1}\n')
+    return training_flags(tiny_base, four_pairs, output_dir, "--max_train_steps=2", "--report_to=none")

@@ -5,12 +5,11 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shutil
 from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 from unittest import mock
-
-import torch
 
 import train_instruct_pix2pix
 
@@ -25,15 +24,12 @@ def run_here(flags: list[str], script: Script) -> tuple[int, str]:
     handler = logging.StreamHandler(seen)  # pytest has taken the place of the one that the script would install
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.getLogger().addHandler(handler)
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more only wait for one another on so small a model
     try:
         with redirect_stderr(seen):
             code = script(flags)
     except SystemExit as exit:
         code = exit.code
     finally:
-        torch.set_num_threads(num_threads)
         logging.getLogger().removeHandler(handler)
     return code, seen.getvalue()
 
@@ -89,3 +85,18 @@ def output_dir_of(flags: list[str]) -> Path:
 def read_files(folder: Path) -> dict[str, bytes]:
     """Every file below a folder by its relative path."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def copy_of(model: Path, folder: Path) -> Path:
+    """A model or an output folder to spoil."""
+    return Path(shutil.copytree(model, folder))
+
+
+def of_model(flags: list[str], model: Path | str) -> list[str]:
+    """The flags with another model."""
+    return [*flags, f"--pretrained_model_name_or_path={model}"]
+
+
+def cut(path: Path) -> None:
+    """Lose the second half of a file."""
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

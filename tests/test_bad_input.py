@@ -1,53 +1,28 @@
 """A user's mistakes and bad luck outside the rows: one clear message and exit code 2, and nothing that stood is lost.
 
 Every case goes through a script's own `main`. What can be seen before a model is loaded is said before. For what is
-wrong inside a dataset see test_bad_rows.py.
+wrong inside a dataset see test_bad_rows.py, for bad luck during the run test_bad_luck.py.
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import math
-import resource
 import shutil
 import socket
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
 import pytest
 from huggingface_hub import constants
-from safetensors.torch import load_file, save_file
 
 import finetune_instruct_pix2pix
 from tests.hub_server import Hub, Refused, hub_server
-from tests.mistakes import fails_early, fails_late, finishes, output_dir_of
-from tests.pairs import make_dataset, make_rows
-from tests.runs import WEIGHTS, training_flags
+from tests.mistakes import copy_of, cut, fails_early, fails_late, of_model
+from tests.runs import WEIGHTS
 from utils import runtime
 
 FINETUNE = finetune_instruct_pix2pix.main
-
-
-@pytest.fixture(scope="session")
-def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four good pairs."""
-    folder = tmp_path_factory.mktemp("data") / "pairs"
-    make_dataset(make_rows(4)).save_to_disk(str(folder))
-    return folder
-
-
-@pytest.fixture
-def flags(tiny_base: Path, pairs: Path, tmp_path: Path) -> list[str]:
-    """Flags of two good steps, into a folder where an editor of a former run stands."""
-    output_dir = tmp_path / "out"
-    (output_dir / "unet").mkdir(parents=True)
-    for name in ("model_index.json", "unet/weights", "args.json", "training_curve.png", "README.md", "my notes.txt"):
-        (output_dir / name).write_text(f"{name} of the former run")
-    (output_dir / "training_log.jsonl").write_text('{"step": 1, "loss": 0.5, "lr": 0.1}\n')
-    return training_flags(tiny_base, pairs, output_dir, "--max_train_steps=2", "--report_to=none")
 
 
 # ---- flags ----------------------------------------------------------------------------------------------------------
@@ -109,14 +84,6 @@ def test_no_model(flags: list[str]) -> None:
 
 
 # ---- the model ------------------------------------------------------------------------------------------------------
-
-
-def copy_of(model: Path, folder: Path) -> Path:
-    return Path(shutil.copytree(model, folder))
-
-
-def of_model(flags: list[str], model: Path | str) -> list[str]:
-    return [*flags, f"--pretrained_model_name_or_path={model}"]
 
 
 def test_missing_model_folder(flags: list[str], tmp_path: Path) -> None:
@@ -310,6 +277,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-login"))
         monkeypatch.setattr(constants, "ENDPOINT", served.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         yield served
     huggingface_hub.close_session()
 
@@ -348,154 +316,3 @@ def test_upload_that_is_refused_at_the_end(flags: list[str], hub: Hub, tmp_path:
     push = ("--push_to_hub", "--hub_token=write-token", "--hub_model_id=editor", f"--output_dir={tmp_path / 'fresh'}")
     assert "write-token" not in fails_late([*flags, *push], "user/editor", "storage limit", "stands whole", "hf upload")
     assert (tmp_path / "fresh/model_index.json").is_file()
-
-
-# ---- checkpoints of a former run ------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def former_run(tiny_base: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An output folder after two steps, with a checkpoint of each."""
-    output_dir = tmp_path_factory.mktemp("former") / "out"
-    extra = ("--max_train_steps=2", "--checkpointing_steps=1", "--report_to=none")
-    finishes(training_flags(tiny_base, pairs, output_dir, *extra))
-    return output_dir
-
-
-@pytest.fixture
-def resumed(former_run: Path, tiny_base: Path, pairs: Path, tmp_path: Path) -> list[str]:
-    """Flags that go on with a copy of the former run for a third step."""
-    output_dir = copy_of(former_run, tmp_path / "former")
-    extra = ("--max_train_steps=3", "--checkpointing_steps=1", "--report_to=none", "--resume_from_checkpoint=latest")
-    return training_flags(tiny_base, pairs, output_dir, *extra)
-
-
-def test_checkpoints_of_a_former_run(resumed: list[str]) -> None:
-    fails_early(resumed[:-1], "--output_dir", "--resume_from_checkpoint latest", "another folder")
-
-
-def test_resume_from_a_name_that_does_not_exist(resumed: list[str]) -> None:
-    fails_early([*resumed, "--resume_from_checkpoint=checkpoint-7"], "checkpoint-7", "checkpoint-1, checkpoint-2")
-
-
-@pytest.mark.parametrize(
-    "extra, words",
-    [
-        ("--max_train_samples=3", ("dataset",)),
-        ("--seed=4", ("seed", "has 3", "this command 4")),
-        ("--train_batch_size=4", ("train_batch_size", "has 2", "this command 4")),
-        ("--gradient_accumulation_steps=2", ("gradient_accumulation_steps", "has 2", "this command 4")),
-        ("--learning_rate=1e-3", ("learning_rate", "has 0.0001", "this command 0.001")),
-        ("--resolution=48", ("resolution", "has 32", "this command 48")),
-        ("--use_ema", ("use_ema", "has False", "this command True")),
-    ],
-)
-def test_resume_of_another_run(resumed: list[str], extra: str, words: tuple[str, ...]) -> None:
-    fails_early([*resumed, extra], "another run", "Give the former values, or another --output_dir", *words)
-
-
-def test_resume_with_another_base(resumed: list[str], tiny_base: Path, tmp_path: Path) -> None:
-    base = copy_of(tiny_base, tmp_path / "base")
-    weights = load_file(base / "unet" / WEIGHTS)
-    save_file({name: value for name, value in weights.items() if "mid_block" not in name}, base / "unet" / WEIGHTS)
-    config = json.loads((base / "unet/config.json").read_text())
-    (base / "unet/config.json").write_text(json.dumps(config | {"mid_block_type": None}))
-    fails_late(of_model(resumed, base), "checkpoint-2", "does not fit")
-
-
-DAMAGES: dict[str, Callable[[Path], object]] = {
-    "UNet cut off": lambda path: cut(path / "unet" / WEIGHTS),
-    "flipped byte in the UNet": lambda path: flip_byte(path / "unet" / WEIGHTS),
-    "flipped byte in the optimizer": lambda path: flip_byte(path / "training_state.pt"),
-    "no training_state.pt": lambda path: (path / "training_state.pt").unlink(),
-    "no progress.json": lambda path: (path / "progress.json").unlink(),
-    "progress.json cut off": lambda path: cut(path / "progress.json"),
-    "another step in progress.json": lambda path: replace(path / "progress.json", '"draws": 4', '"draws": 5'),
-    "empty folder": lambda path: (shutil.rmtree(path), path.mkdir()),
-}
-
-
-def cut(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def flip_byte(path: Path) -> None:
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def replace(path: Path, old: str, new: str) -> None:
-    assert old in path.read_text()
-    path.write_text(path.read_text().replace(old, new))
-
-
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_damaged_checkpoint_gives_way_to_the_one_before(resumed: list[str], damage: Callable[[Path], object]) -> None:
-    damage(output_dir_of(resumed) / "checkpoint-2")
-    finishes(resumed, "checkpoint-2 is not whole", "going on from checkpoint-1 instead")
-
-
-def test_no_whole_checkpoint(resumed: list[str]) -> None:
-    for number in (1, 2):
-        cut(output_dir_of(resumed) / f"checkpoint-{number}" / "unet" / WEIGHTS)
-    fails_early(resumed, "no whole checkpoint", "checkpoint-1", "checkpoint-2", "damaged", "Start again")
-
-
-# ---- a full disk ----------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def no_file_above(size: int) -> Iterator[None]:
-    """Writing on past `size` bytes fails, as it does on a full disk."""
-    former = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, former)
-
-
-@pytest.mark.parametrize("size", [1_500_000, 500_000, 0], ids=["for the optimizer", "for the UNet", "for anything"])
-def test_no_space_for_a_checkpoint(resumed: list[str], size: int) -> None:
-    with no_file_above(size):
-        fails_late([*resumed, "--checkpoints_total_limit=1"], "Make room") if size else fails_early(
-            resumed, "--output_dir"
-        )
-    if size:
-        assert not (output_dir_of(resumed) / "checkpoint-3").exists()
-    finishes(resumed)
-
-
-def test_no_space_for_the_best_weights(flags: list[str]) -> None:
-    with no_file_above(500_000):
-        fails_late([*flags, "--validation_split=0.5", "--save_best"], "could not be written", "Make room")
-
-
-def test_no_space_for_the_editor(flags: list[str]) -> None:
-    with no_file_above(500_000):
-        fails_late(flags, "pipeline could not be written", "Make room")
-
-
-def test_no_space_left_during_training(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.loop.append_log", lambda folder, _: full_disk(folder / "training_log.jsonl"))
-    fails_late(flags, "training_log.jsonl could not be written: No space left", "Make room")
-
-
-def full_disk(path: Path) -> None:
-    raise OSError(errno.ENOSPC, "No space left on device", str(path))
-
-
-# ---- a loss that is not finite --------------------------------------------------------------------------------------
-
-
-def test_base_that_holds_nan(flags: list[str], tiny_base: Path, tmp_path: Path) -> None:
-    base = copy_of(tiny_base, tmp_path / "base")
-    weights = load_file(base / "unet" / WEIGHTS)
-    weights["conv_out.weight"][0, 0, 0, 0] = math.nan
-    save_file(weights, base / "unet" / WEIGHTS, metadata={"format": "pt"})
-    fails_late(of_model(flags, base), "at step 1 the loss is nan", "train[", "--learning_rate")
-
-
-def test_learning_rate_that_explodes(flags: list[str]) -> None:
-    fails_late([*flags, "--learning_rate=1e30"], "at step 2 the loss is", "train[", "--learning_rate")

@@ -14,8 +14,9 @@ import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from PIL import Image
 
-from utils.editing import edit_images, edit_pixels, fit_image, load_editor, native_resolution, size_multiple
+from utils.editing import edit_images, edit_pixels, fit_image, native_resolution, size_multiple
 from utils.errors import InputError
+from utils.loading import load_editor
 
 TRAILING = dict(timestep_spacing="trailing")
 SCHEDULERS = {

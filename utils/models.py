@@ -19,6 +19,7 @@ from diffusers import (
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from utils.errors import InputError
+from utils.load_errors import explaining_load_errors
 
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
 EDITOR_CHANNELS = 8  # 4 of the noisy latents, 4 of the original image (paper, section 3.2)
@@ -61,7 +62,7 @@ def read_configs(options: ModelOptions) -> tuple[dict, dict, dict]:
             f"--pretrained_model_name_or_path {name} is not the folder of a whole diffusers pipeline: "
             f"it lacks {', '.join(missing)}"
         )
-    with _explain_missing(name):
+    with explaining_load_errors(f"--pretrained_model_name_or_path {name}"):
         unet = UNet2DConditionModel.load_config(name, subfolder="unet", **where)
         vae = AutoencoderKL.load_config(name, subfolder="vae", **where)
         scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **where)
@@ -81,7 +82,7 @@ def load_stable_diffusion(options: ModelOptions, unet: UNet2DConditionModel | No
     weights = dict(variant=options.variant, torch_dtype=torch.float32)
     name = options.pretrained_model_name_or_path
     unet_revision = options.non_ema_revision or options.revision
-    with _explain_missing(name):
+    with explaining_load_errors(f"--pretrained_model_name_or_path {name}"):
         return StableDiffusion(
             tokenizer=_load_tokenizer(name, where),
             text_encoder=CLIPTextModel.from_pretrained(name, subfolder="text_encoder", **where, **weights).eval(),
@@ -111,27 +112,6 @@ def _load_scheduler(name: str, where: dict) -> SchedulerMixin:
     if scheduler_class is None:
         raise InputError(f"{name} names the scheduler {config.get('_class_name')!r}, which diffusers does not have")
     return scheduler_class.from_config(config)
-
-
-@contextmanager
-def _explain_missing(name: str) -> Iterator[None]:
-    """diffusers and transformers raise errors of many kinds for files that are missing or damaged."""
-    try:
-        yield
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
-            raise
-        first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise InputError(
-            f"--pretrained_model_name_or_path {name} cannot be loaded: {first_line.strip()} "
-            "(give the folder of a whole diffusers pipeline, or its id on the Hub; copy a damaged file again)"
-        ) from error
-    except Exception as error:  # safetensors has an error class of its own for a damaged file
-        if type(error).__name__ != "SafetensorError":
-            raise
-        raise InputError(f"the weights of {name} are damaged ({error}): download or copy them again") from error
 
 
 def require_text_to_image(unet_config: dict, name: str) -> None:

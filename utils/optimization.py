@@ -29,8 +29,8 @@ def check_lr_schedule(options: OptimizationOptions, max_train_steps: int) -> Non
     """Refuse a schedule that never comes to its peak, or that cannot be computed. Raises `InputError`."""
     if options.lr_scheduler != "constant" and options.lr_warmup_steps >= max_train_steps:
         raise InputError(
-            f"--lr_warmup_steps is {options.lr_warmup_steps}, and it must be below the {max_train_steps} steps of the run "
-            "(--max_train_steps, or --num_train_epochs with the number of rows): the learning rate would never be reached"
+            f"--lr_warmup_steps is {options.lr_warmup_steps}, and it must be below the {max_train_steps} steps of "
+            "the run (--max_train_steps, or the epochs): the learning rate would never be reached"
         )
     end = 1e-7  # where diffusers' polynomial schedule ends
     if options.lr_scheduler == "polynomial" and options.learning_rate <= end:
