@@ -41,7 +41,8 @@ def pick(args: argparse.Namespace, options_class: type[Options]) -> Options:
 
 def parse_training_flags(argv: list[str] | None, description: str) -> argparse.Namespace:
     """Parse and check the flags of an SD training script; exits with 2 and one message when they cannot work."""
-    parser = FlagParser(description=description, formatter_class=_Help, allow_abbrev=False)
+    usage = "accelerate launch %(prog)s --pretrained_model_name_or_path MODEL --dataset_name PAIRS [flags below]"
+    parser = FlagParser(usage=usage, description=description, formatter_class=_Help, allow_abbrev=False)
     for add_group in (_add_model, _add_data, _add_objective, _add_optimization, _add_precision, _add_run):
         add_group(parser)
     for add_group in (_add_validation, _add_checkpoints, _add_publishing):
