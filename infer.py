@@ -17,11 +17,12 @@ import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from tqdm import tqdm
 
+from utils.cli import FlagParser
 from utils.errors import InputError, exit_on_input_error
 from utils.pictures import load_picture
 from utils.pixels import BadRow, decode_image
@@ -44,13 +45,8 @@ class Job(NamedTuple):
     output: Path
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see --help)\n")
-
-
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # fmt: off
     add = parser.add_argument_group("what to edit").add_argument
     add("--input", required=True, help="an image, a folder of images, or the http(s) address of an image")

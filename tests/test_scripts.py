@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,9 @@ def test_published_pipeline_is_whole_and_of_one_dtype(tiny_base, pairs, tmp_path
     for part in ("unet", "vae", "text_encoder"):
         files = list((tmp_path / "out" / part).glob("*.safetensors"))
         assert {value.dtype for file in files for value in load_file(file).values()} == {torch.float32}
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "out").glob("*/*.safetensors")} == {0o666 & ~umask}
     base_vae = load_file(tiny_base / "vae" / WEIGHTS)
     assert all(torch.equal(value, base_vae[name]) for name, value in load_file(tmp_path / "out/vae" / WEIGHTS).items())
 

@@ -72,11 +72,11 @@ def make_plan(accelerator: Accelerator, settings: Settings, check_base: Callable
     sources, held_out = open_sources(settings.data, seed)
     check_first_rows(sources, settings.geometry, FIRST_ROWS)
     samples = settings.data.train_batch_size * settings.loop.gradient_accumulation_steps * accelerator.num_processes
-    identity = describe_run(settings, accelerator, sources, seed, samples)
-    if progress:
-        check_same_run(progress, identity)
     max_train_steps, steps_per_epoch = count_steps(settings.run, sources, samples)
     check_lr_schedule(settings.optimization, max_train_steps)
+    identity = describe_run(settings, accelerator, sources, seed, samples, max_train_steps)
+    if progress:
+        check_same_run(progress, identity)
     plan = Plan(
         sources, held_out, load_pairs(settings.run), schedule, checkpoint, progress or Progress(), samples,
         max_train_steps, steps_per_epoch,
@@ -149,13 +149,21 @@ def load_pairs(run: RunOptions) -> list[tuple[Image.Image, str]]:
 
 
 def describe_run(
-    settings: Settings, accelerator: Accelerator, sources: list[Source], seed: int, samples_per_step: int
+    settings: Settings,
+    accelerator: Accelerator,
+    sources: list[Source],
+    seed: int,
+    samples_per_step: int,
+    max_train_steps: int,
 ) -> dict:
     """What must not change when a run goes on: the data, the batches, and how weights are updated from them."""
     fixed = asdict(settings.geometry) | asdict(settings.objective) | asdict(settings.optimization)
     fixed |= {"use_ema": settings.run.use_ema, "ema_decay": settings.run.ema_decay}
     fixed |= {"max_grad_norm": settings.loop.max_grad_norm, "mixed_precision": accelerator.mixed_precision}
     fixed |= {"validation_split": settings.data.validation_split, "seed": seed}
+    fixed["base"] = Path(settings.model.pretrained_model_name_or_path).name  # a folder may have been moved
+    if settings.optimization.lr_scheduler not in ("constant", "constant_with_warmup"):
+        fixed["max_train_steps"] = max_train_steps  # the learning rate of every step hangs on the last
     if settings.geometry.resize_mode == "bucket":
         fixed["samples per micro-step"] = settings.data.train_batch_size * accelerator.num_processes
     per_step = "samples per step (train_batch_size x gradient_accumulation_steps x processes)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -61,11 +62,21 @@ def save_pipeline(pipeline: DiffusionPipeline, output_dir: Path) -> None:
     """
     with written_beside(output_dir / "pipeline") as unfinished:
         pipeline.save_pretrained(unfinished)
+        make_readable(unfinished)
         (output_dir / "model_index.json").unlink(missing_ok=True)
         for part in sorted(unfinished.iterdir(), key=lambda path: path.name == "model_index.json"):
             remove_whole(output_dir / part.name)
             part.rename(output_dir / part.name)
         unfinished.rmdir()
+
+
+def make_readable(folder: Path) -> None:
+    """Give files the mode that the user's umask says: safetensors writes its own for the owner alone."""
+    umask = os.umask(0)
+    os.umask(umask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def publish(
