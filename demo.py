@@ -84,7 +84,7 @@ def train(output: Path, steps: int) -> None:
     shutil.rmtree(output / "editor", ignore_errors=True)
     accelerate = Path(sys.executable).with_name("accelerate")
     run(
-        accelerate, "launch", "--mixed_precision", "no", "--num_processes", 1, "--num_machines", 1, "--dynamo_backend",
+        accelerate, "launch", "--quiet", "--mixed_precision", "no", "--num_processes", 1, "--num_machines", 1, "--dynamo_backend",
         "no", "--num_cpu_threads_per_process", os.cpu_count(), "train_instruct_pix2pix.py",
         "--pretrained_model_name_or_path", BASE, "--dataset_name", output / "pairs", "--output_dir", output / "editor",
         "--max_train_steps", steps, "--use_ema", "--cache_latents", "--center_crop", *words_of(TRAINING),
