@@ -22,7 +22,7 @@ SIDE, SEED, CELL = 64, 0, 112
 HELDOUT_PHRASINGS = 3
 KINDS = {"train": "phrasings trained on", "heldout": "phrasings kept out"}
 TRAINING = {
-    "--resolution": SIDE, "--train_batch_size": 16, "--learning_rate": 1e-3, "--lr_scheduler": "cosine",
+    "--resolution": SIDE, "--train_batch_size": 16, "--learning_rate": 1.5e-3, "--lr_scheduler": "cosine",
     "--lr_warmup_steps": 100, "--ema_decay": 0.995, "--seed": SEED, "--logging_steps": 50, "--validation_split": 0.02,
     "--validation_steps": 1000, "--checkpointing_steps": 1000, "--checkpoints_total_limit": 1,
 }  # fmt: skip
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=REPOSITORY / "demo-output", help="folder of the results")
-    parser.add_argument("--pairs", type=int, default=4000, help="pairs to train on")
+    parser.add_argument("--pairs", type=int, default=3000, help="pairs to train on")
     parser.add_argument("--steps", type=int, default=2500, help="optimizer steps")
     args = parser.parse_args(argv)
     started = time.monotonic()
@@ -84,8 +84,8 @@ def train(output: Path, steps: int) -> None:
     shutil.rmtree(output / "editor", ignore_errors=True)
     accelerate = Path(sys.executable).with_name("accelerate")
     run(
-        accelerate, "launch", "--quiet", "--mixed_precision", "no", "--num_processes", 1, "--num_machines", 1, "--dynamo_backend",
-        "no", "--num_cpu_threads_per_process", os.cpu_count(), "train_instruct_pix2pix.py",
+        accelerate, "launch", "--quiet", "--mixed_precision", "no", "--num_processes", 1, "--num_machines", 1,
+        "--dynamo_backend", "no", "--num_cpu_threads_per_process", os.cpu_count(), "train_instruct_pix2pix.py",
         "--pretrained_model_name_or_path", BASE, "--dataset_name", output / "pairs", "--output_dir", output / "editor",
         "--max_train_steps", steps, "--use_ema", "--cache_latents", "--center_crop", *words_of(TRAINING),
     )  # fmt: skip

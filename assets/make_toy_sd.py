@@ -2,19 +2,17 @@
 
     python assets/make_toy_sd.py all        # or one stage at a time: tokenizer, vae, text, base
 
-Under an hour on two CPU cores. Each stage saves its state every few minutes and goes on from it when run again;
+@@TIME@@ Each stage saves its state every few minutes and goes on from it when run again;
 whatever is random about step n is drawn from (seed, stage, n), so a resumed run draws what an unbroken one would.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,6 +23,15 @@ from transformers import CLIPTokenizer
 ASSETS = Path(__file__).resolve().parent
 sys.path.insert(0, str(ASSETS.parent))
 
+from assets.toy_data import (  # noqa: E402
+    generator,
+    load_photographs,
+    random_crop,
+    random_example,
+    text_examples,
+    to_tensor,
+    tokenizer_texts,
+)
 from assets.toy_networks import (  # noqa: E402
     MAX_TOKENS,
     SIZE,
@@ -34,72 +41,6 @@ from assets.toy_networks import (  # noqa: E402
     make_unet,
     make_vae,
 )
-from data_preparation.edits import EDITS  # noqa: E402
-from data_preparation.instructions import read_phrasings  # noqa: E402
-
-# How a caption names a style: "styles" by edit, "templates" that join style and subject. The words are those of people,
-# not of one instruction: the text encoder, frozen when an editor is trained, should know that "monochrome" and "black
-# and white" are one thing.
-CAPTIONS = json.loads((ASSETS / "captions.json").read_text())
-
-
-def generator(seed: int, stage: str, step: int) -> np.random.Generator:
-    """Counter-based randomness: the same (seed, stage, step) always draws the same."""
-    key = np.array([seed, int.from_bytes(stage.encode()[:8], "little")], dtype=np.uint64)
-    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, step]))
-
-
-def load_photographs(folder: Path, split: str) -> list[tuple[np.ndarray, str]]:
-    """[(uint8 RGB (H, W, 3), caption)] of one split of metadata.jsonl."""
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
-    return [
-        (cv2.imread(str(folder / row["file_name"]))[..., ::-1], row["caption"]) for row in rows if row["split"] == split
-    ]
-
-
-def random_crop(image: np.ndarray, rng: np.random.Generator, largest: bool = False) -> np.ndarray:
-    """A square crop (shorter side down to 60 % of it, at least 96 pixels), mirrored half the time, at SIZE pixels."""
-    height, width = image.shape[:2]
-    side = min(height, width)
-    if largest:
-        top, left = (height - side) // 2, (width - side) // 2
-    else:
-        side = int(rng.integers(max(96, int(side * 0.6)), side + 1))
-        top, left = int(rng.integers(0, height - side + 1)), int(rng.integers(0, width - side + 1))
-    crop = cv2.resize(
-        np.ascontiguousarray(image[top : top + side, left : left + side]), (SIZE, SIZE), interpolation=cv2.INTER_AREA
-    )
-    return np.ascontiguousarray(crop[:, ::-1]) if not largest and rng.random() < 0.5 else crop
-
-
-def random_example(photographs: list, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    """(uint8 RGB (SIZE, SIZE, 3), caption): a crop, untouched in one case of four, else in a random style."""
-    image, subject = photographs[rng.integers(len(photographs))]
-    crop = random_crop(image, rng)
-    style = "photograph" if rng.random() < 0.25 else list(EDITS)[rng.integers(len(EDITS))]
-    styles, templates = CAPTIONS["styles"][style], CAPTIONS["templates"]
-    words = styles[rng.integers(len(styles))]
-    caption = templates[rng.integers(len(templates))].format(style=words, subject=subject)
-    return (EDITS[style](crop) if style in EDITS else crop), caption
-
-
-def tokenizer_texts(photographs: list) -> list[str]:
-    """Every caption there can be, and every instruction."""
-    texts = [
-        template.format(style=style, subject=subject)
-        for _, subject in photographs
-        for styles in CAPTIONS["styles"].values()
-        for style in styles
-        for template in CAPTIONS["templates"]
-    ]
-    for path in sorted((ASSETS.parent / "data_preparation" / "instructions").glob("*.txt")):
-        texts += path.read_text().splitlines()
-    return texts
-
-
-def to_tensor(images: list[np.ndarray]) -> torch.Tensor:
-    """uint8 RGB pictures -> (B, 3, SIZE, SIZE) float in -1..1."""
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def save_state(path: Path, **state) -> None:
@@ -136,7 +77,7 @@ def train_vae(args: argparse.Namespace, photographs: list, heldout: list) -> Non
     vae, state_path = make_vae(), args.state_dir / "vae.pt"
     optimizer, first = torch.optim.AdamW(vae.parameters(), lr=1e-3, weight_decay=1e-4), 0
     if state_path.exists():
-        state = torch.load(state_path)
+        state = torch.load(state_path, weights_only=True)
         vae.load_state_dict(state["vae"]), optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
     started = time.time()
@@ -197,24 +138,6 @@ def base_batch(latents: torch.Tensor, tokens: torch.Tensor, empty: torch.Tensor,
     return torch.where(dropped[:, None], empty, tokens[rows]), latents[rows]
 
 
-def text_examples(photographs: list) -> tuple[list[str], torch.Tensor]:
-    """Captions and instructions of the training kind, and (N, 2) labels: style, subject (-1 where none is named)."""
-    texts, labels = [], []
-    for number, (task, styles) in enumerate(CAPTIONS["styles"].items()):
-        for style in styles:
-            for template in CAPTIONS["templates"]:
-                for index in range(len(photographs)) if "{subject}" in template else [-1]:
-                    subject = photographs[index][1]
-                    texts.append(template.format(style=style, subject=subject))
-                    labels.append((number, index))
-        if task in EDITS:
-            phrasings = read_phrasings(task)[0]
-            # Few among so many captions: repeated, so that a batch shows some.
-            texts += phrasings * 20
-            labels += [(number, -1)] * (20 * len(phrasings))
-    return texts, torch.tensor(labels)
-
-
 def train_text(args: argparse.Namespace, photographs: list) -> None:
     """A head start for the text encoder, as CLIP has one: tell styles and subjects apart by the mean state's angle.
 
@@ -251,15 +174,12 @@ def train_base(args: argparse.Namespace, photographs: list) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(args.output / "tokenizer")
     vae = AutoencoderKL.from_pretrained(args.output / "vae").float()
     scheduler, networks = make_scheduler(), torch.nn.ModuleList([make_unet(), make_text_encoder(tokenizer)])
-    networks[1].load_state_dict(torch.load(args.state_dir / "text.pt")["text_encoder"])
+    networks[1].load_state_dict(torch.load(args.state_dir / "text.pt", weights_only=True)["text_encoder"])
     ema = EMAModel(networks.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
-    optimizer, first, state_path = (
-        torch.optim.AdamW(networks.parameters(), lr=1e-3, fused=True),
-        0,
-        args.state_dir / "base.pt",
-    )
+    optimizer = torch.optim.AdamW(networks.parameters(), lr=1e-3, fused=True)
+    first, state_path = 0, args.state_dir / "base.pt"
     if state_path.exists():
-        state = torch.load(state_path)
+        state = torch.load(state_path, weights_only=True)
         for name, part in (("networks", networks), ("optimizer", optimizer), ("ema", ema)):
             part.load_state_dict(state[name])
         first = state["step"]
@@ -312,10 +232,10 @@ def main() -> None:
     parser.add_argument(
         "--state_dir", type=Path, default=ASSETS.parent / "demo-output" / "toy-sd-state", help="resumable states"
     )
-    parser.add_argument("--vae_steps", type=int, default=3000)
+    parser.add_argument("--vae_steps", type=int, default=6000)
     parser.add_argument("--text_steps", type=int, default=600)
-    parser.add_argument("--base_steps", type=int, default=2500)
-    parser.add_argument("--bank_size", type=int, default=4800, help="pictures encoded for the base, a multiple of 32")
+    parser.add_argument("--base_steps", type=int, default=6000)
+    parser.add_argument("--bank_size", type=int, default=9600, help="pictures encoded for the base, a multiple of 32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.state_dir.mkdir(parents=True, exist_ok=True)

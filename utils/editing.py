@@ -28,7 +28,6 @@ from utils.errors import InputError
 from utils.guidance import branch_coefficients, combine
 
 logger = logging.getLogger(__name__)
-
 MAX_SIDES_RATIO = 4  # the longer side of an edited image, in multiples of the resolution
 
 

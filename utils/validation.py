@@ -115,17 +115,17 @@ def draw_grid(rows: list[list[Image.Image]], labels: list[str], cell: int | None
 
 def log_images(accelerator: Accelerator, images: dict[str, list[Image.Image]], step: int) -> None:
     """Send pictures, by title, to every tracker of the run."""
+    single = {f"{title} {index}": picture for title, stack in images.items() for index, picture in enumerate(stack)}
     for tracker in accelerator.trackers:
         if tracker.name == "comet_ml":
-            for title, pictures in images.items():
-                for index, picture in enumerate(pictures):
-                    tracker.writer.log_image(picture, name=f"{title} {index}", step=step)
-        elif tracker.name == "trackio":
+            for title, picture in single.items():
+                tracker.writer.log_image(picture, name=title, step=step)
+        elif tracker.name == "trackio":  # which drops lists of pictures without a word
             import trackio
 
-            tracker.log({t: [trackio.Image(p) for p in ps] for t, ps in images.items()}, step=step)
+            tracker.log({title: trackio.Image(picture) for title, picture in single.items()}, step=step)
         elif tracker.name == "tensorboard":
-            stacks = {title: np.stack([np.asarray(p) for p in ps]) for title, ps in images.items()}
+            stacks = {title: np.stack([np.asarray(picture) for picture in stack]) for title, stack in images.items()}
             tracker.log_images(stacks, step=step, dataformats="NHWC")
         else:
             tracker.log_images(images, step=step)

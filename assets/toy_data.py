@@ -1,0 +1,97 @@
+"""What the toy Stable Diffusion learns from: crops of the photographs, styled or not, and captions for them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+
+from assets.toy_networks import SIZE
+from data_preparation.edits import EDITS
+from data_preparation.instructions import read_phrasings
+
+ASSETS = Path(__file__).resolve().parent
+# How a caption names a style: "styles" by edit, "templates" that join style and subject. The words are those of people,
+# not of one instruction: the text encoder, frozen when an editor is trained, should know that "monochrome" and "black
+# and white" are one thing.
+CAPTIONS = json.loads((ASSETS / "captions.json").read_text())
+
+
+def generator(seed: int, stage: str, step: int) -> np.random.Generator:
+    """Counter-based randomness: the same (seed, stage, step) always draws the same."""
+    key = np.array([seed, int.from_bytes(stage.encode()[:8], "little")], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, step]))
+
+
+def load_photographs(folder: Path, split: str) -> list[tuple[np.ndarray, str]]:
+    """[(uint8 RGB (H, W, 3), caption)] of one split of metadata.jsonl."""
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    return [
+        (cv2.imread(str(folder / row["file_name"]))[..., ::-1], row["caption"]) for row in rows if row["split"] == split
+    ]
+
+
+def random_crop(image: np.ndarray, rng: np.random.Generator, largest: bool = False) -> np.ndarray:
+    """A square crop (shorter side down to 60 % of it, at least 96 pixels), mirrored half the time, at SIZE pixels."""
+    height, width = image.shape[:2]
+    side = min(height, width)
+    if largest:
+        top, left = (height - side) // 2, (width - side) // 2
+    else:
+        side = int(rng.integers(max(96, int(side * 0.6)), side + 1))
+        top, left = int(rng.integers(0, height - side + 1)), int(rng.integers(0, width - side + 1))
+    crop = cv2.resize(
+        np.ascontiguousarray(image[top : top + side, left : left + side]), (SIZE, SIZE), interpolation=cv2.INTER_AREA
+    )
+    return np.ascontiguousarray(crop[:, ::-1]) if not largest and rng.random() < 0.5 else crop
+
+
+def random_example(photographs: list, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+    """(uint8 RGB (SIZE, SIZE, 3), caption): a crop, untouched in one case of four, else in a random style."""
+    image, subject = photographs[rng.integers(len(photographs))]
+    crop = random_crop(image, rng)
+    style = "photograph" if rng.random() < 0.25 else list(EDITS)[rng.integers(len(EDITS))]
+    styles, templates = CAPTIONS["styles"][style], CAPTIONS["templates"]
+    words = styles[rng.integers(len(styles))]
+    caption = templates[rng.integers(len(templates))].format(style=words, subject=subject)
+    return (EDITS[style](crop) if style in EDITS else crop), caption
+
+
+def tokenizer_texts(photographs: list) -> list[str]:
+    """Every caption there can be, and every instruction."""
+    texts = [
+        template.format(style=style, subject=subject)
+        for _, subject in photographs
+        for styles in CAPTIONS["styles"].values()
+        for style in styles
+        for template in CAPTIONS["templates"]
+    ]
+    for path in sorted((ASSETS.parent / "data_preparation" / "instructions").glob("*.txt")):
+        texts += path.read_text().splitlines()
+    return texts
+
+
+def to_tensor(images: list[np.ndarray]) -> torch.Tensor:
+    """uint8 RGB pictures -> (B, 3, SIZE, SIZE) float in -1..1."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def text_examples(photographs: list) -> tuple[list[str], torch.Tensor]:
+    """Captions and instructions of the training kind, and (N, 2) labels: style, subject (-1 where none is named)."""
+    texts, labels = [], []
+    for number, (task, styles) in enumerate(CAPTIONS["styles"].items()):
+        for style in styles:
+            for template in CAPTIONS["templates"]:
+                for index in range(len(photographs)) if "{subject}" in template else [-1]:
+                    subject = photographs[index][1]
+                    texts.append(template.format(style=style, subject=subject))
+                    labels.append((number, index))
+        if task in EDITS:
+            phrasings = read_phrasings(task)[0]
+            # Few among so many captions: repeated, so that a batch shows some.
+            texts += phrasings * 20
+            labels += [(number, -1)] * (20 * len(phrasings))
+    return texts, torch.tensor(labels)
