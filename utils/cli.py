@@ -1,7 +1,7 @@
 """The flags that the training scripts share, and the checks that need nothing but the flags.
 
-Only this module, flag_checks.py and the scripts see `args`. Everything else takes plain values: `pick(args, Options)` cuts the
-fields of a small dataclass out of `args`, so that a flag and the field it fills have one name.
+Only this module, flag_checks.py and the scripts see `args`. Everything else takes plain values: `pick(args, Options)`
+cuts the fields of a small dataclass out of `args`, so that a flag and the field it fills have one name.
 
 The flags of diffusers' own InstructPix2Pix example keep their names, meanings and defaults; where a default of theirs
 trains a wrong model, ours differs and the help text says so. Nothing heavy is imported here: `--help` and every error

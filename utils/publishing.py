@@ -93,37 +93,46 @@ def publish(
 
 def finish(run: Run, best: BestWeights) -> None:
     """Publish the editor: float32 throughout, with the best or the averaged weights where they were kept."""
-    settings, plan, trainee = run.settings, run.plan, run.trainee
-    results = {}
-    kept = best.load()
-    if kept:
-        trainee.model.load_state_dict(kept[0])
-        results = {"held-out loss": kept[1]["held_out_loss"], "at step": kept[1]["global_step"]}
-    elif trainee.ema:
-        trainee.model.load_state_dict(trainee.ema.state_dict())
-    unet = trainee.model.to("cpu", memory_format=torch.contiguous_format)
+    settings, plan = run.settings, run.plan
+    results = choose_weights(run, best)
+    unet = run.trainee.model.to("cpu", memory_format=torch.contiguous_format)
     parts = load_stable_diffusion(settings.model, unet=unet)  # the frozen ones anew: in memory they may have 16 bits
     pipeline = make_editor(parts, make_published_scheduler(parts.scheduler, plan.schedule))
+    publish(pipeline, settings.output_dir, gather_facts(run, results), settings.publishing, plan.repo_id)
+
+
+def choose_weights(run: Run, best: BestWeights) -> dict[str, float]:
+    """Put the weights to be published into the model; returns what was measured of them, by name."""
+    kept = best.load()
+    if kept:
+        run.trainee.model.load_state_dict(kept[0])
+        return {"held-out loss": kept[1]["held_out_loss"]}
+    if run.trainee.ema:
+        run.trainee.model.load_state_dict(run.trainee.ema.state_dict())
+    held_out = [entry["held_out_loss"] for entry in read_log(run.settings.output_dir) if "held_out_loss" in entry]
+    return {"held-out loss": held_out[-1]} if held_out else {}
+
+
+def gather_facts(run: Run, results: dict[str, float]) -> ModelFacts:
+    """What the card tells of a run."""
+    settings, plan = run.settings, run.plan
     curve = draw_curve(settings.output_dir)
-    held_out = [entry["held_out_loss"] for entry in read_log(settings.output_dir) if "held_out_loss" in entry]
-    if held_out and not results:
-        results = {"held-out loss": held_out[-1]}
     samples = sorted((settings.output_dir / "validation").glob("step-*.png"), key=lambda path: int(path.stem[5:]))
-    facts = ModelFacts(
+    hyperparameters = {"steps": plan.progress.global_step, "samples per step": plan.samples_per_step}
+    hyperparameters |= asdict(settings.objective) | asdict(settings.optimization) | asdict(settings.geometry)
+    hyperparameters |= {"prediction_type": plan.schedule.config.prediction_type, "use_ema": settings.run.use_ema}
+    return ModelFacts(
         base_model=settings.model.pretrained_model_name_or_path,
         command=["accelerate", "launch", *sys.argv],
         repo_id=plan.repo_id,
         datasets=name_datasets(settings, plan),
-        hyperparameters={"steps": plan.progress.global_step, "samples per step": plan.samples_per_step}
-        | asdict(settings.objective) | asdict(settings.optimization) | asdict(settings.geometry)
-        | {"use_ema": settings.run.use_ema, "seed": plan.progress.seed},
+        hyperparameters={k: v for k, v in hyperparameters.items() if v is not None} | {"seed": plan.progress.seed},
         results=results,
         widget=save_inputs(settings.output_dir, plan.pairs),
         samples=[f"validation/{path.name}" for path in samples[-1:]],
         curve=curve.name if curve else None,
         resolution=settings.geometry.resolution,
-    )  # fmt: skip
-    publish(pipeline, settings.output_dir, facts, settings.publishing, plan.repo_id)
+    )
 
 
 def name_datasets(settings: Settings, plan: Plan) -> list[str]:
