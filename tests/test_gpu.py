@@ -1,0 +1,67 @@
+"""What only a GPU can show. Skipped without one: `python -m pytest tests/test_gpu.py` on a machine that has it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionInstructPix2PixPipeline
+from safetensors.torch import load_file
+
+import infer
+import train_instruct_pix2pix
+from tests.pairs import make_image, save_pairs
+from tests.runs import WEIGHTS, training_flags, weights_of
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+TRAIN = train_instruct_pix2pix.main
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_pairs(tmp_path_factory.mktemp("data") / "pairs", 7)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--mixed_precision=fp16",), ("--mixed_precision=fp16", "--use_ema", "--gradient_checkpointing"),
+        ("--mixed_precision=bf16",), ("--allow_tf32",), ("--use_8bit_adam",), ("--cache_latents", "--center_crop"),
+        ("--mixed_precision=fp16", "--enable_xformers_memory_efficient_attention"),
+    ],
+    ids=lambda flags: " ".join(flags),
+)  # fmt: skip
+def test_features_train_and_the_result_loads(tiny_base, pairs, tmp_path, flags):
+    if any("xformers" in flag for flag in flags) and not importlib.util.find_spec("xformers"):
+        pytest.skip("xformers is not installed")
+    picture = tmp_path / "picture.png"
+    make_image(3).save(picture)
+    validation = (f"--val_image_url={picture}", "--validation_prompt=red", "--num_validation_images=1")
+    assert TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", *flags, *validation, "--logging_steps=1")) == 0
+    entries = [json.loads(line) for line in (tmp_path / "out/training_log.jsonl").read_text().splitlines()]
+    assert len(entries) == 4 and all(np.isfinite(entry["loss"]) for entry in entries)
+    values = load_file(tmp_path / "out/unet" / WEIGHTS).values()
+    assert {value.dtype for value in values} == {torch.float32} and all(value.isfinite().all() for value in values)
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "out", dtype=torch.float16).to("cuda")
+    assert pipeline("red", image=make_image(1, (32, 32)), num_inference_steps=2).images[0].size == (32, 32)
+
+
+def test_fp16_resumes_with_its_scaler(tiny_base, pairs, tmp_path):
+    """Stopped at a checkpoint and resumed, fp16 ends where it would have ended (same GPU, deterministic kernels)."""
+    flags = ("--mixed_precision=fp16", "--use_ema", "--checkpointing_steps=2")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    TRAIN(training_flags(tiny_base, pairs, tmp_path / "whole", *flags))
+    TRAIN(training_flags(tiny_base, pairs, tmp_path / "parts", *flags, "--max_train_steps=2"))
+    TRAIN(training_flags(tiny_base, pairs, tmp_path / "parts", *flags, "--resume_from_checkpoint=latest"))
+    assert weights_of(tmp_path / "parts/unet") == weights_of(tmp_path / "whole/unet")
+
+
+def test_infer_in_half_precision(tiny_editor, tmp_path):
+    make_image(2).save(tmp_path / "in.png")
+    flags = ["--model", str(tiny_editor), "--input", str(tmp_path / "in.png"), "--output", str(tmp_path / "out.png")]
+    assert infer.main([*flags, "--edit", "red", "--steps", "3", "--seed", "0", "--dtype", "fp16"]) == 0
+    assert (tmp_path / "out.png").exists()

@@ -1,0 +1,71 @@
+"""What the repository ships, and the demo that a newcomer runs on it."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+
+from data_preparation.edits import EDITS
+from data_preparation.photographs import centre_square, list_photographs, read_photograph
+from tests.runs import ENVIRONMENT, REPOSITORY
+
+PHOTOS, BASE = REPOSITORY / "assets/photos", REPOSITORY / "assets/toy-sd"
+ROWS = [json.loads(line) for line in (PHOTOS / "metadata.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def toy() -> StableDiffusionPipeline:
+    return StableDiffusionPipeline.from_pretrained(BASE, dtype=torch.float32)
+
+
+def test_every_photograph_is_free_and_says_where_it_is_from():
+    assert {row["file_name"] for row in ROWS} == {path.name for path in PHOTOS.glob("*.jpg")} and len(ROWS) >= 16
+    licences = (PHOTOS / "LICENSES.md").read_text()
+    for row in ROWS:
+        assert row["licence"] in ("CC0-1.0", "Public domain") and row["source"] and row["file_name"] in licences
+
+
+def test_no_scene_is_both_trained_on_and_held_out():
+    scenes = {split: {re.sub(r"_?\d*\.jpg$", "", row["file_name"]) for row in ROWS if row["split"] == split}
+              for split in ("train", "heldout")}  # fmt: skip
+    assert len(scenes["heldout"]) >= 5 and not scenes["train"] & scenes["heldout"]
+    sources = {split: {row["source"] for row in ROWS if row["split"] == split} for split in ("train", "heldout")}
+    assert not sources["train"] & sources["heldout"]
+
+
+def test_the_toy_is_small_and_whole(toy):
+    assert sum(path.stat().st_size for path in BASE.rglob("*") if path.is_file()) <= 8_000_000
+    assert toy.unet.config.in_channels == 4
+    image = toy("a cartoon of a cat", height=64, width=64, num_inference_steps=2).images[0]
+    assert image.size == (64, 64)
+
+
+@torch.no_grad()
+def test_the_autoencoder_keeps_photographs_that_it_has_never_seen(toy):
+    pictures = [centre_square(read_photograph(path), 64) for path in list_photographs(PHOTOS, "heldout")]
+    pixels = torch.stack([torch.from_numpy(p).permute(2, 0, 1) for p in pictures]).float() / 127.5 - 1  # (N, 3, 64, 64)
+    decoded = toy.vae.decode(toy.vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
+    psnr = -10 * ((decoded - pixels) / 2).square().mean(dim=(1, 2, 3)).log10()
+    assert psnr.mean() > 26
+
+
+@pytest.mark.slow
+def test_the_demo_in_short(tmp_path: Path):
+    """The commands of `make demo` with a tenth of the steps: already most edits are right."""
+    command = [sys.executable, "demo.py", "--output", str(tmp_path), "--pairs", "400", "--steps", "200"]
+    run = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    for kind in ("train", "heldout"):
+        assert scores[kind]["accuracy"] > 0.5 and scores[kind]["psnr"] > scores[kind]["no_edit_psnr"] + 2
+        assert scores[kind]["tasks"].keys() == EDITS.keys()
+    assert (tmp_path / "editor/model_index.json").exists() and list((tmp_path / "pairs").rglob("*.parquet"))
+    assert Image.open(tmp_path / "grid.png").width > 1000 and Image.open(tmp_path / "training_curve.png").width > 500
