@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -16,6 +17,7 @@ from utils.conditioning import PromptEncoder
 from utils.data import BadRowLimit
 from utils.diffusion import ObjectiveOptions
 from utils.dry_run import take_dry_run
+from utils.hub import redact
 from utils.loop import Trainee, fit
 from utils.models import MovingAverage, StableDiffusion, load_stable_diffusion
 from utils.objective import Objective
@@ -105,7 +107,8 @@ def make_trainee(accelerator: Accelerator, unet: UNet2DConditionModel, settings:
 
 
 def start_trackers(accelerator: Accelerator, settings: Settings) -> None:
-    """Open the trackers; their files lie in output_dir."""
+    """Open the trackers; their files lie in output_dir. wandb keeps the command line, so the token leaves it first."""
+    sys.argv = redact(sys.argv)
     values = settings.by_flag()
     config = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in values.items()}
     accelerator.init_trackers(
