@@ -2,7 +2,7 @@
 
     python assets/make_toy_sd.py all        # or one stage at a time: tokenizer, vae, text, base
 
-@@TIME@@ Each stage saves its state every few minutes and goes on from it when run again;
+Half an hour or less on two CPU cores. Each stage saves its state every few minutes and goes on from it when run again;
 whatever is random about step n is drawn from (seed, stage, n), so a resumed run draws what an unbroken one would.
 """
 
