@@ -30,7 +30,7 @@ EDITING = {
     "--resolution": SIDE,
     "--steps": 10,
     "--cfg-text": 2.0,
-    "--cfg-image": 1.0,
+    "--cfg-image": 1.3,
     "--seed": SEED,
     "--batch_size": 8,
 }
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=REPOSITORY / "demo-output", help="folder of the results")
-    parser.add_argument("--pairs", type=int, default=3000, help="pairs to train on")
+    parser.add_argument("--pairs", type=int, default=4000, help="pairs to train on")
     parser.add_argument("--steps", type=int, default=2500, help="optimizer steps")
     args = parser.parse_args(argv)
     started = time.monotonic()
