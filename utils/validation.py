@@ -61,7 +61,8 @@ def measure_held_out(run: Run, best: BestWeights, step: int) -> None:
         run.accelerator, run.objective, run.trainee.unet, run.held_out_batches(), count_rows(run.plan.held_out)
     )
     run.accelerator.log(losses, step=step)
-    is_best = progress.best_loss is None or losses["held_out_loss"] < progress.best_loss
+    best_loss = float("inf") if progress.best_loss is None else progress.best_loss
+    is_best = losses["held_out_loss"] < best_loss  # never so for NaN
     if is_best:
         progress.best_loss = losses["held_out_loss"]
     if run.accelerator.is_main_process:
