@@ -64,8 +64,9 @@ def train_editor(
         limit.add(plan.progress.bad_rows)
 
         def count_bad_rows(batch: dict) -> None:
-            limit.add(batch["bad_rows"], num_drawn=plan.progress.draws)
-            plan.progress.bad_rows += [list(row) for row in batch["bad_rows"]]
+            if batch["bad_rows"]:
+                limit.add(batch["bad_rows"], num_drawn=plan.progress.draws)
+                plan.progress.bad_rows = [list(row) for row in limit.reasons.items()]
 
         exit_code = fit(
             accelerator, trainee, objective, batches, plan.progress,
