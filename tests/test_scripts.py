@@ -318,3 +318,12 @@ def test_help_imports_nothing_heavy(script):
     assert not {"torch", "diffusers", "transformers", "datasets", "numpy", "accelerate"} & set(modules)
     for group in ("model:", "data:", "objective:", "optimization:", "validation:", "checkpoints:", "publishing:"):
         assert group in help_text
+
+
+def test_without_a_seed_one_is_drawn_and_kept(tiny_base, pairs, tmp_path):
+    flags = [flag for flag in training_flags(tiny_base, pairs, tmp_path / "out") if "--seed" not in flag]
+    flags += ["--checkpointing_steps=2"]
+    assert TRAIN([*flags, "--max_train_steps=2"]) == 0
+    seed = json.loads((tmp_path / "out/args.json").read_text())["seed"]
+    assert TRAIN([*flags, "--resume_from_checkpoint=latest"]) == 0
+    assert isinstance(seed, int) and json.loads((tmp_path / "out/args.json").read_text())["seed"] == seed
