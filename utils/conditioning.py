@@ -39,7 +39,7 @@ class PromptEncoder:
     def _encode(self, prompt: str) -> torch.Tensor:
         """One prompt at a time: in a batch, its last bits would depend on its neighbours, and resume on the cache."""
         length = self.tokenizer.model_max_length
-        if len(self.tokenizer(prompt).input_ids) > length:
+        if len(self.tokenizer(prompt, verbose=False).input_ids) > length:
             self.truncated.add(prompt)
         inputs = self.tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
         inputs = inputs.to(self.text_encoder.device)
