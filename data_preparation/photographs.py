@@ -25,12 +25,6 @@ def list_photographs(folder: Path, split: str = "all") -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
-def read_captions(folder: Path) -> dict[str, str]:
-    """File name -> caption, from metadata.jsonl."""
-    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
-    return {row["file_name"]: row["caption"] for row in rows}
-
-
 def read_photograph(path: Path) -> np.ndarray | None:
     """uint8 RGB (H, W, 3), turned upright by its EXIF, or None when the file holds no readable image."""
     image = cv2.imread(str(path), cv2.IMREAD_COLOR)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import shutil
 from collections.abc import Iterator
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from utils.editing import edit_images, edit_pixels, fit_image, native_resolution, size_multiple
 from utils.errors import InputError
@@ -246,18 +249,32 @@ def test_under_autocast_with_frozen_parts_in_half_precision(tiny_editor: Path, p
     assert torch.stack(edit_pixels(mixed, photos, PROMPTS, **noise)[0]).isfinite().all()
 
 
-def test_safety_checker(editor, photos, monkeypatch, caplog) -> None:
-    """What the checker objects to comes back black and flagged; the other edit is untouched."""
+def make_safety_checker(liked: Image.Image, disliked: Image.Image):
+    """A real safety checker of random weights, and its processor, that objects to pictures like `disliked` alone."""
+    torch.manual_seed(0)
+    vision = dict(hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2, image_size=30,
+                  patch_size=3, projection_dim=64)  # fmt: skip
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=64)).eval()
+    processor = CLIPImageProcessor(size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30})
+    with torch.no_grad():
+        pixels = processor([disliked, liked], return_tensors="pt").pixel_values
+        embeds = checker.visual_projection(checker.vision_model(pixels)[1])  # (2, 64)
+        centred = embeds[0] / embeds[0].norm() - embeds[1] / embeds[1].norm()
+        checker.concept_embeds.zero_()[0] = checker.special_care_embeds.zero_()[0] = centred
+        checker.concept_embeds_weights.fill_(1.0)[0] = checker.special_care_embeds_weights.fill_(1.0)[0] = 0.0
+    return checker, processor
+
+
+def test_safety_checker(editor, photos, caplog) -> None:
+    """What the checker objects to comes back black and flagged, as from the stock pipeline; the other is untouched."""
     set_scheduler(editor, "ddim")
     settings = dict(seeds=[1, 2], num_inference_steps=2)
     unchecked = edit_images(editor, photos, PROMPTS, **settings)
-
-    def object_to_first(image: torch.Tensor, device, dtype):
-        return torch.cat([torch.zeros_like(image[:1]), image[1:]]), [True, False]
-
-    monkeypatch.setattr(editor, "run_safety_checker", object_to_first)
+    checker, processor = make_safety_checker(liked=unchecked[1], disliked=unchecked[0])
+    checked_editor = copy.copy(editor)
+    checked_editor.register_modules(safety_checker=checker, feature_extractor=processor)
     with caplog.at_level(logging.WARNING):
-        checked = edit_images(editor, photos, PROMPTS, **settings)
+        checked = edit_images(checked_editor, photos, PROMPTS, **settings)
     assert not np.asarray(checked[0]).any() and checked[0].info["flagged"]
     assert checked[1] == unchecked[1] and not checked[1].info["flagged"]
     assert "objected to 1 of 2 edits" in caplog.text

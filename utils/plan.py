@@ -55,7 +55,7 @@ class Plan:
 
 def make_plan(accelerator: Accelerator, settings: Settings, check_base: Callable[[dict, str], None]) -> Plan:
     """Look for everything that can be wrong. Raises `InputError`, one for all problems of a kind."""
-    unet_config, vae_config, scheduler_config = read_configs(settings.model)
+    unet_config, _, scheduler_config = read_configs(settings.model)
     check_base(unet_config, settings.model.pretrained_model_name_or_path)
     schedule = make_noise_schedule(scheduler_config, settings.objective)
     prepare_output_dir(accelerator, settings)

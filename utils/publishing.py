@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
 from dataclasses import asdict, dataclass
@@ -22,8 +21,6 @@ from utils.models import load_stable_diffusion, make_editor
 from utils.plan import Plan
 from utils.run import Run
 from utils.settings import PublishingOptions, Settings
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
