@@ -17,7 +17,7 @@ import pytest
 from huggingface_hub import constants
 
 import finetune_instruct_pix2pix
-from tests.hub_server import Hub, Refused, hub_server
+from tests.hub_server import Hub, Refused, hub_server, turn_client
 from tests.mistakes import copy_of, cut, fails_early, fails_late, of_model
 from tests.runs import WEIGHTS
 from utils import runtime
@@ -272,12 +272,7 @@ def closed_port() -> int:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The client of this process speaks to a server of ours, and has no token."""
     with hub_server(tmp_path / "hub") as served:
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH"):
-            monkeypatch.delenv(name, raising=False)
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-login"))
-        monkeypatch.setattr(constants, "ENDPOINT", served.url)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        turn_client(monkeypatch, served.url, tmp_path)
         yield served
     huggingface_hub.close_session()
 

@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import HfApi, ModelCard, constants
 from PIL import Image
 
-from tests.hub_server import Hub, Refused, hub_server
+from tests.hub_server import Hub, Refused, hub_server, turn_client
 from utils.card import ModelFacts, find_license, write_card
 from utils.errors import InputError
 from utils.hub import check_push_rights, files_to_publish, redact, upload, upload_command
@@ -57,12 +57,7 @@ def hub(tmp_path: Path):
 @pytest.fixture
 def client(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
     """This process's client, turned to the server, with no token anywhere and no pauses."""
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-login"))
-    monkeypatch.setattr(constants, "ENDPOINT", hub.url)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    turn_client(monkeypatch, hub.url, tmp_path)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     yield hub
     huggingface_hub.close_session()
