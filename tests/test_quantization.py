@@ -1,0 +1,127 @@
+"""A quantised frozen base: what is held in 4 or 8 bits, what is not, and that an adapter trains on it anywhere."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+
+from tests.test_adapters import OPTIONS, disturb, evaluate, load_unet, predict, train, trained_parameters
+from utils.adapters import add_adapter
+from utils.quantization import is_quantized, quantize_linears
+
+KINDS = ["nf4", "int8"]
+both_kinds = pytest.mark.parametrize("kind", KINDS)
+both_adapters = pytest.mark.parametrize("use_dora", [False, True])
+
+
+@both_kinds
+@pytest.mark.parametrize("family", ["tiny_base", "tiny_sdxl"])
+def test_linears_are_held_in_few_bits_and_nothing_else_is_touched(kind, family, request):
+    base = load_unet(request.getfixturevalue(family))
+    unet = load_unet(request.getfixturevalue(family), quantize=kind)
+    assert is_quantized(unet)
+    assert not is_quantized(base)
+    for name, module in base.named_modules():
+        if isinstance(module, nn.Linear):
+            weight = unet.get_submodule(name).weight
+            assert weight.dtype == {"nf4": torch.uint8, "int8": torch.int8}[kind]
+            assert weight.numel() == module.weight.numel() // (2 if kind == "nf4" else 1)
+        else:
+            for part, value in module.named_parameters(recurse=False):
+                assert torch.equal(unet.get_submodule(name).get_parameter(part), value), name
+    assert not trained_parameters(unet)
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("nf4", 0.15), ("int8", 0.01)])
+def test_a_quantised_unet_predicts_nearly_what_the_base_does(kind, tolerance, tiny_sdxl):
+    wanted = evaluate(load_unet(tiny_sdxl))
+    unet = load_unet(tiny_sdxl, quantize=kind)
+    for is_training in (True, False):
+        unet.train(is_training)
+        assert (evaluate(unet) - wanted).norm() < tolerance * wanted.norm()
+
+
+@both_kinds
+def test_quantising_is_the_same_each_time(kind, tiny_sdxl):
+    assert torch.equal(evaluate(load_unet(tiny_sdxl, kind)), evaluate(load_unet(tiny_sdxl, kind)))
+
+
+@both_kinds
+def test_float_weights_are_freed(kind, tiny_base):
+    unet = load_unet(tiny_base)
+    weights = [weakref.ref(module) for module in unet.modules() if isinstance(module, nn.Linear)]
+    quantize_linears(unet, kind, "cpu", torch.float32)
+    gc.collect()
+    assert not [weight for weight in weights if weight() is not None]
+
+
+@both_kinds
+@both_adapters
+def test_a_quantised_unet_can_be_moved_cast_and_copied(kind, use_dora, tiny_base):
+    unet = load_unet(tiny_base, kind)
+    before = evaluate(unet)
+    assert torch.equal(evaluate(unet.to("cpu")), before)
+    assert torch.equal(evaluate(copy.deepcopy(unet)), before)
+    assert torch.equal(evaluate(unet.to(torch.float32)), before)
+    add_adapter(unet, replace(OPTIONS, use_dora=use_dora), train_conv_in=True)
+    assert torch.equal(evaluate(unet), before)
+    assert torch.equal(evaluate(unet.to("cpu")), before)
+
+
+@both_kinds
+@both_adapters
+def test_a_validation_does_not_change_the_training_after_it(kind, use_dora, tiny_sdxl):
+    """On processors with AVX512-BF16, bitsandbytes' 4-bit layers would repack their weights for inference alone."""
+    unet = load_unet(tiny_sdxl, kind)
+    add_adapter(unet, replace(OPTIONS, lora_dropout=0.0, use_dora=use_dora, lora_target="all"), train_conv_in=True)
+    disturb(unet)
+    gradients = []
+    for _ in range(2):
+        unet.train()
+        unet.zero_grad()
+        predict(unet).square().mean().backward()
+        gradients.append({name: value.grad.clone() for name, value in trained_parameters(unet).items()})
+        unet.eval()
+        evaluate(unet)
+    assert all(torch.equal(gradients[1][name], value) and value.any() for name, value in gradients[0].items())
+
+
+@both_kinds
+@both_adapters
+def test_accelerate_takes_a_quantised_base(kind, use_dora, tiny_base):
+    unet = load_unet(tiny_base, kind)
+    add_adapter(unet, replace(OPTIONS, use_dora=use_dora), train_conv_in=True)
+    optimizer = torch.optim.AdamW(trained_parameters(unet).values(), lr=1e-2)
+    unet, optimizer = Accelerator(cpu=True).prepare(unet, optimizer)
+    losses = train(unet, 10, optimizer)
+    assert losses[-1] < losses[0]
+
+
+@both_kinds
+@both_adapters
+def test_a_quantised_base_runs_in_several_processes(kind, use_dora, tiny_base):
+    """One process of the kind of which several run: its model is wrapped, broadcast and reduced all the same."""
+    unet = load_unet(tiny_base, kind)
+    add_adapter(unet, replace(OPTIONS, lora_dropout=0.0, use_dora=use_dora, lora_target="all"), train_conv_in=True)
+    before = evaluate(unet)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(unet, gradient_as_bucket_view=True)
+        assert torch.equal(predict(wrapped, unet.config), before)
+        predict(wrapped, unet.config).square().mean().backward()
+        assert all(value.grad is not None for value in trained_parameters(unet).values())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_an_unknown_kind_is_refused(tiny_base):
+    with pytest.raises(ValueError, match="--quantize_base is 'fp4', and it must be one of nf4, int8"):
+        load_unet(tiny_base, "fp4")
