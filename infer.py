@@ -1,7 +1,8 @@
-"""Edit photographs by instruction with an InstructPix2Pix model (Stable Diffusion 1.x/2.x).
+"""Edit photographs by instruction with an InstructPix2Pix model (Stable Diffusion 1.x/2.x, SDXL, CosXL).
 
     python infer.py --model my-editor --input photo.jpg --edit "turn it into a pencil drawing"
     python infer.py --model timbrooks/instruct-pix2pix --input photos/ --output edited/ --edit "make it snowy"
+    python infer.py --model my-base --lora my-adapter --input photo.jpg --edit "make it snowy"
 
 The spellings of the original edit_cli.py (--cfg-text, --cfg-image, --steps, ...) work too.
 """
@@ -31,11 +32,11 @@ from utils.quiet import hide_progress_bars, quiet_libraries
 WRITABLE = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 READABLE = (*WRITABLE, ".gif", ".jfif", ".ppm", ".avif")  # what counts as an image in a folder
 LIMITS = {"steps": (1, 1000), "batch_size": (1, 1024), "resolution": (8, 4096), "seed": (0, 2**63 - 1)}
-LIMITS |= {"guidance_scale": (0, 1000), "image_guidance_scale": (0, 1000)}
+LIMITS |= {"guidance_scale": (0, 1000), "image_guidance_scale": (0, 1000), "lora_scale": (-10, 10)}
 ORIGINAL_MODEL = (
-    "--ckpt, --config and --vae-ckpt belong to the original edit_cli.py; here a model is a folder in diffusers' "
-    "format. The original's is --model timbrooks/instruct-pix2pix; convert a checkpoint of your own once: "
-    "StableDiffusionInstructPix2PixPipeline.from_single_file(FILE).save_pretrained(FOLDER)"
+    "--ckpt, --vae-ckpt and a --config of .yaml belong to the original edit_cli.py; here a model is a folder in "
+    "diffusers' format or one .safetensors file. The original's is --model timbrooks/instruct-pix2pix; convert a .ckpt "
+    "of your own to .safetensors once, and give it as --model FILE"
 )
 
 
@@ -53,7 +54,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--edit", required=True, metavar="INSTRUCTION", help='what to change, such as "make it winter"')
     add("--output", help="file for one image (default NAME-edited.png), folder for a folder (default FOLDER-edited)")
     add("--resolution", type=int, metavar="PIXELS", help="longer side of the edit, about; the aspect ratio is kept and "
-        "both sides become multiples of 64 (default 512, or what the model was made for where that is less)")
+        "both sides become multiples of 64 (default 512, for SDXL 1024, or what the model was made for if less)")
     add = parser.add_argument_group("how").add_argument
     add("--guidance_scale", "--cfg-text", dest="guidance_scale", type=float, default=7.5, metavar="S",
         help="how closely to follow the instruction (default 7.5)")
@@ -62,26 +63,38 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=int, default=20, metavar="N", help="denoising steps (default 20; the original's is 100)")
     add("--seed", type=int, metavar="N", help="the same seed gives the same edit (default: random, and printed)")
     add = parser.add_argument_group("model and machine").add_argument
-    add("--model", help="an editor: a folder in diffusers' format, or an id on the Hub")
+    add("--model", help="an editor: a folder in diffusers' format, an id on the Hub, or one .safetensors file")
+    add("--lora", metavar="ADAPTER", help="a LoRA or DoRA for it in diffusers' format: a folder, its file, or an id on "
+        "the Hub; one that was trained on a text-to-image --model makes an editor of it")
+    add("--lora_scale", type=float, default=1.0, metavar="S", help="how strongly it applies (default 1)")
+    add("--config", "--single_file_config", dest="single_file_config", metavar="PIPELINE", help="for a --model in one "
+        "file: a folder or Hub id of a pipeline of its family, whose configuration and tokenizers it gets (default: "
+        "the one on the Hub that diffusers takes it for)")
     add("--revision", help="branch, tag or commit of a model on the Hub")
     add("--variant", help="variant of the weight files, such as fp16")
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the best there is)")
     add("--dtype", choices=("fp32", "fp16", "bf16"), help="precision (default fp16 on cuda, else fp32)")
     add("--batch_size", type=int, default=1, metavar="N", help="images of a folder edited at once (default 1)")
     # fmt: on
-    parser.add_argument("--ckpt", "--config", "--vae-ckpt", dest="original_model", help=argparse.SUPPRESS)
+    parser.add_argument("--ckpt", "--vae-ckpt", dest="original_model", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise one InputError with everything that can be told from the flags alone."""
     problems = []
-    if args.original_model:
+    if args.original_model or (args.single_file_config or "").endswith((".yaml", ".yml")):
         problems.append(ORIGINAL_MODEL)
     elif not args.model:
-        problems.append("--model is missing: the folder or Hub id of an editor")
-    elif args.model.startswith(("/", ".", "~")) and not Path(args.model).is_dir():
-        problems.append(f"--model {args.model} is not a folder that exists")
+        problems.append("--model is missing: the folder, the file or the Hub id of an editor")
+    for flag in ("model", "lora", "single_file_config"):
+        value = getattr(args, flag)
+        if value and value.startswith(("/", ".", "~")) and not Path(value).exists():
+            problems.append(f"--{flag} {value} is not a folder or file that exists")
+    if args.lora_scale != 1 and not args.lora:
+        problems.append(f"--lora_scale {args.lora_scale} has nothing to scale: give --lora as well")
+    if args.single_file_config and args.model and Path(args.model).is_dir():
+        problems.append(f"--config is for a --model in one file, and {args.model} is a folder")
     if not args.edit.strip():
         problems.append("--edit is empty: say what to change")
     for flag, (least, most) in LIMITS.items():
@@ -172,7 +185,10 @@ def run(args: argparse.Namespace) -> int:
 
     hide_progress_bars()
     device, dtype = choose_device(args.device, args.dtype)
-    pipeline = load_editor(args.model, dtype=dtype, device=device, revision=args.revision, variant=args.variant)
+    pipeline = load_editor(
+        args.model, dtype=dtype, device=device, revision=args.revision, variant=args.variant,
+        single_file_config=args.single_file_config, lora=args.lora, lora_scale=args.lora_scale,
+    )  # fmt: skip
     seed = secrets.randbelow(100_000) if args.seed is None else args.seed
     started = time.monotonic()
     problems = edit_jobs(pipeline, jobs, args, seed)

@@ -1,4 +1,4 @@
-"""Prompt embeddings equal the stock pipeline's; the conditioning dropout."""
+"""Prompt embeddings equal the stock pipelines', of SD and of SDXL; the conditioning dropout."""
 
 from __future__ import annotations
 
@@ -7,31 +7,57 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline
+from diffusers import (
+    DiffusionPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
+)
 
 from utils import conditioning
-from utils.conditioning import PromptEncoder, drop_images, drop_prompts, dropout_masks
+from utils.conditioning import (
+    PromptEmbeds,
+    PromptEncoder,
+    added_conditions,
+    concatenate,
+    drop_images,
+    drop_prompts,
+    dropout_masks,
+    make_prompt_encoder,
+)
 from utils.draws import sample_draws
 
 PROMPTS = ["make it red", "", "a word " * 250, "ünïcödé 🙂 <|endoftext|>", "make it red"]
 
 
-@pytest.fixture(scope="module")
-def pipeline(tiny_editor: Path) -> StableDiffusionInstructPix2PixPipeline:
-    return StableDiffusionInstructPix2PixPipeline.from_pretrained(tiny_editor)
+@pytest.fixture(scope="module", params=["sd", "sdxl"])
+def pipeline(request: pytest.FixtureRequest, tiny_editor: Path, tiny_sdxl_editor: Path) -> DiffusionPipeline:
+    if request.param == "sd":
+        return StableDiffusionInstructPix2PixPipeline.from_pretrained(tiny_editor)
+    return StableDiffusionXLInstructPix2PixPipeline.from_pretrained(tiny_sdxl_editor)
 
 
 @pytest.fixture
-def encoder(pipeline: StableDiffusionInstructPix2PixPipeline) -> PromptEncoder:
-    return PromptEncoder(pipeline.tokenizer, pipeline.text_encoder)
+def encoder(pipeline: DiffusionPipeline) -> PromptEncoder:
+    return make_prompt_encoder(pipeline)
 
 
 @torch.no_grad()
-def encode_as_the_pipeline(pipeline: StableDiffusionInstructPix2PixPipeline, prompt: str) -> tuple:
-    """(prompt embeddings, null embeddings) of the stock pipeline, each (1, 77, D)."""
+def encode_as_the_pipeline(pipeline: DiffusionPipeline, prompt: str) -> tuple[PromptEmbeds, PromptEmbeds]:
+    """Embeddings of the prompt and of the null prompt by the stock pipeline, each of batch 1."""
+    if isinstance(pipeline, StableDiffusionXLInstructPix2PixPipeline):
+        hidden, null_hidden, pooled, null_pooled = pipeline.encode_prompt(
+            prompt, device=torch.device("cpu"), do_classifier_free_guidance=True
+        )
+        return PromptEmbeds(hidden, pooled), PromptEmbeds(null_hidden, null_pooled)
     prompt_embeds, null_embeds, null_again = pipeline._encode_prompt(prompt, torch.device("cpu"), 1, True).chunk(3)
     assert torch.equal(null_embeds, null_again)
-    return prompt_embeds, null_embeds
+    return PromptEmbeds(prompt_embeds), PromptEmbeds(null_embeds)
+
+
+def are_equal(embeds: PromptEmbeds, others: PromptEmbeds) -> bool:
+    """Bit for bit, and both with or both without the pooled embedding."""
+    pairs = zip(embeds, others, strict=True)
+    return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
 
 
 # ---- prompts --------------------------------------------------------------------------------------------------------
@@ -40,36 +66,60 @@ def encode_as_the_pipeline(pipeline: StableDiffusionInstructPix2PixPipeline, pro
 @pytest.mark.parametrize("prompt", PROMPTS[:4])
 def test_embeddings_are_those_of_the_stock_pipeline(encoder, pipeline, prompt: str) -> None:
     prompt_embeds, null_embeds = encode_as_the_pipeline(pipeline, prompt)
-    assert torch.equal(encoder([prompt]), prompt_embeds)
-    assert torch.equal(encoder.null_embeds, null_embeds)
-    assert encoder.null_embeds.shape == (1, 77, pipeline.text_encoder.config.hidden_size)
+    assert are_equal(encoder([prompt]), prompt_embeds)
+    assert are_equal(encoder.null_embeds, null_embeds)
+    is_sdxl = len(encoder.text_encoders) == 2
+    assert encoder.null_embeds.hidden.shape == (1, 77, 96 if is_sdxl else 32)
+    assert (encoder.null_embeds.pooled is not None) == is_sdxl
+    assert not is_sdxl or encoder.null_embeds.pooled.shape == (1, 48)
 
 
 def test_embeddings_do_not_depend_on_the_batch_or_the_cache(encoder, pipeline) -> None:
     together = encoder(PROMPTS)
-    again = encoder(PROMPTS[::-1]).flip(0)  # all from the cache
-    alone = torch.cat([PromptEncoder(pipeline.tokenizer, pipeline.text_encoder)([prompt]) for prompt in PROMPTS])
-    assert torch.equal(together, again)
-    assert torch.equal(together, alone)
-    assert not together.requires_grad
+    again = encoder(PROMPTS[::-1]).rows([4, 3, 2, 1, 0])  # all from the cache
+    alone = concatenate([make_prompt_encoder(pipeline)([prompt]) for prompt in PROMPTS])
+    assert are_equal(together, again)
+    assert are_equal(together, alone)
+    assert not together.hidden.requires_grad
 
 
 def test_a_small_cache_changes_nothing(encoder, pipeline, monkeypatch) -> None:
     roomy = [encoder([prompt, "other"]) for prompt in PROMPTS]
-    monkeypatch.setattr(conditioning, "CACHED_PROMPTS", 1)
-    forgetful = PromptEncoder(pipeline.tokenizer, pipeline.text_encoder)
+    assert encoder.capacity > 1000
+    monkeypatch.setattr(conditioning, "PROMPT_MEMORY", encoder._bytes_each)
+    forgetful = make_prompt_encoder(pipeline)
+    assert forgetful.capacity == 1
     for prompt, expected in zip(PROMPTS, roomy, strict=True):
-        assert torch.equal(forgetful([prompt, "other"]), expected)
+        assert are_equal(forgetful([prompt, "other"]), expected)
         assert len(forgetful._cache) <= 2
-    assert torch.equal(forgetful(PROMPTS), encoder(PROMPTS))  # a batch larger than the cache
+    assert are_equal(forgetful(PROMPTS), encoder(PROMPTS))  # a batch larger than the cache
 
 
-def test_each_prompt_is_encoded_once(encoder, monkeypatch) -> None:
+def count_encodings(encoder: PromptEncoder, monkeypatch) -> list[str]:
     encoded = []
     real = encoder._encode
     monkeypatch.setattr(encoder, "_encode", lambda prompt: encoded.append(prompt) or real(prompt))
+    return encoded
+
+
+def test_each_prompt_is_encoded_once(encoder, monkeypatch) -> None:
+    encoded = count_encodings(encoder, monkeypatch)
     encoder(["one", "two", "one"])
     encoder(["two", "three"])
+    assert encoded == ["one", "two", "three"]
+
+
+def test_all_prompts_of_a_run_are_encoded_ahead(encoder, monkeypatch) -> None:
+    """Afterwards nothing is encoded that was there; what is new still can be. More than fit are left to later."""
+    encoded = count_encodings(encoder, monkeypatch)
+    assert encoder.encode_all(["one", "two", "one"], show_progress=False)
+    assert encoded == ["one", "two"]
+    encoder(["two", "one"])
+    assert encoded == ["one", "two"]
+    encoder(["three"])
+    assert encoded == ["one", "two", "three"]
+    monkeypatch.setattr(conditioning, "PROMPT_MEMORY", encoder._bytes_each)
+    assert not encoder.encode_all(["four", "five"], show_progress=False)
     assert encoded == ["one", "two", "three"]
 
 
@@ -77,6 +127,12 @@ def test_long_prompts_are_noted(encoder) -> None:
     fits, long = "a" * 75, "a" * 76  # one token a letter, and two for start and end: 77 fit
     encoder([fits, long, "a word " * 250, long])
     assert encoder.truncated == {long, "a word " * 250}
+
+
+def test_added_conditions() -> None:
+    assert added_conditions(None, torch.zeros(2, 6)) is None
+    added = added_conditions(torch.ones(2, 48), torch.zeros(2, 6))
+    assert added.keys() == {"text_embeds", "time_ids"} and added["text_embeds"].all()
 
 
 # ---- dropout --------------------------------------------------------------------------------------------------------
@@ -107,11 +163,23 @@ def test_dropout_of_real_draws_has_the_shares_of_the_paper() -> None:
 
 def test_dropped_samples_alone_are_changed() -> None:
     is_null = torch.tensor([True, False, True])
-    embeds, null_embeds = torch.randn(3, 77, 8), torch.randn(1, 77, 8)
-    dropped = drop_prompts(embeds, null_embeds, is_null)
-    assert torch.equal(dropped, torch.stack([null_embeds[0], embeds[1], null_embeds[0]]))
+    embeds = PromptEmbeds(torch.randn(3, 77, 8), torch.randn(3, 5))
+    null_embeds = PromptEmbeds(torch.randn(1, 77, 8), torch.randn(1, 5))
+    expected = concatenate([null_embeds, embeds.rows([1]), null_embeds])
+    assert are_equal(drop_prompts(embeds, null_embeds, is_null), expected)
+    without_pooled = drop_prompts(PromptEmbeds(embeds.hidden), PromptEmbeds(null_embeds.hidden), is_null)
+    assert are_equal(without_pooled, PromptEmbeds(expected.hidden))
     latents = torch.randn(3, 4, 2, 2)
     latents[0, 0, 0, 0] = torch.inf  # zeros, not zero times what was there
     assert torch.equal(
         drop_images(latents, is_null), torch.stack([torch.zeros(4, 2, 2), latents[1], torch.zeros(4, 2, 2)])
     )
+
+
+def test_embeddings_do_not_depend_on_autocast(tiny_sdxl_editor: Path) -> None:
+    """Validation may meet a prompt first, inside autocast; training then takes it from the cache."""
+    pipeline = StableDiffusionXLInstructPix2PixPipeline.from_pretrained(tiny_sdxl_editor)
+    expected = make_prompt_encoder(pipeline)(["make it red"])
+    with torch.autocast("cpu", torch.bfloat16):
+        actual = make_prompt_encoder(pipeline)(["make it red"])
+    assert torch.equal(actual.hidden, expected.hidden) and torch.equal(actual.pooled, expected.pooled)

@@ -355,9 +355,9 @@ def test_load_editor_refuses(tiny_base: Path, tiny_editor: Path, tmp_path: Path)
     xl = damaged("xl", "model_index.json", b'{"_class_name": "StableDiffusionXLInstructPix2PixPipeline"}')
     cases = {
         tmp_path / "nothing": "does not exist",
-        tmp_path / "model.ckpt": "is a file.*from_single_file",
+        tmp_path / "model.ckpt": "model.ckpt is no .safetensors file.*convert",
         tiny_base: "4 channels.*train_instruct_pix2pix.py",
-        xl: "SDXL editors are not supported yet",
+        xl: "StableDiffusionXLInstructPix2PixPipeline without tokenizer, text_encoder",
         tmp_path: "no file named model_index.json",
         "somebody/some-model": "Hub cannot be reached",
         damaged("cut", "unet/diffusion_pytorch_model.safetensors", b"\x10\0\0\0"): "cannot be loaded",

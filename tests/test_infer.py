@@ -59,6 +59,57 @@ def test_one_image_equals_stock(tiny_editor: Path, photo: Path) -> None:
     assert sorted(path.name for path in photo.parent.iterdir()) == ["photo-edited.png", "photo.png"]
 
 
+def test_sdxl_adapter_equals_stock(tiny_sdxl: Path, photo: Path) -> None:
+    """A process again: an adapter of a text-to-image SDXL, as stock diffusers edits with it after widening the UNet."""
+    from diffusers import StableDiffusionXLInstructPix2PixPipeline
+
+    from tests.adapters import DORA, load_trained
+    from utils.adapters import save_adapter
+    from utils.editing import fit_image
+
+    trained = load_trained(tiny_sdxl, DORA)
+    save_adapter(photo.parent / "adapter", trained.unet)
+    flags = ["--edit", "make it snow", "--seed", 11, "--steps", 4, "--cfg-text", 4, "--cfg-image", 1.25]
+    result = run_script(
+        "--model", tiny_sdxl, "--lora", "adapter", "--input", photo.name, *flags, cwd=photo.parent
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert isinstance(trained, StableDiffusionXLInstructPix2PixPipeline)
+    fitted, generator = fit_image(Image.open(photo), 32, 4), torch.Generator().manual_seed(11)
+    expected = trained(
+        "make it snow", image=fitted, height=24, width=36, generator=generator, num_inference_steps=4,
+        guidance_scale=4.0, image_guidance_scale=1.25,
+    ).images[0]  # fmt: skip
+    edited = Image.open(photo.parent / "photo-edited.png")
+    assert edited.size == (36, 24)
+    assert np.abs(np.asarray(edited).astype(int) - np.asarray(expected).astype(int)).max() <= 1
+
+
+def test_single_file(tiny_sdxl_editor: Path, photo: Path) -> None:
+    """A file of CosXL with the configuration of a folder: the edit is the folder's with CosXL's scheduler."""
+    from diffusers import DiffusionPipeline
+
+    from tests.original_names import write_single_file
+    from utils.editing import edit_images, fit_to_model
+    from utils.loading import load_editor
+
+    sigmas = {"edm_vpred.sigma_max": torch.tensor(80.0), "edm_vpred.sigma_min": torch.tensor(0.01)}
+    file = write_single_file(
+        DiffusionPipeline.from_pretrained(tiny_sdxl_editor), photo.parent / "cosxl.safetensors", sigmas
+    )
+    flags = ["--input", photo, "--edit", "x", "--steps", 2, "--seed", 1, "--output", photo.with_name("out.png")]
+    result = run_script("--model", file, "--config", tiny_sdxl_editor, *flags, cwd=photo.parent)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    editor = load_editor(file, single_file_config=str(tiny_sdxl_editor))
+    assert editor.scheduler.config.sigma_max == 80.0 and editor.is_cosxl_edit
+    fitted = fit_to_model(Image.open(photo), editor)
+    expected = edit_images(editor, [fitted], ["x"], seeds=[1], num_inference_steps=2)[0]
+    difference = np.asarray(Image.open(photo.with_name("out.png"))).astype(int) - np.asarray(expected)
+    assert np.abs(difference).max() <= 1
+
+
 def test_folder_with_bad_images(tiny_editor: Path, tmp_path: Path) -> None:
     """What can be edited is; each bad file is named, the exit code is 1. Sizes and formats may differ."""
     photos = tmp_path / "photos"
@@ -164,10 +215,15 @@ def test_mistakes_in_the_flags(capsys, photo: Path, tmp_path: Path) -> None:
         ("--batch_size", "0"): "--batch_size 0",
         ("--seed", "-3"): "--seed -3",
         ("--edit", "  "): "--edit is empty",
-        ("--ckpt", "old.ckpt"): "from_single_file",
+        ("--ckpt", "old.ckpt"): "convert a .ckpt",
+        ("--config", "generate.yaml"): "belong to the original edit_cli.py",
         ("--dtype", "int4"): "invalid choice: 'int4'",
         ("--stpes", "4"): "unrecognized arguments",
-        ("--model", "/no/such/model"): "--model /no/such/model is not a folder that exists",
+        ("--model", "/no/such/model"): "--model /no/such/model is not a folder or file that exists",
+        ("--lora", "/no/such/lora"): "--lora /no/such/lora is not a folder or file that exists",
+        ("--lora_scale", "0.5"): "--lora_scale 0.5 has nothing to scale",
+        ("--lora", "a/b", "--lora_scale", "11"): "--lora_scale 11.0: must be from -10 to 10",
+        ("--model", tmp_path, "--config", "a/b"): "--config is for a --model in one file",
         ("--input", tmp_path / "missing.png"): "missing.png does not exist",
         ("--input", "ftp://somewhere/a.png"): "ftp://somewhere/a.png",
         ("--output", photo): "is the input itself",
@@ -213,6 +269,9 @@ def test_mistakes_in_model_and_machine(capsys, tiny_base: Path, tiny_editor: Pat
     right = ["--input", photo, "--edit", "x", "--output", photo.with_name("out.png")]
     assert "4 channels" in expect_error(capsys, "--model", tiny_base, *right)
     assert "Hub cannot be reached" in expect_error(capsys, "--model", "somebody/some-model", *right)
+    lacking = expect_error(capsys, "--model", "some/model.safetensors", *right)
+    assert "model some/model.safetensors does not exist" in lacking
+    assert "it lacks pytorch_lora" in expect_error(capsys, "--model", tiny_base, "--lora", photo.parent, *right)
     editor = ["--model", tiny_editor, *right]
     assert "fp16 does not work on the CPU" in expect_error(capsys, *editor, "--device", "cpu", "--dtype", "fp16")
     assert "--device tpu is not there" in expect_error(capsys, *editor, "--device", "tpu")

@@ -1,50 +1,129 @@
-"""Prompt embeddings, and the dropout that trains the unconditional branches."""
+"""Prompt embeddings, SDXL's added conditions, and the dropout that trains the unconditional branches."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
+from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-CACHED_PROMPTS = 4096  # about 0.5 GB of float32 embeddings of SD 1.5
+PROMPT_MEMORY = 4 * 10**9  # bytes of main memory for embeddings: 13,000 prompts of SDXL in 16 bits, 17,000 of SD 1.5
+
+
+class PromptEmbeds(NamedTuple):
+    """hidden (B, 77, D), what the UNet attends to; pooled (B, P), one vector for the whole prompt, SDXL alone."""
+
+    hidden: torch.Tensor
+    pooled: torch.Tensor | None = None
+
+    def to(self, *place: Any, **settings: Any) -> PromptEmbeds:
+        return PromptEmbeds(*(value if value is None else value.to(*place, **settings) for value in self))
+
+    def rows(self, indices: list[int]) -> PromptEmbeds:
+        return PromptEmbeds(*(value if value is None else value[indices] for value in self))
+
+
+def concatenate(embeds: list[PromptEmbeds]) -> PromptEmbeds:
+    """One batch of all."""
+    return PromptEmbeds(*(None if values[0] is None else torch.cat(values) for values in zip(*embeds, strict=True)))
 
 
 class PromptEncoder:
-    """Instructions => prompt embeddings (B, 77, D), as the Stable Diffusion pipelines encode them.
+    """Instructions => prompt embeddings, as the Stable Diffusion and SDXL pipelines encode them.
 
-    Each distinct prompt is encoded once while it stays among the last `CACHED_PROMPTS`. The null prompt is the encoded
-    "", which is what the pipeline uses for guidance. `truncated` holds the prompts that were longer than the text
-    encoder reads; their tail has no effect.
+    tokenizers, text_encoders: one of each for SD; for SDXL two, of which the second gives the pooled embedding.
+    Each distinct prompt is encoded once while all fit into `PROMPT_MEMORY`, where they wait on the CPU.
+    The null prompt is what the pipeline uses for guidance: the encoded "", or zeros of both with `zero_null` (SDXL's
+    `force_zeros_for_empty_prompt`). `truncated` holds the prompts that were longer than a text encoder reads; their
+    tail has no effect.
     """
 
-    def __init__(self, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> None:
-        self.tokenizer = tokenizer
-        self.text_encoder = text_encoder
+    def __init__(
+        self, tokenizers: list[CLIPTokenizer], text_encoders: list[CLIPTextModel], zero_null: bool = False
+    ) -> None:
+        self.tokenizers = tokenizers
+        self.text_encoders = text_encoders
         self.truncated: set[str] = set()
-        self._cache: OrderedDict[str, torch.Tensor] = OrderedDict()  # each (1, 77, D)
-        self.null_embeds = self._encode("")  # (1, 77, D)
+        self.device = text_encoders[0].device
+        self._cache: OrderedDict[str, PromptEmbeds] = OrderedDict()  # each of batch 1
+        null = self._encode("")
+        self._bytes_each = sum(value.nbytes for value in null if value is not None)
+        self.null_embeds = PromptEmbeds(*map(_zeros_like, null)) if zero_null else null  # batch 1, on `device`
 
-    def __call__(self, prompts: list[str]) -> torch.Tensor:
+    def __call__(self, prompts: list[str]) -> PromptEmbeds:
+        """Embeddings of B prompts, on the device that the text encoders were on."""
         for prompt in prompts:
             if prompt not in self._cache:
-                self._cache[prompt] = self._encode(prompt)
+                self._cache[prompt] = self._encode(prompt).to("cpu")
             self._cache.move_to_end(prompt)
-        embeds = torch.cat([self._cache[prompt] for prompt in prompts])
-        while len(self._cache) > max(CACHED_PROMPTS, len(prompts)):
+        embeds = concatenate([self._cache[prompt] for prompt in prompts])
+        while len(self._cache) > max(self.capacity, len(prompts)):
             self._cache.popitem(last=False)
-        return embeds
+        return embeds.to(self.device, non_blocking=True)
+
+    @property
+    def capacity(self) -> int:
+        """Prompts whose embeddings are kept."""
+        return PROMPT_MEMORY // self._bytes_each
+
+    def encode_all(self, prompts: Iterable[str], show_progress: bool = True) -> bool:
+        """Encode every prompt of a run and send the encoders off their device; False where they are too many."""
+        distinct = list(dict.fromkeys(prompts))
+        if len(distinct) > self.capacity:
+            return False
+        for prompt in tqdm(distinct, desc="encoding", unit="prompt", disable=not show_progress or len(distinct) < 100):
+            self([prompt])
+        for text_encoder in self.text_encoders:
+            text_encoder.to("cpu")
+        return True
 
     @torch.no_grad()
-    def _encode(self, prompt: str) -> torch.Tensor:
+    def _encode(self, prompt: str) -> PromptEmbeds:
         """One prompt at a time: in a batch, its last bits would depend on its neighbours, and resume on the cache."""
-        length = self.tokenizer.model_max_length
-        if len(self.tokenizer(prompt, verbose=False).input_ids) > length:
+        pairs = zip(self.tokenizers, self.text_encoders, strict=True)
+        with torch.autocast(self.text_encoders[0].device.type, enabled=False):  # else who asks first decides the bits
+            outputs = [self._run(prompt, tokenizer, text_encoder) for tokenizer, text_encoder in pairs]
+        if len(outputs) == 1:
+            return PromptEmbeds(outputs[0][0]).to(self.device)
+        hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+        return PromptEmbeds(hidden, outputs[-1][0]).to(self.device)
+
+    def _run(self, prompt: str, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel) -> Any:
+        length = tokenizer.model_max_length
+        if len(tokenizer(prompt, verbose=False).input_ids) > length:
             self.truncated.add(prompt)
-        inputs = self.tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        inputs = inputs.to(self.text_encoder.device)
-        has_mask = getattr(self.text_encoder.config, "use_attention_mask", False)
-        return self.text_encoder(inputs.input_ids, attention_mask=inputs.attention_mask if has_mask else None)[0]
+        inputs = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        inputs = inputs.to(text_encoder.device)
+        has_mask = getattr(text_encoder.config, "use_attention_mask", False) and len(self.text_encoders) == 1
+        mask = inputs.attention_mask if has_mask else None
+        return text_encoder(inputs.input_ids, attention_mask=mask, output_hidden_states=len(self.text_encoders) > 1)
+
+
+def _zeros_like(value: torch.Tensor | None) -> torch.Tensor | None:
+    return None if value is None else torch.zeros_like(value)
+
+
+def make_prompt_encoder(holder: Any) -> PromptEncoder:
+    """The encoder of a pipeline, or of a `StableDiffusion`: whatever holds the components under diffusers' names."""
+    suffixes = [""] if getattr(holder, "text_encoder_2", None) is None else ["", "_2"]
+    config = getattr(holder, "config", {})
+    zero_null = config.get("force_zeros_for_empty_prompt", getattr(holder, "force_zeros_for_empty_prompt", False))
+    return PromptEncoder(
+        [getattr(holder, f"tokenizer{suffix}") for suffix in suffixes],
+        [getattr(holder, f"text_encoder{suffix}") for suffix in suffixes],
+        zero_null=bool(zero_null) and len(suffixes) == 2,
+    )
+
+
+def added_conditions(pooled: torch.Tensor | None, time_ids: torch.Tensor | None) -> dict[str, torch.Tensor] | None:
+    """What SDXL's UNet takes beside the prompt: pooled (B, P) and time ids (B, 6); None for Stable Diffusion 1.x/2.x.
+
+    Time ids: original size, top left corner of the crop, target size, each (height, width) (2307.01952, section 2.2).
+    """
+    return None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
 
 
 def dropout_masks(uniform: torch.Tensor, probability: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -57,9 +136,14 @@ def dropout_masks(uniform: torch.Tensor, probability: float) -> tuple[torch.Tens
     return is_prompt_null, is_image_null
 
 
-def drop_prompts(prompt_embeds: torch.Tensor, null_embeds: torch.Tensor, is_null: torch.Tensor) -> torch.Tensor:
-    """Put the null prompt (1, L, D) in the place of the samples marked in `is_null` (B,); embeds (B, L, D)."""
-    return torch.where(is_null[:, None, None], null_embeds.to(prompt_embeds.dtype), prompt_embeds)
+def drop_prompts(embeds: PromptEmbeds, null_embeds: PromptEmbeds, is_null: torch.Tensor) -> PromptEmbeds:
+    """Put the null prompt (batch 1) in the place of the samples marked in `is_null` (B,): hidden and pooled both."""
+    hidden = torch.where(is_null[:, None, None], null_embeds.hidden.to(embeds.hidden.dtype), embeds.hidden)
+    if embeds.pooled is None:
+        return PromptEmbeds(hidden)
+    return PromptEmbeds(
+        hidden, torch.where(is_null[:, None], null_embeds.pooled.to(embeds.pooled.dtype), embeds.pooled)
+    )
 
 
 def drop_images(original_latents: torch.Tensor, is_null: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,15 @@
 """Image + instruction -> edited image, batched. Used by infer.py, by validation during training and by evaluation.
 
-The arithmetic is that of diffusers' `StableDiffusionInstructPix2PixPipeline`, which serves as the holder of the
-components: for the same seed, scheduler and settings the edit is the same. Unlike diffusers, only the guidance
-branches that count are evaluated (utils/guidance.py), a step draws from the given generators alone, images may differ
-in size, and the pipeline's own scheduler is never touched.
+The arithmetic is that of diffusers' `StableDiffusionInstructPix2PixPipeline` and
+`StableDiffusionXLInstructPix2PixPipeline`, which serve as the holders of the components: for the same seed, scheduler
+and settings the edit is the same. Unlike diffusers, only the guidance branches that count are evaluated
+(utils/guidance.py), a step draws from the given generators alone, images may differ in size, and the pipeline's own
+scheduler is never touched.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import itertools
 import logging
 import os
@@ -19,14 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline as Editor
-from diffusers import UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
+)
 from PIL import Image, ImageOps
 
-from utils.conditioning import PromptEncoder
+from utils.conditioning import PromptEmbeds, PromptEncoder, concatenate, make_prompt_encoder
 from utils.errors import InputError
-from utils.guidance import branch_coefficients, combine
+from utils.guidance import branch_coefficients
+from utils.latents import unscale_latents
+from utils.sampling import denoise, fresh_scheduler, make_generators
 
+Editor = StableDiffusionInstructPix2PixPipeline | StableDiffusionXLInstructPix2PixPipeline
 logger = logging.getLogger(__name__)
 MAX_SIDES_RATIO = 4  # the longer side of an edited image, in multiples of the resolution
 
@@ -57,14 +63,19 @@ def size_multiple(pipeline: Editor) -> int:
 
 
 def native_resolution(pipeline: Editor) -> int:
-    """The side, in pixels, of the square images that the model's UNet was made for (SD 1.x: 512)."""
-    sample_size = pipeline.unet.config.sample_size or 64
+    """The side, in pixels, of the square images that the model's UNet was made for (SD 1.x: 512, SDXL: 1024)."""
+    sample_size = pipeline.unet.config.sample_size or (128 if _is_sdxl(pipeline) else 64)
     return pipeline.vae_scale_factor * (sample_size if isinstance(sample_size, int) else max(sample_size))
 
 
 def fit_to_model(image: Image.Image, pipeline: Editor, resolution: int | None = None) -> Image.Image:
-    """`fit_image` with the multiple of the model; the resolution is 512, or the model's own where that is less."""
-    return fit_image(image, resolution or min(512, native_resolution(pipeline)), size_multiple(pipeline))
+    """`fit_image` with the multiple of the model; the resolution is 512, for SDXL 1024, or the model's own if less."""
+    default = min(1024 if _is_sdxl(pipeline) else 512, native_resolution(pipeline))
+    return fit_image(image, resolution or default, size_multiple(pipeline))
+
+
+def _is_sdxl(pipeline: Editor) -> bool:
+    return getattr(pipeline, "text_encoder_2", None) is not None
 
 
 def save_image(image: Image.Image, path: Path) -> None:
@@ -109,6 +120,7 @@ def edit_pixels(
     generators: list[torch.Generator] | None = None,
     negative_prompt: str | None = None,
     eta: float = 0.0,
+    encode_prompts: PromptEncoder | None = None,
     on_step: Callable[[int, int], None] | None = None,
 ) -> tuple[list[torch.Tensor], list[bool]]:
     """The edited images as float32 (3, H, W) in [0, 1] on the CPU, and whether the safety checker blacked each out.
@@ -116,103 +128,84 @@ def edit_pixels(
     Images of one size form a batch. Each distinct prompt and image is encoded once. One seed or generator for each
     image, so that an edit does not depend on what it is batched with; seeds become CPU generators, which draw the same
     on every device; without either the noise is fresh. The global random state is neither read nor changed.
-    `negative_prompt` (default "") is the null prompt. `eta` goes to the schedulers that know it (0, as the pipelines).
-    `on_step(done, total)` is called after each denoising step. Works inside autocast; sides of an image that are no
-    multiple of the VAE's factor are resized down to one. Raises ValueError for lists that do not match and InputError
-    for a number of steps that the scheduler cannot do.
+    `negative_prompt` is the null prompt (default: the one of training). `eta` goes to the schedulers that know it (0,
+    as the pipelines). `encode_prompts` is a training run's encoder, which has the prompts already and may stand on
+    another device than the UNet. `on_step(done, total)` is called after each denoising step. Works inside autocast,
+    which the UNet alone follows; sides of an image that are no multiple of the VAE's factor are resized down to one.
+    Raises ValueError for lists that do not match and InputError for a number of steps that the scheduler cannot do.
     """
     if len(images) != len(prompts):
         raise ValueError(f"as many prompts as images are needed: got {len(images)} images, {len(prompts)} prompts")
     if not images:
         return [], []
-    generators = _make_generators(seeds, generators, len(images))
+    generators = make_generators(seeds, generators, len(images))
     coefficients = branch_coefficients(guidance_scale, image_guidance_scale)
     batches, steps_done = _group_by_size(images), itertools.count(1)
     edited: dict[int, tuple[torch.Tensor, bool]] = {}
-    with _evaluating(pipeline.unet, pipeline.vae, pipeline.text_encoder), _explaining_out_of_memory():
-        conditions = _encode_prompts(pipeline, prompts, negative_prompt or "", coefficients)
+    models = [getattr(pipeline, name, None) for name in ("unet", "vae", "text_encoder", "text_encoder_2")]
+    with _evaluating(*(model for model in models if model is not None)), _explaining_out_of_memory():
+        texts, null = _encode_prompts(pipeline, prompts, negative_prompt, encode_prompts)
         for rows in batches:
-            scheduler = _fresh_scheduler(pipeline, num_inference_steps)
+            scheduler = fresh_scheduler(pipeline.scheduler, num_inference_steps, _device_of(pipeline))
             steps = len(batches) * len(scheduler.timesteps)
             after_step = (lambda total=steps: on_step(next(steps_done), total)) if on_step else None
-            text_embeds = torch.cat([condition[row] for condition in conditions for row in rows])  # (K*B, 77, D)
+            branches = [texts.rows(rows) if branch == "text" else null.rows([0] * len(rows)) for branch in coefficients]
             image_latents = _encode_images(pipeline, [images[row] for row in rows])  # (B, 4, h, w)
-            noise_from = [generators[row] for row in rows]
-            latents = _denoise(
-                pipeline.unet, scheduler, text_embeds, image_latents, coefficients, noise_from, eta, after_step
-            )
+            height, width = (side * pipeline.vae_scale_factor for side in image_latents.shape[2:])
+            latents = denoise(
+                pipeline.unet, scheduler, concatenate(branches), image_latents, (height, width), coefficients,
+                [generators[row] for row in rows], eta, after_step,
+            )  # fmt: skip
             edited.update(zip(rows, _decode(pipeline, latents), strict=True))
     pipeline.maybe_free_model_hooks()  # hands the memory back where the pipeline was set to offload to the CPU
     return [edited[row][0] for row in range(len(images))], [edited[row][1] for row in range(len(images))]
 
 
-def _denoise(
-    unet: UNet2DConditionModel,
-    scheduler: Any,
-    text_embeds: torch.Tensor,
-    image_latents: torch.Tensor,
-    coefficients: dict[str, float],
-    generators: list[torch.Generator],
-    eta: float,
-    after_step: Callable[[], None] | None,
-) -> torch.Tensor:
-    """The sampling loop: prompt embeddings of K branches (K*B, 77, D), image latents (B, 4, h, w) -> (B, 4, h, w)."""
-    null_image = torch.zeros_like(image_latents)
-    images = torch.cat([null_image if branch == "uncond" else image_latents for branch in coefficients])
-    known = inspect.signature(scheduler.step).parameters
-    extra = {name: value for name, value in (("eta", eta), ("generator", generators)) if name in known}
+def _device_of(pipeline: Editor) -> torch.device:
+    """Where the UNet runs: with offloading its hooks know, else where it is.
 
-    latents = _draw_noise(generators, image_latents.shape[1:], text_embeds.dtype, image_latents.device)
-    latents = latents.to(image_latents.dtype) * scheduler.init_noise_sigma  # (B, 4, h, w)
-    text_embeds = text_embeds.to(images.dtype)
-    for timestep in scheduler.timesteps:
-        # Only the noisy half is scaled to the scheduler's taste: the image latents are always as the VAE gave them.
-        noisy = scheduler.scale_model_input(latents, timestep).repeat(len(coefficients), 1, 1, 1)
-        model_input = torch.cat([noisy.to(images.dtype), images], dim=1)  # (K*B, 8, h, w)
-        predictions = unet(model_input, timestep, encoder_hidden_states=text_embeds, return_dict=False)[0]
-        # Autocast predicts in half precision; the latents are carried in the UNet's own.
-        prediction = combine(predictions, coefficients).to(latents.dtype)  # (B, 4, h, w)
-        latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
-        if after_step:
-            after_step()
-    return latents
+    `_execution_device` alone would follow the text encoders, which a training run may keep on the CPU.
+    """
+    hooked = any(
+        hasattr(module, hook) for module in pipeline.unet.modules() for hook in ("_hf_hook", "_diffusers_hook")
+    )
+    return pipeline._execution_device if hooked else pipeline.unet.device
 
 
-def _fresh_scheduler(pipeline: Editor, num_inference_steps: int) -> Any:
-    """A copy set to the number of steps: the pipeline's own may be in use for training, and many keep state."""
-    scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config)
-    try:
-        scheduler.set_timesteps(num_inference_steps, device=pipeline._execution_device)
-    except (ValueError, IndexError, ZeroDivisionError) as error:
-        name = type(scheduler).__name__
-        raise InputError(f"{num_inference_steps} steps cannot be done by this model's {name}: {error}") from error
-    return scheduler
+class _SpellingTokenizer:
+    """A tokenizer for prompts that name textual inversions: each stands for as many tokens as it was trained with."""
+
+    def __init__(self, pipeline: Editor, tokenizer: Any) -> None:
+        self._convert, self._tokenizer = pipeline.maybe_convert_prompt, tokenizer
+        self.model_max_length = tokenizer.model_max_length
+
+    def __call__(self, prompt: str, **settings: Any) -> Any:
+        return self._tokenizer(self._convert(prompt, self._tokenizer), **settings)
 
 
 def _encode_prompts(
-    pipeline: Editor,
-    prompts: list[str],
-    null_prompt: str,
-    coefficients: dict[str, float],
-) -> list[list[torch.Tensor]]:
-    """For each branch, for each image, the prompt embedding (1, 77, D); each distinct text is encoded once."""
-    encoder = PromptEncoder(pipeline.tokenizer, pipeline.text_encoder)
-
-    def encode(texts: list[str]) -> list[torch.Tensor]:
-        # A prompt may name a textual inversion, which stands for several tokens.
-        texts = [pipeline.maybe_convert_prompt(text, pipeline.tokenizer) for text in texts]
-        embeds = torch.cat([encoder([text]) if text else encoder.null_embeds for text in texts])
-        return list(embeds.to(pipeline._execution_device, pipeline.text_encoder.dtype).split(1))
-
-    null = encode([null_prompt]) * len(prompts)
-    conditions = [encode(prompts) if branch == "text" else null for branch in coefficients]
-    for text in encoder.truncated:
+    pipeline: Editor, prompts: list[str], negative_prompt: str | None, encoder: PromptEncoder | None
+) -> tuple[PromptEmbeds, PromptEmbeds]:
+    """Embeddings of the N prompts and of the null prompt (1 row), on the UNet's device."""
+    device = _device_of(pipeline)
+    with torch.autocast(device.type, enabled=False):  # what a run's encoder keeps must not depend on who asked first
+        is_own = encoder is None
+        if is_own:
+            encoder = make_prompt_encoder(pipeline)
+            encoder.tokenizers = [_SpellingTokenizer(pipeline, tokenizer) for tokenizer in encoder.tokenizers]
+        texts = encoder(prompts)
+        null = encoder.null_embeds if negative_prompt is None else encoder([negative_prompt])
+    for text in encoder.truncated if is_own else ():
         logger.warning("longer than the text encoder reads, so its end has no effect: %.60s...", text)
-    return conditions
+    place = dict(device=device, dtype=encoder.text_encoders[-1].dtype)
+    return texts.to(**place), null.to(**place)
 
 
 def _encode_images(pipeline: Editor, images: list[Image.Image]) -> torch.Tensor:
-    """B images of one size -> the mode of the VAE's posterior, unscaled (B, 4, h, w), each distinct image once."""
+    """B images of one size -> the image condition (B, 4, h, w), each distinct image encoded once.
+
+    It is the mode of the VAE's posterior, unscaled (paper, section 3.2), but for CosXL editors.
+    """
     distinct: dict[bytes, int] = {}
     pictures, rows = [], []
     for image in images:
@@ -222,20 +215,27 @@ def _encode_images(pipeline: Editor, images: list[Image.Image]) -> torch.Tensor:
             distinct[digest] = len(distinct)
             pictures.append(picture)
         rows.append(distinct[digest])
-    vae, device = pipeline.vae, pipeline._execution_device
-    pixels = pipeline.image_processor.preprocess(pictures).to(device, vae.dtype)  # (D, 3, H, W) in [-1, 1]
-    encoded = vae.encode(pixels)
+    device = _device_of(pipeline)
+    with _in_its_precision(pipeline) as vae:
+        pixels = pipeline.image_processor.preprocess(pictures).to(device, vae.dtype)  # (D, 3, H, W) in [-1, 1]
+        encoded = vae.encode(pixels)
     # AutoencoderTiny has no posterior, its latents are the answer.
     latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-    return latents.to(pipeline.unet.dtype)[rows]
+    latents = latents.to(pipeline.unet.dtype)[rows]
+    return latents * vae.config.scaling_factor if getattr(pipeline, "is_cosxl_edit", False) else latents
 
 
 def _decode(pipeline: Editor, latents: torch.Tensor) -> list[tuple[torch.Tensor, bool]]:
     """(B, 4, h, w) -> B times the pixels (3, H, W) in [0, 1] with whether the safety checker objected."""
-    vae = pipeline.vae
-    decoded = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)[0]  # in [-1, 1]
-    decoded, flags = pipeline.run_safety_checker(decoded, latents.device, pipeline.text_encoder.dtype)
+    with _in_its_precision(pipeline) as vae:
+        unscaled = unscale_latents(latents.float(), vae.config).to(vae.dtype)
+        decoded = vae.decode(unscaled, return_dict=False)[0]  # (B, 3, H, W) in [-1, 1]
+    flags = None
+    if hasattr(pipeline, "run_safety_checker"):  # SDXL's pipelines have none
+        decoded, flags = pipeline.run_safety_checker(decoded, latents.device, pipeline.text_encoder.dtype)
     flags = [bool(flag) for flag in flags] if flags is not None else [False] * len(decoded)
+    if getattr(pipeline, "watermark", None) is not None:
+        decoded = pipeline.watermark.apply_watermark(decoded)
     pixels = (decoded.float() / 2 + 0.5).clamp(0, 1).cpu()
     if not pixels.isfinite().all():
         logger.warning("the edit contains values that are no numbers: %s is too narrow here, try fp32", vae.dtype)
@@ -246,30 +246,19 @@ def _decode(pipeline: Editor, latents: torch.Tensor) -> list[tuple[torch.Tensor,
     return list(zip(pixels, flags, strict=True))
 
 
-def _make_generators(
-    seeds: list[int] | None, generators: list[torch.Generator] | None, count: int
-) -> list[torch.Generator]:
-    if seeds is not None and generators is not None:
-        raise ValueError("give seeds or generators, not both")
-    given = seeds if seeds is not None else generators
-    if given is not None and len(given) != count:
-        raise ValueError(f"{count} images need {count} seeds or generators, got {len(given)}")
-    if seeds is not None:
-        return [torch.Generator().manual_seed(seed) for seed in seeds]
-    if generators is not None:
-        return generators
-    fresh = [torch.Generator() for _ in range(count)]
-    for generator in fresh:
-        generator.seed()  # from the operating system; a new generator always starts at the same number
-    return fresh
-
-
-def _draw_noise(
-    generators: list[torch.Generator], shape: torch.Size, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """One draw of `shape` from each generator, on the generator's device -> (B, *shape) on `device`."""
-    draws = [torch.randn((1, *shape), generator=g, device=g.device, dtype=dtype) for g in generators]
-    return torch.cat(draws).to(device)
+@contextmanager
+def _in_its_precision(pipeline: Editor) -> Iterator[AutoencoderKL]:
+    """The VAE, out of autocast, and in float32 where it says that float16 is too narrow for it, as SDXL's own does."""
+    vae = pipeline.vae
+    is_narrow = _is_sdxl(pipeline) and vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+    if is_narrow:
+        vae.to(torch.float32)
+    try:
+        with torch.autocast(_device_of(pipeline).type, enabled=False):
+            yield vae
+    finally:
+        if is_narrow:
+            vae.to(torch.float16)
 
 
 def _group_by_size(images: list[Image.Image]) -> list[list[int]]:
