@@ -133,51 +133,22 @@ def edit(output: Path, heldout: Path) -> None:
 
 
 def score(output: Path, heldout: Path) -> dict:
-    """Compare each edit with the exact results.
-
-    accuracy: share of edits nearer, by mean squared error, to the exact result of their own instruction than to that
-    of every other instruction and to the unedited input. psnr: to the exact result, in dB; no_edit_psnr: of the input.
-    """
-    import numpy as np
-
+    """Compare each edit with the exact results (evaluation/exact_edits.py)."""
     from data_preparation.edits import EDITS, exact_results
+    from evaluation.exact_edits import judge, mean_scores, read_rgb
 
     scores = {}
     for kind in KINDS:
         rows = {task: [] for task in EDITS}
         for path in sorted(heldout.glob("*.png")):
-            original = read(path)
-            targets = {"no edit": original} | exact_results(original)
+            original = read_rgb(path)
+            results = exact_results(original)
             for task in EDITS:
-                edited = read(output / "edits" / kind / task / path.name)
-                errors = {name: np.mean((target.astype(float) - edited) ** 2) for name, target in targets.items()}
-                untouched = np.mean((targets[task].astype(float) - original) ** 2)
-                rows[task].append((min(errors, key=errors.get) == task, psnr(errors[task]), psnr(untouched)))
-        tasks = {task: summarize(values) for task, values in rows.items()}
-        scores[kind] = summarize([row for values in rows.values() for row in values]) | {"tasks": tasks}
+                edited = read_rgb(output / "edits" / kind / task / path.name)
+                rows[task].append(judge(edited, original, results, task))
+        tasks = {task: mean_scores(values) for task, values in rows.items()}
+        scores[kind] = mean_scores([row for values in rows.values() for row in values]) | {"tasks": tasks}
     return scores
-
-
-def read(path: Path) -> object:
-    """An RGB picture as uint8 (h, w, 3)."""
-    import numpy as np
-    from PIL import Image
-
-    return np.asarray(Image.open(path).convert("RGB"))
-
-
-def psnr(mean_squared_error: float) -> float:
-    """Peak signal-to-noise ratio in dB, for pixels in [0, 255]."""
-    import numpy as np
-
-    return float(10 * np.log10(255**2 / max(mean_squared_error, 1e-3)))
-
-
-def summarize(rows: list[tuple]) -> dict:
-    import numpy as np
-
-    names = ("accuracy", "psnr", "no_edit_psnr")
-    return {name: round(float(value), 3) for name, value in zip(names, np.mean(np.array(rows, float), 0), strict=True)}
 
 
 def draw_grid(output: Path, heldout: Path) -> None:

@@ -1,6 +1,7 @@
-"""Fine-tune an InstructPix2Pix editor of Stable Diffusion 1.x/2.x on your own pairs.
+"""Fine-tune an InstructPix2Pix editor of Stable Diffusion 1.x/2.x or SDXL on your own pairs.
 
-Goes on from a UNet that takes 8 channels already, such as timbrooks/instruct-pix2pix.
+Goes on from a UNet that takes 8 channels already, such as timbrooks/instruct-pix2pix. Which family it is of is read
+from the model's own files; a CosXL editor in one .safetensors file is taken too.
 
     accelerate launch finetune_instruct_pix2pix.py --pretrained_model_name_or_path=timbrooks/instruct-pix2pix \\
         --dataset_name=instruction-tuning-sd/cartoonization --train_batch_size=2 --max_train_steps=15000
@@ -17,14 +18,14 @@ from utils.launch import prepare_process
 
 def main(argv: list[str] | None = None) -> int:
     """Run the script; returns the exit code."""
-    args = parse_training_flags(argv, "Fine-tune an InstructPix2Pix editor on your own pairs.")
+    args = parse_training_flags(argv, "Fine-tune an InstructPix2Pix editor on your own pairs.", "any")
     with exit_on_input_error():
         prepare_process(argv)
         from utils.models import require_editor
         from utils.settings import Settings
         from utils.training import train_editor
 
-        return train_editor(pick(args, Settings), check_base=require_editor, prepare_unet=lambda unet: None)
+        return train_editor(pick(args, Settings), check_base=require_editor)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ StableDiffusionInstructPix2PixPipeline in --output_dir.
 from __future__ import annotations
 
 import sys
+from functools import partial
 
 from utils.cli import parse_training_flags, pick
 from utils.errors import exit_on_input_error
@@ -23,11 +24,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_training_flags(argv, "Train an InstructPix2Pix editor from a Stable Diffusion text-to-image model.")
     with exit_on_input_error():
         prepare_process(argv)
-        from utils.models import require_text_to_image, widen_conv_in
+        from utils.models import require_text_to_image
         from utils.settings import Settings
         from utils.training import train_editor
 
-        return train_editor(pick(args, Settings), check_base=require_text_to_image, prepare_unet=widen_conv_in)
+        return train_editor(pick(args, Settings), check_base=partial(require_text_to_image, is_sdxl=False))
 
 
 if __name__ == "__main__":

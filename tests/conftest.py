@@ -18,7 +18,7 @@ from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 
 from tests.pairs import make_dataset, make_rows  # noqa: E402
 from tests.runs import training_flags  # noqa: E402
-from tests.tiny import make_tiny_sd  # noqa: E402
+from tests.tiny import make_tiny_sd, make_tiny_sdxl  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +42,18 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_editor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny 8-channel InstructPix2Pix editor."""
     return make_tiny_sd(tmp_path_factory.mktemp("models") / "editor", in_channels=8, seed=1)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny 4-channel SDXL."""
+    return make_tiny_sdxl(tmp_path_factory.mktemp("models") / "sdxl", in_channels=4)
+
+
+@pytest.fixture(scope="session")
+def tiny_sdxl_editor(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a tiny 8-channel SDXL editor."""
+    return make_tiny_sdxl(tmp_path_factory.mktemp("models") / "sdxl-editor", in_channels=8, seed=1)
 
 
 @pytest.fixture(scope="session")

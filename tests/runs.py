@@ -8,9 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 REPOSITORY = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
-WEIGHTS = "diffusion_pytorch_model.safetensors"
+WEIGHTS, ADAPTER = "diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors"
 
 
 def training_flags(base: Path, pairs: Path, output_dir: Path, *flags: str) -> list[str]:
@@ -40,9 +43,10 @@ def run(script: str, flags: list[str], launcher: tuple[str, ...] = ()) -> str:
     return printed
 
 
-def weights_of(folder: Path) -> bytes:
-    """The bytes of the weight file in a model folder."""
-    return (folder / WEIGHTS).read_bytes()
+def weights_of(folder: Path) -> dict[str, bytes]:
+    """The bytes of every tensor in the folder of a model or of an adapter (metadata in a file's head has no order)."""
+    file = next(folder / name for name in (WEIGHTS, ADAPTER) if (folder / name).exists())
+    return {name: value.view(torch.uint8).numpy().tobytes() for name, value in load_file(file).items() if value.ndim}
 
 
 def losses_of(output_dir: Path) -> list[tuple]:

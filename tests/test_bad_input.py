@@ -131,13 +131,6 @@ def test_weights_of_another_shape(flags: list[str], tiny_base: Path, tmp_path: P
     fails_late(of_model(flags, base), str(base), "cannot be loaded")
 
 
-def test_sdxl_is_told_apart(flags: list[str], tiny_base: Path, tmp_path: Path) -> None:
-    base = copy_of(tiny_base, tmp_path / "base")
-    config = json.loads((base / "unet/config.json").read_text())
-    (base / "unet/config.json").write_text(json.dumps(config | {"addition_embed_type": "text_time"}))
-    fails_early(of_model(flags, base), str(base), "not a Stable Diffusion 1.x/2.x", "SDXL")
-
-
 def test_an_editor_is_sent_to_the_other_script(flags: list[str], tiny_editor: Path) -> None:
     fails_early(of_model(flags, tiny_editor), "8 channels", "finetune_instruct_pix2pix.py")
 

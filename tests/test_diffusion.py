@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    EulerDiscreteScheduler,
+    PNDMScheduler,
+    SchedulerMixin,
+)
 
 from utils.diffusion import (
     ObjectiveOptions,
@@ -14,6 +21,7 @@ from utils.diffusion import (
     min_snr_weights,
     offset_noise,
     per_sample_loss,
+    unet_timesteps,
 )
 from utils.errors import InputError
 
@@ -171,3 +179,41 @@ def test_the_published_scheduler_gives_back_the_image_of_a_perfect_prediction(tm
     alpha_bar = published.alphas_cumprod[0]  # where DDIM ends with set_alpha_to_one off
     expected = alpha_bar.sqrt() * image + (1 - alpha_bar).sqrt() * noise
     torch.testing.assert_close(sample, expected, rtol=1e-4, atol=1e-4)
+
+
+# ---- CosXL ----------------------------------------------------------------------------------------------------------
+
+EDM = {"_class_name": "EDMEulerScheduler", "sigma_min": 0.002, "sigma_max": 120.0, "prediction_type": "v_prediction"}
+
+
+def test_the_schedule_of_an_edm_model_is_that_of_its_scheduler() -> None:
+    """Against EDMEulerScheduler of diffusers: the input of the UNet, what it is told of the noise, and its target."""
+    schedule = make_noise_schedule(EDM, ObjectiveOptions())
+    edm = EDMEulerScheduler(sigma_data=1.0, **{key: value for key, value in EDM.items() if key != "_class_name"})
+    torch.manual_seed(0)
+    timesteps = torch.tensor([0, 250, 500, 750, 999])
+    latents, noise = torch.randn(2, 5, 4, 8, 8, dtype=torch.float64)
+    noisy, target = schedule.add_noise(latents, noise, timesteps), make_target(schedule, latents, noise, timesteps)
+    told = unet_timesteps(schedule, timesteps)
+    for index in range(5):
+        sigma = torch.exp(4 * told[index].double())
+        sample = latents[index] + sigma * noise[index]
+        torch.testing.assert_close(noisy[index], edm.precondition_inputs(sample, sigma), rtol=1e-4, atol=1e-4)
+        assert told[index] == pytest.approx(edm.precondition_noise(sigma).item(), rel=1e-5)
+        denoised = edm.precondition_outputs(sample, target[index], sigma)
+        torch.testing.assert_close(denoised, latents[index], rtol=1e-3, atol=1e-2 * max(1.0, sigma.item() / 10))
+    ends = torch.exp(4 * unet_timesteps(schedule, torch.tensor([0, 999])).double())
+    assert ends.tolist() == pytest.approx([0.002, 120.0], rel=1e-4)
+
+
+def test_other_models_are_told_the_number_of_the_timestep() -> None:
+    schedule, timesteps = make_noise_schedule({}, ObjectiveOptions()), torch.tensor([3, 999])
+    assert torch.equal(unet_timesteps(schedule, timesteps), timesteps)
+
+
+@pytest.mark.parametrize(
+    "options", [ObjectiveOptions(prediction_type="epsilon"), ObjectiveOptions(rescale_betas_zero_snr=True)]
+)
+def test_an_edm_model_keeps_its_objective(options: ObjectiveOptions) -> None:
+    with pytest.raises(InputError, match="EDM"):
+        make_noise_schedule(EDM, options)

@@ -9,13 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionInstructPix2PixPipeline
+from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionXLInstructPix2PixPipeline
 from safetensors.torch import load_file
 
 import infer
 import train_instruct_pix2pix
+import train_instruct_pix2pix_sdxl
 from tests.pairs import make_image, save_pairs
 from tests.runs import WEIGHTS, training_flags, weights_of
+from utils.objective import Objective
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 TRAIN = train_instruct_pix2pix.main
@@ -32,6 +34,10 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--mixed_precision=fp16",), ("--mixed_precision=fp16", "--use_ema", "--gradient_checkpointing"),
         ("--mixed_precision=bf16",), ("--allow_tf32",), ("--use_8bit_adam",), ("--cache_latents", "--center_crop"),
         ("--mixed_precision=fp16", "--enable_xformers_memory_efficient_attention"),
+        ("--optimizer=paged_adamw8bit",), ("--use_ema", "--ema_device=cpu"),
+        ("--mixed_precision=bf16", "--weights_dtype=bf16", "--use_ema", "--ema_device=cpu", "--optimizer=adamw8bit"),
+        ("--mixed_precision=bf16", "--weights_dtype=bf16", "--fused_backward", "--max_grad_norm=0"),
+        ("--optimizer=adafactor", "--fused_backward", "--max_grad_norm=0"),
     ],
     ids=lambda flags: " ".join(flags),
 )  # fmt: skip
@@ -48,6 +54,34 @@ def test_features_train_and_the_result_loads(tiny_base, pairs, tmp_path, flags):
     assert {value.dtype for value in values} == {torch.float32} and all(value.isfinite().all() for value in values)
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "out", dtype=torch.float16).to("cuda")
     assert pipeline("red", image=make_image(1, (32, 32)), num_inference_steps=2).images[0].size == (32, 32)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (), ("--lora_rank=4", "--merge_adapter"),
+        ("--lora_rank=4", "--merge_adapter", "--quantize_base=nf4", "--use_dora"),
+        ("--lora_rank=4", "--merge_adapter", "--quantize_base=int8", "--lora_target=all"),
+    ],
+    ids=lambda flags: " ".join(flags),
+)  # fmt: skip
+def test_sdxl_and_adapters_in_half_precision(tiny_sdxl, pairs, tmp_path, flags, precision, monkeypatch):
+    """Trained, validated and published; the text encoders have left the GPU before the first step."""
+    devices, call = set(), Objective.__call__
+    monkeypatch.setattr(Objective, "__call__", lambda self, *inputs: devices.update(
+        encoder.device.type for encoder in self.encode_prompts.text_encoders) or call(self, *inputs))  # fmt: skip
+    picture = tmp_path / "picture.png"
+    make_image(3).save(picture)
+    validation = (f"--val_image_url_or_path={picture}", "--validation_prompt=red", "--num_validation_images=1")
+    more = (*flags, *validation, f"--mixed_precision={precision}", "--gradient_checkpointing", "--validation_split=0.2")
+    assert train_instruct_pix2pix_sdxl.main(training_flags(tiny_sdxl, pairs, tmp_path / "out", *more)) == 0
+    assert devices == {"cpu"} and (tmp_path / "out/validation/step-4.png").exists()
+    pipeline = StableDiffusionXLInstructPix2PixPipeline.from_pretrained(tmp_path / "out", dtype=torch.float16).to(
+        "cuda"
+    )
+    size = dict(height=32, width=32)
+    assert pipeline("red", image=make_image(1, (32, 32)), num_inference_steps=2, **size).images[0].size == (32, 32)
 
 
 def test_fp16_resumes_with_its_scaler(tiny_base, pairs, tmp_path):

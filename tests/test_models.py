@@ -1,9 +1,10 @@
-"""Widening the UNet, the moving average of its weights, and the course of the learning rate."""
+"""Loading and widening the UNet, and the course of the learning rate."""
 
 from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from itertools import repeat
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from utils.cli import LR_SCHEDULERS
 from utils.errors import InputError
 from utils.loop import LoopOptions, Trainee, fit
 from utils.models import (
+    Configs,
     ModelOptions,
-    MovingAverage,
     load_stable_diffusion,
     require_editor,
     require_text_to_image,
@@ -66,16 +67,34 @@ def test_the_image_channels_learn_and_the_widened_unet_is_reloaded(tiny_base: Pa
     assert all(torch.equal(value, reloaded.state_dict()[name]) for name, value in widened.state_dict().items())
 
 
+TRAIN, TRAIN_SDXL = (partial(require_text_to_image, is_sdxl=is_sdxl) for is_sdxl in (False, True))
+
+
+def configs(in_channels: int, is_sdxl: bool) -> Configs:
+    return Configs({"in_channels": in_channels, "addition_embed_type": "text_time" if is_sdxl else None}, {}, {})
+
+
 @pytest.mark.parametrize(
-    ("check", "channels", "script"),
-    [(require_text_to_image, 8, "finetune_instruct_pix2pix.py"), (require_editor, 4, "train_instruct_pix2pix.py")],
+    ("check", "in_channels", "is_sdxl", "words"),
+    [
+        (TRAIN, 8, False, "finetune_instruct_pix2pix.py"), (TRAIN_SDXL, 8, True, "finetune_instruct_pix2pix.py"),
+        (TRAIN, 4, True, "train_instruct_pix2pix_sdxl.py"), (TRAIN_SDXL, 4, False, "train_instruct_pix2pix.py"),
+        (require_editor, 4, False, "train_instruct_pix2pix.py"),
+        (require_editor, 4, True, "train_instruct_pix2pix_sdxl.py"),
+        (TRAIN, 9, False, "9 channels"), (TRAIN_SDXL, 9, True, "9 channels"), (require_editor, 9, False, "9 channels"),
+    ],
+)  # fmt: skip
+def test_the_wrong_base_names_the_script_that_fits(check, in_channels: int, is_sdxl: bool, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        check(configs(in_channels, is_sdxl), "some/model")
+
+
+@pytest.mark.parametrize(
+    ("check", "in_channels", "is_sdxl"),
+    [(TRAIN, 4, False), (TRAIN_SDXL, 4, True), (require_editor, 8, False), (require_editor, 8, True)],
 )
-def test_the_wrong_base_names_the_other_script(check, channels: int, script: str) -> None:
-    with pytest.raises(InputError, match=script):
-        check({"in_channels": channels}, "some/model")
-    check({"in_channels": 12 - channels}, "some/model")
-    with pytest.raises(InputError, match="9 channels"):
-        check({"in_channels": 9}, "some/model")
+def test_the_right_base_is_taken(check, in_channels: int, is_sdxl: bool) -> None:
+    assert check(configs(in_channels, is_sdxl), "some/model") is None
 
 
 def test_the_scheduler_is_loaded_in_its_own_class(tiny_base: Path, tmp_path: Path) -> None:
@@ -87,45 +106,6 @@ def test_the_scheduler_is_loaded_in_its_own_class(tiny_base: Path, tmp_path: Pat
             (other / part.name).symlink_to(part)
     PNDMScheduler().save_pretrained(other / "scheduler")
     assert type(load_stable_diffusion(ModelOptions(str(other))).scheduler) is PNDMScheduler
-
-
-# ---- moving average -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("decay", [0.9999, 0.5, 0.0])
-def test_the_moving_average_follows_its_formula(decay: float) -> None:
-    torch.manual_seed(0)
-    model = torch.nn.Linear(5, 3)
-    average = MovingAverage(model, decay)
-    expected = {name: value.double() for name, value in model.state_dict().items()}
-    for step in range(1, 61):
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(torch.randn_like(parameter))
-        average.update(model, step)
-        kept = min(decay, (1 + step) / (10 + step))
-        for name, value in model.state_dict().items():
-            expected[name] = kept * expected[name] + (1 - kept) * value.double()
-    for name, value in average.state_dict().items():
-        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-5)
-        assert value.dtype == torch.float32
-
-
-def test_averaged_weights_are_swapped_in_and_out_to_the_bit() -> None:
-    model = torch.nn.Linear(5, 3)
-    average = MovingAverage(model, 0.9)
-    start = model.weight.detach().clone()
-    with torch.no_grad():
-        model.weight.mul_(1 / 3)
-    live = model.weight.detach().clone()
-    with pytest.raises(ZeroDivisionError), average.swapped_into(model):
-        assert torch.equal(model.weight, start)
-        raise ZeroDivisionError
-    assert torch.equal(model.weight, live)
-    average.load_state_dict(model.state_dict())
-    assert torch.equal(average.state_dict()["weight"], live)
-    with pytest.raises(KeyError):
-        average.load_state_dict({"weight": live})
 
 
 # ---- learning rate --------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tests.pairs import encode, make_dataset
 from utils.draws import DrawOrder, sample_draws
@@ -43,6 +43,7 @@ class Case:
     snr_gamma: float | None = None
     noise_offset: float = 0.0
     dropout: float = 0.05
+    model: str = "tiny_editor"  # the fixture of the base
 
     def flags(self) -> list[str]:
         return [
@@ -59,11 +60,18 @@ class Case:
 
 # The base's image channels are zero after widening: only an editor's loss shows what becomes of the original image.
 CASES = {
-    "widened base, epsilon": Case(script="train_instruct_pix2pix"),
+    "widened base, epsilon": Case(script="train_instruct_pix2pix", model="tiny_base"),
     "epsilon": Case(),
     "v, zero terminal SNR, min-SNR": Case(prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_gamma=5.0),
     "epsilon, noise offset, min-SNR, dropout 0.2": Case(noise_offset=0.1, snr_gamma=5.0, dropout=0.2),
     "batch that does not divide the dataset": Case(num_rows=7, batch_size=3, accumulation=2, steps=40),
+    "SDXL, widened base": Case(script="train_instruct_pix2pix_sdxl", model="tiny_sdxl"),
+    "SDXL, dropout 0.2, batch that does not divide": Case(
+        model="tiny_sdxl_editor", dropout=0.2, num_rows=7, batch_size=3, accumulation=2, steps=40
+    ),
+    "SDXL, v, zero terminal SNR, min-SNR": Case(
+        model="tiny_sdxl_editor", prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_gamma=5.0
+    ),
 }
 
 
@@ -96,7 +104,10 @@ class Reference:
         self.case = case
         self.alpha_bars = alpha_bars(case.rescale_betas_zero_snr)
         self.tokenizer = CLIPTokenizer.from_pretrained(base / "tokenizer")
-        self.text_encoder = CLIPTextModel.from_pretrained(base / "text_encoder").double().eval()
+        self.text_encoders = [CLIPTextModel.from_pretrained(base / "text_encoder").double().eval()]
+        if (base / "text_encoder_2").exists():
+            second = CLIPTextModelWithProjection.from_pretrained(base / "text_encoder_2")
+            self.text_encoders.append(second.double().eval())
         self.vae = AutoencoderKL.from_pretrained(base / "vae").double().eval()
         self.unet = UNet2DConditionModel.from_pretrained(base / "unet").double().eval()
         self.scaling_factor = json.loads((base / "vae/config.json").read_text())["scaling_factor"]
@@ -111,11 +122,13 @@ class Reference:
         losses = []
         for start in range(0, len(made), 20):
             parts = zip(*made[start : start + 20], strict=True)
-            noisy, image, text, target, weight = (torch.stack(part) for part in parts)
+            noisy, image, text, pooled, target, weight = (torch.stack(part) for part in parts)
             timesteps = torch.tensor([draws["timestep"] for _, draws in visits[start : start + 20]])
             # A text-to-image UNet widened with zeros is one that does not see the image.
             unet_input = torch.cat([noisy, image], dim=1) if self.unet.config.in_channels == 8 else noisy
-            prediction = self.unet(unet_input, timesteps, encoder_hidden_states=text).sample
+            time_ids = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]] * len(noisy)).double()
+            added = {"text_embeds": pooled, "time_ids": time_ids}
+            prediction = self.unet(unet_input, timesteps, encoder_hidden_states=text, added_cond_kwargs=added).sample
             losses += (weight * ((prediction - target) ** 2).mean(dim=(1, 2, 3))).tolist()
         return losses
 
@@ -131,11 +144,12 @@ class Reference:
         image = original[0]  # the mode of a Gaussian is its mean; the condition is not scaled
         if case.dropout <= u < 3 * case.dropout:
             image = torch.zeros_like(image)
-        text = texts["" if u < 2 * case.dropout else row.prompt]
+        text, pooled = texts["" if u < 2 * case.dropout else row.prompt]
         alpha_bar = self.alpha_bars[draws["timestep"]]
         alpha, sigma = alpha_bar.sqrt(), (1 - alpha_bar).sqrt()
         target = noise if case.prediction_type == "epsilon" else alpha * noise - sigma * latents
-        return alpha * latents + sigma * noise, image, text, target, self._weight(alpha_bar / (1 - alpha_bar))
+        weight = self._weight(alpha_bar / (1 - alpha_bar))
+        return alpha * latents + sigma * noise, image, text, pooled, target, weight
 
     def _weight(self, snr: torch.Tensor) -> torch.Tensor:
         if self.case.snr_gamma is None:
@@ -143,9 +157,17 @@ class Reference:
         clamped = snr.clamp(max=self.case.snr_gamma)
         return clamped / snr if self.case.prediction_type == "epsilon" else clamped / (snr + 1)
 
-    def _encode_text(self, prompt: str) -> torch.Tensor:
+    def _encode_text(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """What the UNet attends to (77, D), and the pooled embedding (P,) of SDXL, or a zero."""
         tokens = self.tokenizer(prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
-        return self.text_encoder(tokens.input_ids)[0][0]
+        outputs = [encoder(tokens.input_ids, output_hidden_states=True) for encoder in self.text_encoders]
+        if len(outputs) == 1:
+            return outputs[0].last_hidden_state[0], torch.zeros(1)
+        hidden, pooled = (
+            torch.cat([output.hidden_states[-2][0] for output in outputs], dim=1),
+            outputs[1].text_embeds[0],
+        )
+        return (hidden, pooled) if prompt else (torch.zeros_like(hidden), torch.zeros_like(pooled))
 
     def _encode_image(self, pixels: np.ndarray) -> Moments:
         """Mean and standard deviation of the posterior of pixels (h, w, 3)."""
@@ -182,9 +204,9 @@ def write_pairs(folder: Path, rows: list[Row]) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_logged_loss_is_that_of_the_formulas(name: str, tiny_base: Path, tiny_editor: Path, tmp_path: Path) -> None:
+def test_the_logged_loss_is_that_of_the_formulas(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     case = CASES[name]
-    base = tiny_base if case.script == "train_instruct_pix2pix" else tiny_editor
+    base = request.getfixturevalue(case.model)
     rows = make_rows(case.num_rows)
     write_pairs(tmp_path / "pairs", rows)
     flags = [

@@ -19,8 +19,13 @@ from tests.pairs import save_pairs
 from tests.runs import losses_of, run, start, training_flags, weights_of
 from utils import checkpoints
 from utils.checkpoints import Progress, find_damage, list_checkpoints, save_checkpoint
+from utils.weights import save_trained
 
 SCRIPT = "train_instruct_pix2pix.py"
+SDXL = "train_instruct_pix2pix_sdxl.py"
+ADAPTER = ("--lora_rank=4", "--lora_dropout=0.2", "--use_dora", "--lora_target=all", "--quantize_base=nf4")
+SMALL_MEMORY = ("--weights_dtype=bf16", "--mixed_precision=bf16", "--fused_backward", "--max_grad_norm=0",
+                "--optimizer=adamw8bit", "--ema_device=cpu")  # fmt: skip
 STEPS, CHECKPOINTING = 12, 3
 
 
@@ -57,21 +62,31 @@ def assert_same_run(output_dir: Path, reference: Path) -> None:
     for name in ("unet", "unet_ema"):
         place = Path(f"checkpoint-{STEPS}") / name
         assert weights_of(output_dir / place) == weights_of(reference / place), name
-    assert weights_of(output_dir / "unet") == weights_of(reference / "unet")
+    published = "unet" if (reference / "unet").exists() else "."
+    assert weights_of(output_dir / published) == weights_of(reference / published)
     assert losses_of(output_dir) == losses_of(reference)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers, accumulation", [(0, 1), (2, 1), (0, 3), (2, 3)])
-def test_killed_and_resumed_equals_never_stopped(tiny_base, pairs, tmp_path, workers, accumulation):
+@pytest.mark.parametrize(
+    ("script", "model", "workers", "accumulation", "more"),
+    [
+        (SCRIPT, "tiny_base", 0, 1, ()), (SCRIPT, "tiny_base", 2, 1, ()), (SCRIPT, "tiny_base", 0, 3, ()),
+        (SCRIPT, "tiny_base", 2, 3, ()), (SDXL, "tiny_sdxl", 2, 3, ()), (SDXL, "tiny_sdxl", 0, 1, ADAPTER),
+        (SCRIPT, "tiny_base", 0, 1, SMALL_MEMORY),
+    ],
+    ids=["SD 0 1", "SD 2 1", "SD 0 3", "SD 2 3", "SDXL 2 3", "SDXL adapter", "SD small memory"],
+)  # fmt: skip
+def test_killed_and_resumed_equals_never_stopped(request, pairs, tmp_path, script, model, workers, accumulation, more):
     reference, output_dir = tmp_path / "reference", tmp_path / "killed"
-    run(SCRIPT, flags_for(tiny_base, pairs, reference, 0, accumulation))
+    base = request.getfixturevalue(model)
+    run(script, [*flags_for(base, pairs, reference, 0, accumulation), *more])
 
-    flags = flags_for(tiny_base, pairs, output_dir, workers, accumulation)
-    random_moment = random.Random(f"{workers} {accumulation}").uniform(0.0, 1.0)
-    first = start(SCRIPT, flags, log=tmp_path / "first.log")
+    flags = [*flags_for(base, pairs, output_dir, workers, accumulation), *more]
+    random_moment = random.Random(f"{workers} {accumulation} {more}").uniform(0.0, 1.0)
+    first = start(script, flags, log=tmp_path / "first.log")
     assert kill_when(first, lambda: bool(list_checkpoints(output_dir)))
-    second = start(SCRIPT, flags, log=tmp_path / "second.log")
+    second = start(script, flags, log=tmp_path / "second.log")
     begun = []  # the moment when the run goes on, from which the random moment counts
 
     def has_gone_on() -> bool:
@@ -81,7 +96,7 @@ def test_killed_and_resumed_equals_never_stopped(tiny_base, pairs, tmp_path, wor
         return bool(begun) and time.monotonic() - begun[0] >= random_moment
 
     kill_when(second, has_gone_on)  # on a fast machine it may have ended before: then the third run only publishes
-    run(SCRIPT, flags)
+    run(script, flags)
     assert_same_run(output_dir, reference)
 
 
@@ -144,7 +159,7 @@ def test_a_whole_checkpoint_stands_at_every_moment(tiny_base, tmp_path, monkeypa
         return any(find_damage(checkpoint) is None for checkpoint in list_checkpoints(tmp_path))
 
     def save(step: int) -> None:
-        models = {"unet": (unet, unet.state_dict())}
+        models = {"unet": lambda folder: save_trained(folder, unet)}
         save_checkpoint(tmp_path, Progress(global_step=step), models, {"optimizer": torch.zeros(3)}, limit=1)
 
     save(1)
@@ -157,19 +172,27 @@ def test_a_whole_checkpoint_stands_at_every_moment(tiny_base, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-def test_two_processes_equal_one_with_accumulation_two(tiny_base, pairs, tmp_path):
+@pytest.mark.parametrize(
+    ("script", "model", "more"), [(SCRIPT, "tiny_base", ()), (SDXL, "tiny_sdxl", ()), (SDXL, "tiny_sdxl", ADAPTER[:1])],
+    ids=["SD", "SDXL", "SDXL adapter"],
+)  # fmt: skip
+def test_two_processes_equal_one_with_accumulation_two(request, pairs, tmp_path, script, model, more):
     """Same draws, same weights to rounding, through the command that users give."""
-    one, two = tmp_path / "one", tmp_path / "two"
+    one, two, base = tmp_path / "one", tmp_path / "two", request.getfixturevalue(model)
     shared = ("--max_train_steps=6", "--use_ema", "--random_flip", "--validation_split=0.2", "--validation_steps=3",
-              "--logging_steps=1", "--checkpointing_steps=3", "--learning_rate=1e-3")  # fmt: skip
-    run(SCRIPT, training_flags(tiny_base, pairs, one, *shared, "--gradient_accumulation_steps=2"))
-    run(SCRIPT, training_flags(tiny_base, pairs, two, *shared), launcher=("--cpu", "--num_processes", "2"))
+              "--logging_steps=1", "--checkpointing_steps=3", "--learning_rate=1e-3", "--save_best", *more)  # fmt: skip
+    flags = [*shared, "--merge_adapter"] if more else shared
+    run(script, training_flags(base, pairs, one, *flags, "--gradient_accumulation_steps=2"))
+    run(script, training_flags(base, pairs, two, *flags), launcher=("--cpu", "--num_processes", "2"))
     expected = UNet2DConditionModel.from_pretrained(one / "unet").state_dict()
     actual = UNet2DConditionModel.from_pretrained(two / "unet").state_dict()
-    start_weights = UNet2DConditionModel.from_pretrained(tiny_base / "unet").state_dict()
-    moved = max((expected[name] - start_weights[name]).abs().max() for name in expected if "conv_in" not in name)
-    difference = max((expected[name] - actual[name]).abs().max() for name in expected)
-    assert difference < 0.02 * moved, (difference, moved)
+    start_weights = UNet2DConditionModel.from_pretrained(base / "unet").state_dict()
+    names = [name for name in expected if "conv_in" not in name]
+    moved, difference = (
+        sum((expected[name] - other[name]).square().sum() for name in names).sqrt() for other in (start_weights, actual)
+    )
+    # Not the largest single difference: Adam makes a step of full size out of the rounding of a gradient near zero.
+    assert difference < 2e-3 * moved, (difference, moved)
     for first, second in zip(losses_of(one), losses_of(two), strict=True):
         assert [value or 0 for value in first] == pytest.approx([value or 0 for value in second], rel=1e-4)
 

@@ -51,6 +51,9 @@ class ModelFacts:
 
     base_model: str
     command: Sequence[str]
+    pipeline_class: str = "StableDiffusionInstructPix2PixPipeline"
+    is_adapter: bool = False  # the folder holds a LoRA for the base, and not a whole pipeline
+    is_base_widened: bool = False  # the base is a text-to-image model, whose first convolution must be widened
     repo_id: str | None = None
     datasets: Sequence[str] = ()
     hyperparameters: Mapping[str, object] = field(default_factory=dict)
@@ -68,10 +71,8 @@ def write_card(output_dir: str | Path, facts: ModelFacts, token: str | None = No
     output_dir, login = Path(output_dir), token or get_token()
     name = (facts.repo_id or output_dir.resolve().name).split("/")[-1]
     license_fields = find_license(facts.base_model, token)
-    pipeline_class = _read_json(output_dir / "model_index.json").get("_class_name")
-    pipeline_class = pipeline_class or "StableDiffusionInstructPix2PixPipeline"
-    metadata = _metadata(facts, name, license_fields, pipeline_class)
-    snippet = _snippet(facts, output_dir.name, pipeline_class)
+    metadata = _metadata(facts, name, license_fields)
+    snippet = _snippet(facts, output_dir.name)
     body = _body(facts, name, license_fields, snippet, _scheduler_note(output_dir), login)
     # The metadata is redacted as text too: a prompt or a name could hold anything.
     card = ModelCard(redact(f"---\n{metadata.to_yaml()}\n---\n\n{body}\n", login))
@@ -104,10 +105,11 @@ def _body(
     return "\n\n".join(section for section in sections if section)
 
 
-def _metadata(facts: ModelFacts, name: str, license_fields: Mapping[str, str], pipeline_class: str) -> ModelCardData:
+def _metadata(facts: ModelFacts, name: str, license_fields: Mapping[str, str]) -> ModelCardData:
     """The front matter. The Hub refuses a base model or a dataset that is no id, so local folders stay out of it."""
-    family = "stable-diffusion-xl" if "XL" in pipeline_class else "stable-diffusion"
+    family = "stable-diffusion-xl" if "XL" in facts.pipeline_class else "stable-diffusion"
     tags = [family, f"{family}-diffusers", "instruct-pix2pix", "image-to-image", "diffusers", "diffusers-training"]
+    tags += ["lora"] if facts.is_adapter else []
     has_base = _is_hub_id(facts.base_model)
     address = f"{constants.ENDPOINT}/{facts.repo_id}/resolve/main/" if facts.repo_id else ""
     return ModelCardData(
@@ -115,7 +117,7 @@ def _metadata(facts: ModelFacts, name: str, license_fields: Mapping[str, str], p
         license_name=license_fields.get("license_name"),
         license_link=license_fields.get("license_link"),
         base_model=facts.base_model if has_base else None,
-        base_model_relation="finetune" if has_base else None,
+        base_model_relation=("adapter" if facts.is_adapter else "finetune") if has_base else None,
         datasets=[dataset for dataset in facts.datasets if _is_hub_id(dataset)] or None,
         library_name="diffusers",
         pipeline_tag="image-to-image",
@@ -146,35 +148,38 @@ def _scores(facts: ModelFacts) -> list[EvalResult]:
 def _summary(facts: ModelFacts) -> str:
     learned = f", trained on {_named(facts.datasets)}" if facts.datasets else ""
     size = f" at {facts.resolution}×{facts.resolution} pixels" if facts.resolution else ""
+    kind = "A LoRA that makes an image editor" if facts.is_adapter else "An image editor"
     return (
-        "An image editor that follows instructions: [InstructPix2Pix](https://arxiv.org/abs/2211.09800) on "
+        f"{kind} that follows instructions: [InstructPix2Pix](https://arxiv.org/abs/2211.09800) on "
         f"{_named([facts.base_model])}{learned}{size}."
     )
 
 
-def _snippet(facts: ModelFacts, folder: str, pipeline_class: str) -> str:
+def _snippet(facts: ModelFacts, folder: str) -> str:
     """Code that edits the first widget image with stock diffusers and runs as it stands, on a GPU or without one."""
     path, prompt = facts.widget[0] if facts.widget else ("photograph.jpg", "make it a watercolor painting")
     image = _literal(path)
     if facts.widget:
         image = f"hf_hub_download(model, {_literal(path)})" if facts.repo_id else f'f"{{model}}/{path}"'
-    size = facts.resolution
+    size, is_sdxl = facts.resolution, "XL" in facts.pipeline_class
     lines = [
         "import torch",
-        f"from diffusers import {pipeline_class}",
+        f"from diffusers import {facts.pipeline_class}{', UNet2DConditionModel' if facts.is_adapter else ''}",
         "from diffusers.utils import load_image",
         *(["from huggingface_hub import hf_hub_download"] if "hf_hub_download" in image else []),
         "",
         f"model = {_literal(facts.repo_id or folder)}",
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
         'dtype = torch.float16 if device == "cuda" else torch.float32',
-        f"pipeline = {pipeline_class}.from_pretrained(model).to(device, dtype)",
+        *_loading(facts),
         "",
         f"image = load_image({image})",
         *([f"image.thumbnail(({size}, {size}))"] if size else []),
         "edited = pipeline(",
         f"    {_literal(prompt)},",
         "    image=image,",
+        # The pipeline of SDXL would squash the picture into a square.
+        *(["    height=image.height // 8 * 8,", "    width=image.width // 8 * 8,"] if is_sdxl else []),
         "    num_inference_steps=20,",
         f"    guidance_scale={facts.guidance_scale},",
         f"    image_guidance_scale={facts.image_guidance_scale},",
@@ -183,6 +188,32 @@ def _snippet(facts: ModelFacts, folder: str, pipeline_class: str) -> str:
         'edited.save("edited.png")',
     ]
     return "\n".join(lines)
+
+
+def _loading(facts: ModelFacts) -> list[str]:
+    """The lines that load the pipeline onto `device`; for an adapter, onto the base, widened where it must be."""
+    if not facts.is_adapter:
+        return [f"pipeline = {facts.pipeline_class}.from_pretrained(model).to(device, dtype)"]
+    lines = [
+        "",
+        f"base = {_literal(facts.base_model if _is_hub_id(facts.base_model) else _short(facts.base_model))}",
+        'unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")',
+    ]
+    if facts.is_base_widened:
+        lines += [
+            "# Four more input channels, for the picture: zeros, which the adapter fills.",
+            "old = unet.conv_in",
+            'weights = {"weight": torch.nn.functional.pad(old.weight, (0, 0, 0, 0, 0, 4)), "bias": old.bias}',
+            "unet.conv_in = torch.nn.Conv2d(8, old.out_channels, old.kernel_size, padding=old.padding)",
+            "unet.conv_in.load_state_dict(weights)",
+            "unet.register_to_config(in_channels=8)",
+        ]
+    return [
+        *lines,
+        f"pipeline = {facts.pipeline_class}.from_pretrained(base, unet=unet)",
+        "pipeline.load_lora_weights(model)",
+        "pipeline = pipeline.to(device, dtype)",
+    ]
 
 
 def _literal(text: str) -> str:

@@ -1,7 +1,8 @@
 """Checkpoints: written beside their place and renamed into it, so that a whole one stands at every moment.
 
 checkpoint-N/
-  unet/, unet_ema/      diffusers folders: `UNet2DConditionModel.from_pretrained("checkpoint-500/unet_ema")` loads them
+  unet/, unet_ema/      diffusers folders: `UNet2DConditionModel.from_pretrained("checkpoint-500/unet_ema")` loads them;
+                        of an adapter, `pipeline.load_lora_weights("checkpoint-500/unet_ema")`
   training_state.pt     optimizer, learning-rate schedule, gradient scaler
   progress.json         where the run stands, what it runs on, and the size and checksum of every file above
 """
@@ -14,7 +15,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -48,17 +49,21 @@ class Progress:
 
 
 def save_checkpoint(
-    output_dir: Path, progress: Progress, models: dict, training_state: dict, limit: int | None
+    output_dir: Path,
+    progress: Progress,
+    models: dict[str, Callable[[Path], None]],
+    training_state: dict,
+    limit: int | None,
 ) -> Path:
     """Write `checkpoint-<global_step>` and then remove the oldest ones over `limit`.
 
-    models: folder name -> (diffusers model, its state dict). training_state: what `torch.save` keeps.
+    models: folder name -> what writes a model into that folder. training_state: what `torch.save` keeps.
     Raises `InputError` when it cannot be written (a full disk); what stood before stands still.
     """
     place = output_dir / f"checkpoint-{progress.global_step}"
     with written_beside(place) as unfinished:
-        for name, (model, state) in models.items():
-            save_weights(unfinished / name, model, state)
+        for name, save in models.items():
+            save(unfinished / name)
         torch.save(training_state, unfinished / "training_state.pt")
         files = {str(path.relative_to(unfinished)): _fingerprint(path) for path in _files_below(unfinished)}
         content = asdict(progress) | {"files": files}
@@ -172,7 +177,7 @@ def check_same_run(stored: Progress, identity: dict) -> None:
     differences = [
         f"{name}: the checkpoint has {stored.identity.get(name)!r}, this command {value!r}"
         for name, value in identity.items()
-        if stored.identity.get(name) != value
+        if stored.identity.get(name, value) != value  # what an older version did not record is not held against it
     ]
     if differences:
         raise InputError(
@@ -192,10 +197,10 @@ def save_weights(folder: Path, model: ModelMixin, state: dict[str, torch.Tensor]
     save_file(contiguous, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
 
 
-def load_weights(checkpoint: Path, folder: str) -> dict[str, torch.Tensor]:
-    """The state dict saved under `folder`, sharded or not."""
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The state dict saved in a model's folder, sharded or not."""
     state = {}
-    for path in sorted((checkpoint / folder).glob("*.safetensors")):
+    for path in sorted(folder.glob("*.safetensors")):
         state |= load_file(path)
     return state
 

@@ -21,6 +21,7 @@ from utils.flag_checks import find_problems
 Options = TypeVar("Options")
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
+OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "adafactor", "prodigy", "schedulefree_adamw")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "all", "none")
 
 
@@ -38,18 +39,27 @@ def pick(args: argparse.Namespace, options_class: type[Options]) -> Options:
     return options_class(**values)
 
 
-def parse_training_flags(argv: list[str] | None, description: str) -> argparse.Namespace:
-    """Parse and check the flags of an SD training script; exits with 2 and one message when they cannot work."""
+def parse_training_flags(argv: list[str] | None, description: str, family: str = "sd") -> argparse.Namespace:
+    """Parse and check the flags of a training script; exits with 2 and one message when they cannot work.
+
+    family: what the script trains, "sd", "sdxl" or "any". SDXL's own flags belong to the last two.
+    """
     usage = "accelerate launch %(prog)s --pretrained_model_name_or_path MODEL --dataset_name PAIRS [flags below]"
     parser = FlagParser(usage=usage, description=description, formatter_class=_Help, allow_abbrev=False)
-    for add in (_add_model, _add_data, _add_objective, _add_optimization, _add_precision, _add_run, _add_validation):
+    sections = (_add_model, _add_data, _add_objective, _add_optimization, _add_adapter, _add_precision, _add_run)
+    for add in (*sections, _add_validation, _add_checkpoints, _add_publishing):
         add(parser)
-    _add_checkpoints(parser)
-    _add_publishing(parser)
+    if family != "sd":
+        _add_sdxl(parser)
+    if family == "sdxl":
+        parser.set_defaults(vae_precision="fp32")  # as diffusers' SDXL script
     args, unknown = parser.parse_known_args(argv)
+    if args.validation_epochs is None and args.validation_steps is None and family == "sdxl":
+        args.validation_steps = 100  # as diffusers' SDXL script
     problems = [*map(parser.describe_unknown, unknown), *find_problems(args)]
     if problems:
         parser.exit(2, f"error: {InputError.from_problems(problems)}\n")
+    args.validation_epochs = args.validation_epochs or 1
     return args
 
 
@@ -77,10 +87,24 @@ class _Help(argparse.HelpFormatter):
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model")
-    group.add_argument("--pretrained_model_name_or_path", required=True, help="folder or Hub id of the model to train")
+    group.add_argument(
+        "--pretrained_model_name_or_path",
+        required=True,
+        help="folder, Hub id or .safetensors file of the model to train",
+    )
     group.add_argument("--revision", help="branch, tag or commit of the model on the Hub")
     group.add_argument("--variant", help="variant of the weight files, such as fp16")
     group.add_argument("--non_ema_revision", help="revision to take the UNet alone from (its non-EMA weights)")
+    group.add_argument(
+        "--pretrained_vae_model_name_or_path", help="folder or Hub id of another autoencoder, such as one made for fp16"
+    )
+    group.add_argument("--vae_revision", help="branch, tag or commit of that autoencoder")
+    group.add_argument("--vae_variant", help="variant of its weight files")
+    group.add_argument(
+        "--single_file_config",
+        help="with a model in one .safetensors file: folder or Hub id of a pipeline of the same family, for its "
+        "configuration and tokenizers (default: found on the Hub)",
+    )
     group.add_argument("--cache_dir", help="where downloaded models and datasets are kept")
 
 
@@ -150,14 +174,47 @@ def _add_optimization(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--scale_lr", action="store_true", help="multiply it by accumulation x batch size x processes")
     group.add_argument("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="course of the learning rate")
     group.add_argument("--lr_warmup_steps", type=int, default=500, help="optimizer steps of warm-up")
-    group.add_argument("--use_8bit_adam", action="store_true", help="8-bit AdamW of bitsandbytes")
+    group.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="what updates the weights")
+    group.add_argument("--use_8bit_adam", action="store_true", help="the same as --optimizer adamw8bit")
     group.add_argument("--adam_beta1", type=float, default=0.9, help="AdamW's beta 1")
     group.add_argument("--adam_beta2", type=float, default=0.999, help="AdamW's beta 2")
     group.add_argument("--adam_weight_decay", type=float, default=1e-2, help="AdamW's weight decay")
     group.add_argument("--adam_epsilon", type=float, default=1e-8, help="AdamW's epsilon")
-    group.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm to this")
+    group.add_argument(
+        "--adafactor_scale_parameter", action="store_true", help="scale Adafactor's rate by the size of the weights"
+    )
+    group.add_argument("--prodigy_d_coef", type=float, default=1.0, help="factor on the rate that prodigy finds")
+    group.add_argument("--prodigy_beta3", type=float, help="decay of that search (default: root of beta 2)")
+    group.add_argument(
+        "--prodigy_use_bias_correction", action=argparse.BooleanOptionalAction, default=True,
+        help="Adam's bias correction in prodigy",
+    )  # fmt: skip
+    group.add_argument(
+        "--prodigy_safeguard_warmup", action=argparse.BooleanOptionalAction, default=True,
+        help="keep the warm-up out of prodigy's search",
+    )  # fmt: skip
+    group.add_argument(
+        "--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm to this; 0: not at all"
+    )
     group.add_argument("--use_ema", action="store_true", help="keep a moving average of the weights and publish that")
     group.add_argument("--ema_decay", type=float, default=0.9999, help="its decay, after a warm-up of (1+n)/(10+n)")
+
+
+def _add_adapter(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("adapter (LoRA), in place of training all weights")
+    group.add_argument("--lora_rank", type=int, help="train an adapter of this rank, such as 16 (default: none)")
+    group.add_argument("--lora_alpha", type=float, help="its weight is alpha / rank (default: the rank)")
+    group.add_argument("--lora_dropout", type=float, default=0.0, help="share of the adapter's inputs dropped")
+    group.add_argument("--use_dora", action="store_true", help="train magnitude and direction apart (2402.09353)")
+    group.add_argument(
+        "--lora_target", choices=("attention", "all"), default="attention",
+        help="the layers: attention's projections, or every linear and convolution layer. The first convolution of a "
+        "text-to-image base is trained too, and saved with the adapter",
+    )  # fmt: skip
+    group.add_argument("--merge_adapter", action="store_true", help="publish the whole editor, not the adapter alone")
+    group.add_argument(
+        "--quantize_base", choices=("nf4", "int8"), help="hold the frozen base's linear layers in 4 or 8 bits"
+    )
 
 
 def _add_precision(parser: argparse.ArgumentParser) -> None:
@@ -166,9 +223,33 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs")
     group.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
     group.add_argument(
+        "--gradient_checkpointing_blocks", nargs="+", metavar="BLOCK",
+        help="recompute those of some blocks alone, such as down_blocks.0 up_blocks.3: less memory for less time",
+    )  # fmt: skip
+    group.add_argument(
+        "--weights_dtype", choices=("fp32", "bf16"), default="fp32",
+        help="bf16 halves weights and gradients; updates are rounded at random, so that small ones are not lost",
+    )  # fmt: skip
+    group.add_argument(
+        "--fused_backward", action="store_true",
+        help="update each weight during the backward pass and free its gradient at once; needs --max_grad_norm 0",
+    )  # fmt: skip
+    group.add_argument("--ema_device", choices=("cpu",), help="keep the moving average in main memory")
+    group.add_argument(
+        "--vae_precision", choices=("fp32", "fp16", "bf16"),
+        help="default: fp32 for SDXL, whose own VAE runs over in fp16, and that of --mixed_precision else",
+    )  # fmt: skip
+    group.add_argument(
         "--enable_xformers_memory_efficient_attention", action="store_true",
         help="attention by xformers (PyTorch's own is as good on current versions)",
     )  # fmt: skip
+
+
+def _add_sdxl(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("SDXL")
+    text = "tell the UNet this {} of the crop for every row (default: where the row was cut; diffusers' 0 is untrue)"
+    group.add_argument("--crops_coords_top_left_h", type=int, help=text.format("top"))
+    group.add_argument("--crops_coords_top_left_w", type=int, help=text.format("left"))
 
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
@@ -190,10 +271,11 @@ def _add_validation(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--validation_prompt", action="append", default=None, help="instruction for it; may repeat")
     group.add_argument("--num_validation_images", type=int, default=4, help="edits of each picture")
-    group.add_argument("--validation_epochs", type=int, default=1, help="epochs between two validations")
+    group.add_argument("--validation_epochs", type=int, help="epochs between two validations (default: 1)")
     group.add_argument(
-        "--validation_steps", type=int, help="optimizer steps between two validations, instead of epochs"
-    )
+        "--validation_steps", type=int,
+        help="optimizer steps between two validations, instead of epochs (SDXL's script: default 100)",
+    )  # fmt: skip
     group.add_argument("--validation_split", type=float, default=0.0, help="share of the rows kept out for a loss")
     group.add_argument("--save_best", action="store_true", help="publish the weights with the best held-out loss")
 

@@ -6,6 +6,7 @@ Notation: x_t = alpha_t x_0 + sigma_t eps, with alpha_t^2 = `alphas_cumprod[t]` 
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,8 @@ class ObjectiveOptions:
     snr_gamma: float | None = None
     noise_offset: float = 0.0
     rescale_betas_zero_snr: bool = False
+    crops_coords_top_left_h: int | None = None
+    crops_coords_top_left_w: int | None = None
 
 
 def make_noise_schedule(base_config: dict, options: ObjectiveOptions) -> DDPMScheduler:
@@ -32,6 +35,8 @@ def make_noise_schedule(base_config: dict, options: ObjectiveOptions) -> DDPMSch
         InputError: zero terminal SNR with epsilon prediction. At the last timestep the input is then pure noise, and
             epsilon says nothing about the image (2305.08891, section 3.2).
     """
+    if str(base_config.get("_class_name", "")).startswith("EDM"):
+        return _make_edm_schedule(base_config, options)
     changes = {}
     if options.prediction_type:
         changes["prediction_type"] = options.prediction_type
@@ -49,6 +54,31 @@ def make_noise_schedule(base_config: dict, options: ObjectiveOptions) -> DDPMSch
             "or drop --rescale_betas_zero_snr"
         )
     return schedule
+
+
+def _make_edm_schedule(base_config: dict, options: ObjectiveOptions) -> DDPMScheduler:
+    """The noise schedule of CosXL: cosine, v prediction, 1000 of its continuous noise levels.
+
+    EDM adds noise of deviation sigma to data of unit deviation and scales the sum to unit variance (2206.00364, section
+    5), which is x_t with alpha = 1 / sqrt(1 + sigma^2). The cosine schedule takes sigma = tan(pi u / 2) for uniform u.
+    """
+    if (options.prediction_type or base_config.get("prediction_type")) != "v_prediction":
+        raise InputError("a model with an EDM scheduler (CosXL) is trained with v_prediction: drop --prediction_type")
+    if options.rescale_betas_zero_snr or base_config.get("sigma_data", 1.0) != 1.0:
+        raise InputError("the noise schedule of an EDM model is its own (sigma_data 1): drop --rescale_betas_zero_snr")
+    ends = [math.atan(base_config.get(name, default)) for name, default in (("sigma_min", 0.002), ("sigma_max", 120.0))]
+    sigmas = torch.linspace(*ends, 1000, dtype=torch.float64).tan()
+    alphas_cumprod = 1 / (1 + sigmas**2)
+    betas = 1 - alphas_cumprod / torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+    schedule = DDPMScheduler(trained_betas=betas.tolist(), prediction_type="v_prediction", clip_sample=False)
+    schedule.unet_timesteps = (sigmas.log() / 4).float()  # what EDM's UNets are told: c_noise = ln(sigma) / 4
+    return schedule
+
+
+def unet_timesteps(schedule: DDPMScheduler, timesteps: torch.Tensor) -> torch.Tensor:
+    """What the UNet is told of the noise at the schedule's timesteps (B,): their number, or EDM's c_noise."""
+    table = getattr(schedule, "unet_timesteps", None)
+    return timesteps if table is None else table.to(timesteps.device)[timesteps]
 
 
 def make_published_scheduler(base_scheduler: SchedulerMixin, schedule: DDPMScheduler) -> SchedulerMixin:

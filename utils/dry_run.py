@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from utils.loop import Trainee, fit
+from utils.optimization import count_state_bytes
 from utils.run import Run
 from utils.validation import draw_grid
 
@@ -56,16 +57,18 @@ def size_in_gb(tensors: list[torch.Tensor]) -> float:
 
 def report_dry_run(entry: dict, trainee: Trainee, samples_per_step: int, max_steps: int, output_dir: Path) -> None:
     """Print the estimate. entry: the log entry of the one step that was taken."""
-    weights = size_in_gb([value for value in trainee.model.parameters() if value.requires_grad])
-    state = [
-        v for values in trainee.optimizer.state_dict()["state"].values() for v in values.values() if torch.is_tensor(v)
-    ]
+    trained = [value for value in trainee.model.parameters() if value.requires_grad]
+    frozen = [value for value in trainee.model.parameters() if not value.requires_grad]
+    # Fused, a gradient lives no longer than it takes to make the next.
+    gradients = [max(trained, key=lambda value: value.nbytes)] if trainee.is_fused else trained
+    optimizer = count_state_bytes(trainee.optimizer) / 1e9
     ema = size_in_gb(list(trainee.ema.state_dict().values())) if trainee.ema else 0.0
     seconds = samples_per_step / entry["samples_per_second"]
     duration = datetime.timedelta(seconds=round(seconds * max_steps))
     print(
         f"dry run: everything was checked, and one step of {samples_per_step} samples taken: loss {entry['loss']:.4f}\n"
-        f"  memory: {weights:.3f} GB weights, {weights:.3f} GB gradients, {size_in_gb(state):.3f} GB optimizer, "
+        f"  memory: {size_in_gb(trained):.3f} GB weights trained, {size_in_gb(frozen):.3f} GB frozen, "
+        f"{size_in_gb(gradients):.3f} GB gradients, {optimizer:.3f} GB optimizer, "
         f"{ema:.3f} GB moving average; the peak was {entry['peak_memory_gb']:.3f} GB\n"
         f"  time: {seconds:.2f} s for this step (the first is the slowest), so {max_steps} steps take at most about "
         f"{duration}\n"

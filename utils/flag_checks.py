@@ -16,9 +16,10 @@ def _find_out_of_range(args: argparse.Namespace) -> list[str]:
     at_least = {
         1: ("train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "logging_steps",
             "max_train_samples", "num_validation_images", "validation_epochs", "validation_steps",
-            "checkpointing_steps", "checkpoints_total_limit"),
+            "checkpointing_steps", "checkpoints_total_limit", "lora_rank"),
         0: ("learning_rate", "lr_warmup_steps", "dataloader_num_workers", "noise_offset", "seed", "adam_epsilon",
-            "adam_weight_decay", "max_bad_rows"),
+            "adam_weight_decay", "max_bad_rows", "max_grad_norm", "crops_coords_top_left_h",
+            "crops_coords_top_left_w"),
     }  # fmt: skip
     problems = [f"--{name} is empty: give a value, or leave the flag out" for name in _find_empty(args)]
     for name, value in vars(args).items():
@@ -26,7 +27,7 @@ def _find_out_of_range(args: argparse.Namespace) -> list[str]:
             problems.append(f"--{name} is {value}, and it must be a finite number")
     for lowest, names in at_least.items():
         for name in names:
-            value = getattr(args, name)
+            value = getattr(args, name, None)
             if value is not None and value < lowest:
                 problems.append(f"--{name} is {value}, and the lowest allowed is {lowest}")
     if args.seed is not None and args.seed >= 2**63:
@@ -37,10 +38,10 @@ def _find_out_of_range(args: argparse.Namespace) -> list[str]:
     for name, highest in shares.items():
         if not 0 <= getattr(args, name) <= highest:
             problems.append(f"--{name} is {getattr(args, name)}, and it must lie between 0 and {highest:.3g}")
-    for name in ("max_grad_norm", "snr_gamma"):
+    for name in ("snr_gamma", "lora_alpha"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             problems.append(f"--{name} is {getattr(args, name)}, and it must be above 0")
-    for name in ("adam_beta1", "adam_beta2"):
+    for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
         if not 0 <= getattr(args, name) < 1:
             problems.append(f"--{name} is {getattr(args, name)}, and it must lie between 0 and 1 (1 excluded)")
     return problems
@@ -74,6 +75,7 @@ def _find_conflicts(args: argparse.Namespace) -> list[str]:
     if args.train_mix and (args.original_image_column or args.edit_prompt_column or args.edited_image_column):
         problems.append("with --train_mix the columns stand in the YAML file, for each dataset its own")
     problems += _find_validation_conflicts(args)
+    problems += _find_adapter_conflicts(args)
     output_dir = Path(args.output_dir)
     if any(place.is_file() for place in (output_dir, *output_dir.parents)):
         problems.append(f"--output_dir {output_dir} is a file, or lies below one: name a folder")
@@ -85,6 +87,8 @@ def _find_conflicts(args: argparse.Namespace) -> list[str]:
 
 
 def _find_validation_conflicts(args: argparse.Namespace) -> list[str]:
+    if args.validation_epochs and args.validation_steps:
+        return ["--validation_epochs and --validation_steps both say when to validate: give one of them"]
     images, prompts = args.val_image_url or [], args.validation_prompt or []
     if bool(images) != bool(prompts):
         return ["--val_image_url and --validation_prompt belong together: give both, or neither"]
@@ -94,3 +98,27 @@ def _find_validation_conflicts(args: argparse.Namespace) -> list[str]:
             "give as many of each, or one of either"
         ]
     return []
+
+
+def _find_adapter_conflicts(args: argparse.Namespace) -> list[str]:
+    problems = []
+    given = ("lora_alpha", "lora_dropout", "use_dora", "merge_adapter", "quantize_base")
+    given = [f"--{name}" for name in given if getattr(args, name)]
+    given += ["--lora_target"] if args.lora_target != "attention" else []
+    if args.lora_rank is None and given:
+        problems.append(f"{', '.join(given)}: this concerns adapters, so give --lora_rank too, such as 16")
+    changes = [f"--{name}" for name in ("prediction_type", "rescale_betas_zero_snr") if getattr(args, name)]
+    if args.lora_rank is not None and changes and not args.merge_adapter:
+        problems.append(
+            f"{' and '.join(changes)}: another scheduler than the base's is needed then, and an adapter carries none: "
+            "give --merge_adapter too"
+        )
+    if args.ema_device and not args.use_ema:
+        problems.append("--ema_device says where the moving average is kept: give --use_ema too")
+    if (args.vae_revision or args.vae_variant) and not args.pretrained_vae_model_name_or_path:
+        problems.append("--vae_revision and --vae_variant belong to --pretrained_vae_model_name_or_path: give it too")
+    if args.gradient_checkpointing and args.gradient_checkpointing_blocks:
+        problems.append("--gradient_checkpointing recomputes all blocks: drop it or --gradient_checkpointing_blocks")
+    if args.single_file_config and not args.pretrained_model_name_or_path.endswith(".safetensors"):
+        problems.append("--single_file_config belongs to a model in one .safetensors file: drop it")
+    return problems

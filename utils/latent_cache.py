@@ -4,7 +4,8 @@ Two encodings a pair and step are about two fifths of the arithmetic of training
 the geometry must leave nothing to chance but mirroring; with --random_flip both are kept, plain and mirrored.
 
 latent-cache/KEY/source-I-NNNNN.safetensors holds `ROWS_PER_SHARD` rows: `moments` float32 (rows, flips, 3C, h, w), the
-original's mean (C) and the edited image's mean and log variance (2C). Bad rows stand in the metadata, with the reason.
+original's mean (C) and the edited image's mean and log variance (2C); `sizes` int64 (rows, flips, 3, 2), the original
+size, the crop's corner and the target size, for SDXL. Bad rows stand in the metadata, with the reason.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tqdm.auto import tqdm
 
 from utils.checkpoints import UNFINISHED
 from utils.geometry import Geometry, prepare_pair
-from utils.latents import encode_moments
+from utils.latents import encode_moments, refuse_infinite
 from utils.pixels import BadRow
 from utils.samples import choose_prompt
 from utils.sources import Source
@@ -39,14 +40,14 @@ class LatentCache:
         self.folder = folder
         self.geometry = geometry
 
-    def read(self, source: int, row: int, is_flipped: bool) -> np.ndarray:
-        """Moments float32 (3C, h, w) of one pair. Raises `BadRow` as decoding the row would have."""
+    def read(self, source: int, row: int, is_flipped: bool) -> tuple[np.ndarray, np.ndarray]:
+        """Moments float32 (3C, h, w) and sizes (3, 2) of one pair. Raises `BadRow` as decoding the row would have."""
         shard = _open_shard(shard_path(self.folder, source, row // ROWS_PER_SHARD))
         reason = json.loads(shard.metadata()["bad_rows"]).get(str(row))
         if reason is not None:
             raise BadRow(reason)
-        place = row % ROWS_PER_SHARD
-        return shard.get_slice("moments")[place : place + 1, int(is_flipped) : int(is_flipped) + 1][0, 0]
+        place, flip = row % ROWS_PER_SHARD, int(is_flipped)
+        return tuple(shard.get_slice(name)[place : place + 1, flip : flip + 1][0, 0] for name in ("moments", "sizes"))
 
 
 @lru_cache(maxsize=64)
@@ -106,32 +107,32 @@ def _rows_of(source: Source, shard: int) -> range:
 
 def _write_shard(path: Path, source: Source, shard: int, geometry: Geometry, vae: AutoencoderKL) -> None:
     rows, bad_rows = [], {}
-    empty = None
     for row in _rows_of(source, shard):
         try:
             rows.append(_encode_row(source.rows[row], source, geometry, vae))
-            empty = torch.zeros_like(rows[-1])
         except BadRow as error:
             bad_rows[row] = error.reason
             rows.append(None)
-    if empty is None:
-        empty = torch.zeros(1)
-    moments = torch.stack([empty if row is None else row for row in rows])
+    good = next((row for row in rows if row is not None), (torch.zeros(1), torch.zeros(1, dtype=torch.int64)))
+    empty = tuple(map(torch.zeros_like, good))
+    moments, sizes = (torch.stack(values) for values in zip(*(row or empty for row in rows), strict=True))
     unfinished = path.with_name(f"{UNFINISHED}{path.name}")
-    save_file({"moments": moments}, unfinished, metadata={"bad_rows": json.dumps(bad_rows)})
+    save_file({"moments": moments, "sizes": sizes}, unfinished, metadata={"bad_rows": json.dumps(bad_rows)})
     unfinished.rename(path)
 
 
-def _encode_row(row: dict, source: Source, geometry: Geometry, vae: AutoencoderKL) -> torch.Tensor:
-    """One pair -> moments float32 (flips, 3C, h, w).
+def _encode_row(row: dict, source: Source, geometry: Geometry, vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
+    """One pair -> moments float32 (flips, 3C, h, w) and sizes (flips, 3, 2).
 
     One pair at a time, so that its last bits do not depend on which rows happen to stand beside it.
     """
     choose_prompt(row[source.columns.prompt], 0.0)  # a row without a prompt is bad whatever its pictures
-    variants = []
+    variants, sizes = [], []
     for u_flip in (1.0, 0.0) if geometry.random_flip else (1.0,):
         pair = prepare_pair(row[source.columns.original], row[source.columns.edited], geometry, u_flip=u_flip)
         pixels = torch.from_numpy(np.stack([pair.original, pair.edited]))
-        original, edited = encode_moments(vae, pixels).cpu()  # (2C, h, w) each
+        original, edited = moments = encode_moments(vae, pixels).cpu()  # (2C, h, w) each
+        refuse_infinite(moments, vae)
         variants.append(torch.cat([original.chunk(2)[0], edited]))
-    return torch.stack(variants)
+        sizes.append([pair.original_size, pair.crop_top_left, pair.target_size])
+    return torch.stack(variants), torch.tensor(sizes)

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from utils.checkpoints import Progress, load_training_state, load_weights, save_checkpoint
+from utils.averaging import MovingAverage
+from utils.checkpoints import Progress, load_training_state, save_checkpoint
 from utils.curve import append_log
 from utils.errors import InputError
-from utils.models import MovingAverage
 from utils.objective import Objective
+from utils.optimization import averaged_weights
 from utils.runtime import StopSignal
+from utils.weights import put_weights, read_trained, save_trained
 
 
 @dataclass(frozen=True)
@@ -49,11 +53,16 @@ class Trainee:
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     scaler: torch.amp.GradScaler | None = None
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether the weights change during the backward pass already."""
+        return hasattr(self.optimizer.optimizer, "grad_norm")
+
     def save(self, output_dir: Path, progress: Progress, limit: int | None) -> Path:
         """Write a checkpoint; see `save_checkpoint`."""
-        models = {"unet": (self.model, self.model.state_dict())}
+        models = {"unet": lambda folder: save_trained(folder, self.model)}
         if self.ema:
-            models["unet_ema"] = (self.model, self.ema.state_dict())
+            models["unet_ema"] = lambda folder: save_trained(folder, self.model, self.ema.state_dict())
         # The learning rate is a function of the step alone; its schedule is kept for the count of steps.
         state = {"optimizer": self.optimizer.state_dict(), "lr_scheduler": self.lr_scheduler.state_dict()}
         if self.scaler:
@@ -62,20 +71,23 @@ class Trainee:
 
     def load(self, checkpoint: Path) -> None:
         """Take over everything that `save` wrote. Raises `InputError` when it is of another model."""
-        try:
-            self.model.load_state_dict(load_weights(checkpoint, "unet"))
-        except RuntimeError as error:
-            raise InputError(
-                f"the UNet of {checkpoint} does not fit the model of this command, so the run began with another: "
-                "give that one as --pretrained_model_name_or_path"
-            ) from error
+        put_weights(self.model, read_trained(checkpoint / "unet", self.model))
         state = load_training_state(checkpoint)
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if self.scaler and "scaler" in state:
             self.scaler.load_state_dict(state["scaler"])
         if self.ema:
-            self.ema.load_state_dict(load_weights(checkpoint, "unet_ema"))
+            self.ema.load_state_dict(read_trained(checkpoint / "unet_ema", self.model))
+
+    @contextmanager
+    def published_weights(self) -> Iterator[None]:
+        """Within the context the model has the weights that would be published: averaged, where an average is kept."""
+        with (
+            averaged_weights(self.optimizer),
+            self.ema.swapped_into(self.model) if self.ema else nullcontext(),
+        ):
+            yield
 
 
 @dataclass
@@ -146,7 +158,7 @@ def fit(
     with StopSignal() as stop, bar, logging_redirect_tqdm():
         while progress.global_step < options.max_train_steps:
             samples_before = window.samples
-            take_step(accelerator, trainee, objective, batches, options, window, on_batch)
+            take_step(accelerator, trainee, objective, batches, progress, options, window, on_batch)
             progress.global_step += 1
             progress.draws += (window.samples - samples_before) * accelerator.num_processes
             if trainee.ema:
@@ -176,12 +188,15 @@ def take_step(
     trainee: Trainee,
     objective: Objective,
     batches: Iterator[dict],
+    progress: Progress,
     options: LoopOptions,
     window: Window,
     on_batch: Callable[[dict], None],
 ) -> None:
     """One optimizer step: gradients of all micro-batches, clipped, applied. No host sync."""
     step_loss = 0.0
+    # An adapter's dropout draws from torch's generator: as a function of the step and the process, resume is exact.
+    seed_torch(progress, salt=1 + accelerator.process_index)
     for micro_step in range(options.gradient_accumulation_steps):
         batch = next(batches)
         on_batch(batch)
@@ -193,12 +208,26 @@ def take_step(
         step_loss = step_loss + loss.detach()
         window.rows.append(batch["rows"])
         window.samples += len(batch["rows"])
-    norm = accelerator.clip_grad_norm_(trainee.unet.parameters(), options.max_grad_norm)
+    norm = find_grad_norm(accelerator, trainee, options.max_grad_norm)
+    if not trainee.is_fused:
+        seed_torch(progress)  # stochastic rounding must be the same on every process
     trainee.optimizer.step()
     trainee.optimizer.zero_grad(set_to_none=True)
     trainee.lr_scheduler.step()
     window.losses.append(step_loss)
     window.norms.append(norm.detach())
+
+
+def find_grad_norm(accelerator: Accelerator, trainee: Trainee, max_grad_norm: float) -> torch.Tensor:
+    """The norm of the step's gradients, which are clipped to `max_grad_norm` where that is not 0."""
+    if trainee.is_fused:  # they are gone by now
+        return trainee.optimizer.optimizer.grad_norm()
+    return accelerator.clip_grad_norm_(trainee.unet.parameters(), max_grad_norm or math.inf)
+
+
+def seed_torch(progress: Progress, salt: int = 0) -> None:
+    """Seed torch's generators by the run's seed and the step."""
+    torch.manual_seed(np.random.SeedSequence([progress.seed, progress.global_step, salt]).generate_state(1)[0].item())
 
 
 def log_window(

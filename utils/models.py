@@ -1,9 +1,8 @@
-"""Loading the components of Stable Diffusion, widening its UNet, and the moving average of the weights."""
+"""Loading the components of Stable Diffusion 1.x/2.x and SDXL, and widening the UNet."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,14 +13,17 @@ from diffusers import (
     DiffusionPipeline,
     SchedulerMixin,
     StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from utils.errors import InputError
 from utils.load_errors import explaining_load_errors
+from utils.single_file import is_single_file, load_single_file, read_single_file
 
 PARTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")
+SDXL_PARTS = ("tokenizer_2", "text_encoder_2")
 EDITOR_CHANNELS = 8  # 4 of the noisy latents, 4 of the original image (paper, section 3.2)
 
 
@@ -33,18 +35,65 @@ class ModelOptions:
     revision: str | None = None
     variant: str | None = None
     non_ema_revision: str | None = None
+    pretrained_vae_model_name_or_path: str | None = None
+    vae_revision: str | None = None
+    vae_variant: str | None = None
+    single_file_config: str | None = None
     cache_dir: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.pretrained_model_name_or_path
+
+    @property
+    def place(self) -> dict:
+        """Where the libraries look for the model."""
+        return dict(revision=self.revision, cache_dir=self.cache_dir)
+
+    @property
+    def vae_place(self) -> dict:
+        """Where they look for an autoencoder of its own: it has another repository's revisions."""
+        return dict(revision=self.vae_revision, cache_dir=self.cache_dir)
+
+
+@dataclass(frozen=True)
+class Configs:
+    """What the small files of a model say of it."""
+
+    unet: dict
+    vae: dict
+    scheduler: dict
+
+    @property
+    def is_sdxl(self) -> bool:
+        return self.unet.get("addition_embed_type") == "text_time"
 
 
 @dataclass
 class StableDiffusion:
-    """The parts of a Stable Diffusion 1.x/2.x."""
+    """The parts of a Stable Diffusion, under the names that its pipelines give them; SDXL has two text encoders.
+
+    force_zeros_for_empty_prompt: SDXL's null prompt is zeros, and not the encoded "".
+    is_cosxl_edit: the image condition is scaled like the latents, which no other editor does.
+    """
 
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
     vae: AutoencoderKL
     unet: UNet2DConditionModel
     scheduler: SchedulerMixin
+    tokenizer_2: CLIPTokenizer | None = None
+    text_encoder_2: CLIPTextModelWithProjection | None = None
+    force_zeros_for_empty_prompt: bool = False
+    is_cosxl_edit: bool = False
+
+    @property
+    def is_sdxl(self) -> bool:
+        return self.text_encoder_2 is not None
+
+    @property
+    def text_encoders(self) -> list[CLIPTextModel]:
+        return [model for model in (self.text_encoder, self.text_encoder_2) if model is not None]
 
     @property
     def latent_scale(self) -> int:
@@ -52,71 +101,110 @@ class StableDiffusion:
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
 
-def read_configs(options: ModelOptions) -> tuple[dict, dict, dict]:
+def read_configs(options: ModelOptions) -> Configs:
     """The configurations of UNet, VAE and scheduler, without weights. Raises `InputError` when they are missing."""
-    where = dict(revision=options.revision, cache_dir=options.cache_dir)
-    name = options.pretrained_model_name_or_path
-    missing = [part for part in PARTS if Path(name).is_dir() and not (Path(name) / part).is_dir()]
+    if is_single_file(options.name):
+        return Configs(*read_single_file(options.name, options.single_file_config, options.cache_dir))
+    name, place = options.name, options.place
+    with explaining_load_errors(f"--pretrained_model_name_or_path {name}"):
+        _refuse_missing_parts(name, PARTS)
+        unet = UNet2DConditionModel.load_config(name, subfolder="unet", **place)
+        vae = AutoencoderKL.load_config(name, subfolder="vae", **place)
+        scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **place)
+    if unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel":
+        raise InputError(f"{name} is not a Stable Diffusion 1.x/2.x or SDXL: its UNet is a {unet['_class_name']}")
+    configs = Configs(unet, vae, scheduler)
+    if configs.is_sdxl:
+        _refuse_missing_parts(name, SDXL_PARTS)
+    return configs
+
+
+def _refuse_missing_parts(name: str, parts: Sequence[str]) -> None:
+    missing = [part for part in parts if Path(name).is_dir() and not (Path(name) / part).is_dir()]
     if missing:
         raise InputError(
             f"--pretrained_model_name_or_path {name} is not the folder of a whole diffusers pipeline: "
             f"it lacks {', '.join(missing)}"
         )
-    with explaining_load_errors(f"--pretrained_model_name_or_path {name}"):
-        unet = UNet2DConditionModel.load_config(name, subfolder="unet", **where)
-        vae = AutoencoderKL.load_config(name, subfolder="vae", **where)
-        scheduler = DDPMScheduler.load_config(name, subfolder="scheduler", **where)
-    if (
-        unet.get("_class_name", "UNet2DConditionModel") != "UNet2DConditionModel"
-        or unet.get("addition_embed_type") == "text_time"
-    ):
-        raise InputError(
-            f"{name} is not a Stable Diffusion 1.x/2.x: this script trains those (for SDXL see the README)"
-        )
-    return unet, vae, scheduler
 
 
 def load_stable_diffusion(options: ModelOptions, unet: UNet2DConditionModel | None = None) -> StableDiffusion:
     """Load every component in float32, or all but the UNet when one is given. Raises `InputError`."""
-    where = dict(revision=options.revision, cache_dir=options.cache_dir)
+    with explaining_load_errors(f"--pretrained_model_name_or_path {options.name}"):
+        if is_single_file(options.name):
+            components = load_single_file(options.name, options.single_file_config, options.cache_dir)
+            parts = StableDiffusion(**components | ({"unet": unet} if unet else {}))
+        else:
+            parts = _load_pipeline_folder(options, unet)
+    if options.pretrained_vae_model_name_or_path:
+        parts.vae = _load_external_vae(options)
+    for model in (parts.vae, *parts.text_encoders):
+        model.eval()
+    return parts
+
+
+def _load_pipeline_folder(options: ModelOptions, unet: UNet2DConditionModel | None) -> StableDiffusion:
+    name, place = options.name, options.place
     weights = dict(variant=options.variant, torch_dtype=torch.float32)
-    name = options.pretrained_model_name_or_path
-    unet_revision = options.non_ema_revision or options.revision
-    with explaining_load_errors(f"--pretrained_model_name_or_path {name}"):
-        return StableDiffusion(
-            tokenizer=_load_tokenizer(name, where),
-            text_encoder=CLIPTextModel.from_pretrained(name, subfolder="text_encoder", **where, **weights).eval(),
-            vae=AutoencoderKL.from_pretrained(name, subfolder="vae", **where, **weights).eval(),
-            unet=unet
-            or UNet2DConditionModel.from_pretrained(
-                name, subfolder="unet", cache_dir=options.cache_dir, revision=unet_revision, **weights
-            ),
-            scheduler=_load_scheduler(name, where),
+    unet_place = place | {"revision": options.non_ema_revision or options.revision}
+    unet = unet or UNet2DConditionModel.from_pretrained(name, subfolder="unet", **unet_place, **weights)
+    parts = StableDiffusion(
+        tokenizer=_load_tokenizer(name, "tokenizer", place),
+        text_encoder=CLIPTextModel.from_pretrained(name, subfolder="text_encoder", **place, **weights),
+        vae=AutoencoderKL.from_pretrained(name, subfolder="vae", **place, **weights),
+        unet=unet,
+        scheduler=_load_scheduler(name, place),
+    )
+    if unet.config.addition_embed_type == "text_time":
+        index = DiffusionPipeline.load_config(name, **place)
+        parts.force_zeros_for_empty_prompt = index.get("force_zeros_for_empty_prompt", True)
+        parts.is_cosxl_edit = bool(index.get("is_cosxl_edit", False))
+        parts.tokenizer_2 = _load_tokenizer(name, "tokenizer_2", place)
+        parts.text_encoder_2 = CLIPTextModelWithProjection.from_pretrained(
+            name, subfolder="text_encoder_2", **place, **weights
         )
+    return parts
 
 
-def _load_tokenizer(name: str, where: dict) -> CLIPTokenizer:
+def _load_external_vae(options: ModelOptions) -> AutoencoderKL:
+    """An autoencoder of its own repository or folder, or that of a whole pipeline."""
+    name = options.pretrained_vae_model_name_or_path
+    settings = options.vae_place | dict(variant=options.vae_variant, torch_dtype=torch.float32)
+    with explaining_load_errors(f"--pretrained_vae_model_name_or_path {name}"):
+        if (Path(name) / "vae").is_dir():
+            return AutoencoderKL.from_pretrained(name, subfolder="vae", **settings)
+        if not Path(name).is_dir():
+            try:
+                AutoencoderKL.load_config(name, **options.vae_place)
+            except OSError:  # no autoencoder at the top of the repository: a pipeline's
+                return AutoencoderKL.from_pretrained(name, subfolder="vae", **settings)
+        return AutoencoderKL.from_pretrained(name, **settings)
+
+
+def _load_tokenizer(name: str, subfolder: str, place: dict) -> CLIPTokenizer:
     """The tokenizer. Where its files are missing, transformers makes one that knows no text at all."""
-    tokenizer = CLIPTokenizer.from_pretrained(name, subfolder="tokenizer", **where)
+    tokenizer = CLIPTokenizer.from_pretrained(name, subfolder=subfolder, **place)
     if len(tokenizer) < 256:  # a byte-level one has a token for each byte at least
-        raise InputError(f"the tokenizer of {name} is not whole (it lacks vocab.json or tokenizer.json): copy it again")
+        raise InputError(
+            f"the {subfolder} of {name} is not whole (it lacks vocab.json or tokenizer.json): copy it again"
+        )
     return tokenizer
 
 
-def _load_scheduler(name: str, where: dict) -> SchedulerMixin:
+def _load_scheduler(name: str, place: dict) -> SchedulerMixin:
     """The scheduler in the class that its configuration names, as the pipelines load it."""
     import diffusers
 
-    config = DDPMScheduler.load_config(name, subfolder="scheduler", **where)
+    config = DDPMScheduler.load_config(name, subfolder="scheduler", **place)
     scheduler_class = getattr(diffusers, config.get("_class_name", ""), None)
     if scheduler_class is None:
         raise InputError(f"{name} names the scheduler {config.get('_class_name')!r}, which diffusers does not have")
     return scheduler_class.from_config(config)
 
 
-def require_text_to_image(unet_config: dict, name: str) -> None:
-    """Refuse a UNet that is not a text-to-image one, naming the script that fits."""
-    channels = unet_config.get("in_channels", 4)
+def require_text_to_image(configs: Configs, name: str, is_sdxl: bool) -> None:
+    """Refuse a base that is no text-to-image model of the script's family, naming the script that fits."""
+    channels = configs.unet.get("in_channels", 4)
     if channels == EDITOR_CHANNELS:
         raise InputError(
             f"{name} is an InstructPix2Pix editor already (its UNet takes 8 channels): "
@@ -126,15 +214,23 @@ def require_text_to_image(unet_config: dict, name: str) -> None:
         raise InputError(
             f"the UNet of {name} takes {channels} channels, and a text-to-image base takes 4: choose another"
         )
+    if configs.is_sdxl != is_sdxl:
+        family, script = (
+            ("an SDXL", "train_instruct_pix2pix_sdxl.py")
+            if configs.is_sdxl
+            else ("a Stable Diffusion 1.x/2.x, no SDXL,", "train_instruct_pix2pix.py")
+        )
+        raise InputError(f"{name} is {family} model: train it with {script}")
 
 
-def require_editor(unet_config: dict, name: str) -> None:
-    """Refuse a UNet that is not an InstructPix2Pix one, naming the script that fits."""
-    channels = unet_config.get("in_channels", 4)
+def require_editor(configs: Configs, name: str) -> None:
+    """Refuse a model that is no InstructPix2Pix editor, naming the script that fits."""
+    channels = configs.unet.get("in_channels", 4)
     if channels == 4:
+        script = "train_instruct_pix2pix_sdxl.py" if configs.is_sdxl else "train_instruct_pix2pix.py"
         raise InputError(
             f"{name} is a text-to-image model (its UNet takes 4 channels, an editor's takes 8): "
-            "make an editor of it with train_instruct_pix2pix.py"
+            f"make an editor of it with {script}"
         )
     if channels != EDITOR_CHANNELS:
         raise InputError(f"the UNet of {name} takes {channels} channels, and an InstructPix2Pix editor takes 8")
@@ -157,46 +253,24 @@ def widen_conv_in(unet: UNet2DConditionModel, in_channels: int = EDITOR_CHANNELS
     unet.register_to_config(in_channels=in_channels)
 
 
+def editor_class(is_sdxl: bool) -> type[DiffusionPipeline]:
+    """The pipeline of diffusers that edits with such a model."""
+    return StableDiffusionXLInstructPix2PixPipeline if is_sdxl else StableDiffusionInstructPix2PixPipeline
+
+
 def make_editor(parts: StableDiffusion, scheduler: SchedulerMixin) -> DiffusionPipeline:
-    """The pipeline that runs these components, without a safety checker."""
-    return StableDiffusionInstructPix2PixPipeline(
-        vae=parts.vae, text_encoder=parts.text_encoder, tokenizer=parts.tokenizer, unet=parts.unet,
-        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    """The pipeline that runs these components, without a safety checker or a watermark."""
+    shared = dict(
+        vae=parts.vae, text_encoder=parts.text_encoder, tokenizer=parts.tokenizer, unet=parts.unet, scheduler=scheduler
+    )
+    if not parts.is_sdxl:
+        return editor_class(is_sdxl=False)(
+            **shared, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        )
+    pipeline = editor_class(is_sdxl=True)(
+        **shared, tokenizer_2=parts.tokenizer_2, text_encoder_2=parts.text_encoder_2, add_watermarker=False,
+        force_zeros_for_empty_prompt=parts.force_zeros_for_empty_prompt, is_cosxl_edit=parts.is_cosxl_edit,
     )  # fmt: skip
-
-
-class MovingAverage:
-    """Exponential moving average of a model's weights, in float32 on the model's device.
-
-    The decay of update n is min(decay, (1 + n) / (10 + n)), so that a short run is not averaged with its start.
-    """
-
-    def __init__(self, model: torch.nn.Module, decay: float) -> None:
-        self.decay = decay
-        self._weights = {name: value.detach().clone() for name, value in model.state_dict().items()}
-
-    @torch.no_grad()
-    def update(self, model: torch.nn.Module, step: int) -> None:
-        """Move towards the model's weights after optimizer step `step`, from 1 on: ema += (1 - decay) (w - ema)."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        live = [value.detach() for value in model.state_dict().values()]
-        torch._foreach_lerp_(list(self._weights.values()), live, 1 - decay)
-
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        """The averaged weights under the model's own names."""
-        return dict(self._weights)
-
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Take over averaged weights, name by name. Raises KeyError for a name that is missing."""
-        for name, value in self._weights.items():
-            value.copy_(state[name])
-
-    @contextmanager
-    def swapped_into(self, model: torch.nn.Module) -> Iterator[None]:
-        """Within the context the model's weights are the averaged ones; afterwards its own, to the bit."""
-        live = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        try:
-            model.load_state_dict(self._weights)
-            yield
-        finally:
-            model.load_state_dict(live)
+    if parts.is_cosxl_edit:  # stock diffusers forgets it when it saves, and edits wrongly after loading
+        pipeline.register_to_config(is_cosxl_edit=True)
+    return pipeline

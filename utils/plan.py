@@ -15,6 +15,7 @@ from accelerate.utils import broadcast_object_list
 from diffusers import DDPMScheduler
 from PIL import Image
 
+from utils.activation_memory import find_block_problems
 from utils.checkpoints import (
     Progress,
     check_same_run,
@@ -28,8 +29,8 @@ from utils.data import check_first_rows
 from utils.diffusion import make_noise_schedule
 from utils.errors import InputError
 from utils.hub import check_push_rights
-from utils.models import read_configs
-from utils.optimization import check_lr_schedule
+from utils.models import EDITOR_CHANNELS, Configs, read_configs
+from utils.optimizer_checks import check_lr_schedule, find_optimizer_problems
 from utils.pictures import load_picture
 from utils.settings import DataOptions, RunOptions, Settings
 from utils.sources import Source, hold_out, open_mix, open_source, sources_digest
@@ -50,14 +51,17 @@ class Plan:
     samples_per_step: int
     max_train_steps: int
     steps_per_epoch: float
+    is_widened: bool = False  # the base is a text-to-image model
+    trains_conv_in: bool = True
     repo_id: str | None = None
 
 
-def make_plan(accelerator: Accelerator, settings: Settings, check_base: Callable[[dict, str], None]) -> Plan:
+def make_plan(accelerator: Accelerator, settings: Settings, check_base: Callable[[Configs, str], None]) -> Plan:
     """Look for everything that can be wrong. Raises `InputError`, one for all problems of a kind."""
-    unet_config, _, scheduler_config = read_configs(settings.model)
-    check_base(unet_config, settings.model.pretrained_model_name_or_path)
-    schedule = make_noise_schedule(scheduler_config, settings.objective)
+    configs = read_configs(settings.model)
+    check_base(configs, settings.model.name)
+    check_model_flags(accelerator, configs, settings)
+    schedule = make_noise_schedule(configs.scheduler, settings.objective)
     prepare_output_dir(accelerator, settings)
     checkpoint = progress = None
     if settings.run.resume_from_checkpoint:
@@ -82,8 +86,37 @@ def make_plan(accelerator: Accelerator, settings: Settings, check_base: Callable
         max_train_steps, steps_per_epoch,
     )  # fmt: skip
     plan.progress.seed, plan.progress.identity = seed, identity
+    plan.is_widened = configs.unet.get("in_channels", 4) != EDITOR_CHANNELS
+    plan.trains_conv_in = plan.is_widened or settings.adapter.lora_target == "all"
     plan.repo_id = agree_on_repository(accelerator, settings)
     return plan
+
+
+def check_model_flags(accelerator: Accelerator, configs: Configs, settings: Settings) -> None:
+    """Refuse flags that this base has no use for, or that name what it does not have. Raises `InputError`."""
+    problems = find_block_problems(settings.run.gradient_checkpointing_blocks or [], configs.unet)
+    problems += find_optimizer_problems(
+        settings.optimization, max_grad_norm=settings.loop.max_grad_norm, use_ema=settings.run.use_ema,
+        gradient_accumulation_steps=settings.loop.gradient_accumulation_steps,
+        has_adapter=settings.adapter.lora_rank is not None, mixed_precision=accelerator.mixed_precision,
+        num_processes=accelerator.num_processes, has_gpu=accelerator.device.type == "cuda",
+    )  # fmt: skip
+    crops = ("crops_coords_top_left_h", "crops_coords_top_left_w")
+    if not configs.is_sdxl and any(getattr(settings.objective, name) is not None for name in crops):
+        problems.append(f"--{crops[0]} and --{crops[1]} belong to SDXL, and {settings.model.name} is none: drop them")
+    other = "pytorch_lora_weights.safetensors" if publishes_pipeline(settings) else "model_index.json"
+    if (settings.output_dir / other).exists() and not settings.run.resume_from_checkpoint:
+        problems.append(
+            f"--output_dir {settings.output_dir} holds {other} of a former run, and this run leaves "
+            f"{'a whole editor' if publishes_pipeline(settings) else 'an adapter'} there: name another folder"
+        )
+    if problems:
+        raise InputError.from_problems(problems)
+
+
+def publishes_pipeline(settings: Settings) -> bool:
+    """Whether the run leaves a whole pipeline, and not an adapter."""
+    return settings.adapter.lora_rank is None or settings.adapter.merge_adapter
 
 
 def prepare_output_dir(accelerator: Accelerator, settings: Settings) -> None:
@@ -158,6 +191,7 @@ def describe_run(
 ) -> dict:
     """What must not change when a run goes on: the data, the batches, and how weights are updated from them."""
     fixed = asdict(settings.geometry) | asdict(settings.objective) | asdict(settings.optimization)
+    fixed |= {name: value for name, value in asdict(settings.adapter).items() if name != "merge_adapter"}
     fixed |= {"use_ema": settings.run.use_ema, "ema_decay": settings.run.ema_decay}
     fixed |= {"max_grad_norm": settings.loop.max_grad_norm, "mixed_precision": accelerator.mixed_precision}
     fixed |= {"validation_split": settings.data.validation_split, "seed": seed}

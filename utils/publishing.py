@@ -12,15 +12,18 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
+from utils.adapters import add_adapter, merge_adapter
 from utils.card import ModelFacts, write_card
-from utils.checkpoints import load_weights, remove_whole, save_weights, written_beside
+from utils.checkpoints import remove_whole, written_beside
 from utils.curve import draw_curve, read_log
 from utils.diffusion import make_published_scheduler
 from utils.hub import upload
-from utils.models import load_stable_diffusion, make_editor
-from utils.plan import Plan
+from utils.models import editor_class, load_stable_diffusion, make_editor, widen_conv_in
+from utils.optimization import averaged_weights
+from utils.plan import Plan, publishes_pipeline
 from utils.run import Run
-from utils.settings import PublishingOptions, Settings
+from utils.settings import Settings
+from utils.weights import Weights, put_weights, read_trained, save_trained, trained_weights
 
 
 @dataclass(frozen=True)
@@ -35,20 +38,20 @@ class BestWeights:
         return self.output_dir / "checkpoint-best"
 
     def keep(self, unet: UNet2DConditionModel, step: int, loss: float) -> None:
-        """Replace what was kept by the UNet as it is now."""
+        """Replace what was kept by what was trained of the UNet, as it is now."""
         if not self.enabled:
             return
         with written_beside(self.place) as unfinished:
-            save_weights(unfinished / "unet", unet, unet.state_dict())
+            save_trained(unfinished / "unet", unet)
             (unfinished / "best.json").write_text(json.dumps({"global_step": step, "held_out_loss": loss}))
             remove_whole(self.place)
             unfinished.rename(self.place)
 
-    def load(self) -> tuple[dict[str, torch.Tensor], dict] | None:
+    def load(self, unet: UNet2DConditionModel) -> tuple[Weights, dict] | None:
         """(weights, what is known of them), or None where nothing was kept."""
         if not self.enabled or not (self.place / "best.json").exists():
             return None
-        return load_weights(self.place, "unet"), json.loads((self.place / "best.json").read_text())
+        return read_trained(self.place / "unet", unet), json.loads((self.place / "best.json").read_text())
 
 
 def save_pipeline(pipeline: DiffusionPipeline, output_dir: Path) -> None:
@@ -76,36 +79,61 @@ def make_readable(folder: Path) -> None:
             path.chmod(0o666 & ~umask)
 
 
-def publish(
-    pipeline: DiffusionPipeline, output_dir: Path, facts: ModelFacts, options: PublishingOptions, repo_id: str | None
-) -> None:
-    """Save the pipeline with its card, and push both where that is asked for. Raises `InputError`; nothing is lost."""
-    save_pipeline(pipeline, output_dir)
-    write_card(output_dir, facts, options.hub_token)
-    print(f"the editor stands in {output_dir}", file=sys.stderr, flush=True)
-    if repo_id:
-        url = upload(output_dir, repo_id, options.hub_token, private=options.hub_private_repo)
+def finish(run: Run, best: BestWeights) -> None:
+    """Publish what was trained, in float32: the whole editor, or the adapter alone; push it where that is asked for.
+
+    Raises `InputError` where it cannot be written or pushed; the checkpoints stand.
+    """
+    settings, options = run.settings, run.settings.publishing
+    with averaged_weights(run.trainee.optimizer):
+        results = choose_weights(run, best)
+        if publishes_pipeline(settings):
+            save_pipeline(make_whole_editor(run), settings.output_dir)
+        else:
+            publish_adapter(run.trainee.model, settings.output_dir)
+    write_card(settings.output_dir, gather_facts(run, results), options.hub_token)
+    kind = "editor" if publishes_pipeline(settings) else "adapter"
+    print(f"the {kind} stands in {settings.output_dir}", file=sys.stderr, flush=True)
+    if run.plan.repo_id:
+        url = upload(settings.output_dir, run.plan.repo_id, options.hub_token, private=options.hub_private_repo)
         print(f"pushed to {url}", file=sys.stderr, flush=True)
 
 
-def finish(run: Run, best: BestWeights) -> None:
-    """Publish the editor: float32 throughout, with the best or the averaged weights where they were kept."""
-    settings, plan = run.settings, run.plan
-    results = choose_weights(run, best)
-    unet = run.trainee.model.to("cpu", memory_format=torch.contiguous_format)
+def make_whole_editor(run: Run) -> DiffusionPipeline:
+    """The editor with the weights trained, every part in float32; an adapter is merged into a base loaded anew."""
+    settings, unet = run.settings, None
+    if settings.adapter.lora_rank is None:
+        unet = run.trainee.model.to("cpu", torch.float32, memory_format=torch.contiguous_format)
     parts = load_stable_diffusion(settings.model, unet=unet)  # the frozen ones anew: in memory they may have 16 bits
-    pipeline = make_editor(parts, make_published_scheduler(parts.scheduler, plan.schedule))
-    publish(pipeline, settings.output_dir, gather_facts(run, results), settings.publishing, plan.repo_id)
+    if settings.adapter.lora_rank is not None:
+        if run.plan.is_widened:
+            widen_conv_in(parts.unet)
+        add_adapter(parts.unet, settings.adapter, train_conv_in=run.plan.trains_conv_in)
+        put_weights(parts.unet, trained_weights(run.trainee.model))
+        merge_adapter(parts.unet)
+    return make_editor(parts, make_published_scheduler(parts.scheduler, run.plan.schedule))
+
+
+def publish_adapter(unet: UNet2DConditionModel, output_dir: Path) -> None:
+    """Write the adapter beside its place and rename it into it."""
+    with written_beside(output_dir / "adapter") as unfinished:
+        save_trained(unfinished, unet)
+        make_readable(unfinished)
+        for path in sorted(unfinished.iterdir()):
+            path.rename(output_dir / path.name)
+        unfinished.rmdir()
 
 
 def choose_weights(run: Run, best: BestWeights) -> dict[str, float]:
     """Put the weights to be published into the model; returns what was measured of them, by name."""
-    kept = best.load()
+    kept = best.load(run.trainee.model)
     if kept:
-        run.trainee.model.load_state_dict(kept[0])
+        put_weights(run.trainee.model, kept[0])
         return {"held-out loss": kept[1]["held_out_loss"]}
     if run.trainee.ema:
-        run.trainee.model.load_state_dict(run.trainee.ema.state_dict())
+        if run.settings.optimization.weights_dtype == "bf16":
+            run.trainee.model.to(torch.float32)  # the average is finer than weights in bf16 can hold
+        put_weights(run.trainee.model, run.trainee.ema.state_dict())
     held_out = [entry["held_out_loss"] for entry in read_log(run.settings.output_dir) if "held_out_loss" in entry]
     return {"held-out loss": held_out[-1]} if held_out else {}
 
@@ -117,9 +145,14 @@ def gather_facts(run: Run, results: dict[str, float]) -> ModelFacts:
     samples = sorted((settings.output_dir / "validation").glob("step-*.png"), key=lambda path: int(path.stem[5:]))
     hyperparameters = {"steps": plan.progress.global_step, "samples per step": plan.samples_per_step}
     hyperparameters |= asdict(settings.objective) | asdict(settings.optimization) | asdict(settings.geometry)
+    if settings.adapter.lora_rank is not None:
+        hyperparameters |= asdict(settings.adapter)
     hyperparameters |= {"prediction_type": plan.schedule.config.prediction_type, "use_ema": settings.run.use_ema}
     return ModelFacts(
-        base_model=settings.model.pretrained_model_name_or_path,
+        base_model=settings.model.name,
+        pipeline_class=editor_class(run.parts.is_sdxl).__name__,
+        is_adapter=not publishes_pipeline(settings),
+        is_base_widened=plan.is_widened,
         command=["accelerate", "launch", *sys.argv],
         repo_id=plan.repo_id,
         datasets=name_datasets(settings, plan),

@@ -16,7 +16,10 @@ SETTINGS = {
     "BITSANDBYTES_NOWELCOME": "1",
     "WANDB_SILENT": "true",
 }
-CHATTY = ("bitsandbytes", "kernels", "httpx", "httpx2", "accelerate", "datasets", "peft", "torch.distributed")
+CHATTY = (
+    "bitsandbytes", "kernels", "httpx", "httpx2", "accelerate", "datasets", "peft", "torch.distributed",
+    "torch.utils._pytree", "torchao",
+)  # fmt: skip
 
 
 def quiet_libraries() -> None:

@@ -15,6 +15,7 @@ from accelerate.utils import DistributedType, ProjectConfiguration
 
 from utils.errors import InputError
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml", "trackio": "trackio"}
 
 
@@ -25,7 +26,6 @@ class MachineOptions:
     mixed_precision: str | None = None
     allow_tf32: bool = False
     enable_xformers_memory_efficient_attention: bool = False
-    use_8bit_adam: bool = False
     report_to: str = "tensorboard"
     output_dir: str = "instruct-pix2pix-model"
     logging_dir: str = "logs"
@@ -60,8 +60,6 @@ def find_machine_problems(options: MachineOptions) -> list[str]:
         )
     if options.allow_tf32 and not has_gpu:
         problems.append("--allow_tf32 concerns GPUs, and this machine has none: drop the flag")
-    if options.use_8bit_adam and not is_installed("bitsandbytes"):
-        problems.append("--use_8bit_adam needs bitsandbytes: pip install bitsandbytes, or drop the flag")
     return problems + find_tracker_problems(options.report_to)
 
 

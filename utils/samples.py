@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,18 +44,18 @@ def make_sample(row: dict, source: Source, draw: int, settings: SampleSettings, 
 
 
 def make_cached_sample(
-    prompt_value: object, draw: int, settings: SampleSettings, read_moments: Callable[[bool], np.ndarray]
+    prompt_value: object, draw: int, settings: SampleSettings, read_cache: Callable[[bool], tuple]
 ) -> dict:
     """As `make_sample`, with the pair's moments (utils/latent_cache.py) in the place of its pixels. Raises `BadRow`.
 
-    `read_moments(is_flipped)` gives float32 (3C, h, w).
+    `read_cache(is_flipped)` gives the moments float32 (3C, h, w) and the sizes (3, 2).
     """
     side = settings.geometry.resolution // settings.vae_scale_factor
     latent_shape = (settings.latent_channels, side, side)
     draws = sample_draws(settings.seed, draw, latent_shape, settings.num_train_timesteps)
     prompt = choose_prompt(prompt_value, draws["u_prompt"])
-    moments = read_moments(is_mirrored(settings.geometry, draws["u_flip"], prompt))
-    return dict(moments=moments, prompt=prompt, draws=draws)
+    moments, sizes = read_cache(is_mirrored(settings.geometry, draws["u_flip"], prompt))
+    return dict(moments=moments, sizes=sizes, prompt=prompt, draws=draws)
 
 
 def choose_prompt(value: object, u_prompt: float) -> str:
@@ -74,12 +74,26 @@ def choose_prompt(value: object, u_prompt: float) -> str:
     return value
 
 
+def list_prompts(source: Source) -> Iterator[str]:
+    """Every prompt that the rows of a source can give, again for each row that has it."""
+    column = source.columns.prompt
+    for batch in source.rows.select_columns([column]).iter(1000):
+        for value in batch[column]:
+            values = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
+            yield from (prompt for prompt in values if isinstance(prompt, str) and prompt.strip())
+
+
 def collate(samples: list[dict], rows: list[str], bad_rows: list[tuple[str, str]]) -> dict:
     """Samples of one size -> the batch that the training step takes (shapes in `make_loader`)."""
     draws = [sample["draws"] for sample in samples]
-    images = (
-        {"moments": _stack([s["moments"] for s in samples])} if "moments" in samples[0] else _collate_pairs(samples)
-    )
+    if "moments" in samples[0]:
+        images, sizes = {"moments": _stack([s["moments"] for s in samples])}, [s["sizes"] for s in samples]
+    else:
+        pairs: list[PreparedPair] = [s["pair"] for s in samples]
+        images = {f"{name}_pixels": _stack([getattr(p, name) for p in pairs]) for name in ("original", "edited")}
+        sizes = [(pair.original_size, pair.crop_top_left, pair.target_size) for pair in pairs]
+    names = ("original_sizes", "crop_top_lefts", "target_sizes")
+    images |= dict(zip(names, torch.from_numpy(np.array(sizes, dtype=np.int64)).unbind(1), strict=True))
     return images | dict(
         prompts=[sample["prompt"] for sample in samples],
         timesteps=torch.tensor([draw["timestep"] for draw in draws], dtype=torch.int64),
@@ -89,17 +103,6 @@ def collate(samples: list[dict], rows: list[str], bad_rows: list[tuple[str, str]
         dropout=torch.tensor([draw["u_dropout"] for draw in draws], dtype=torch.float32),
         rows=rows,
         bad_rows=bad_rows,
-    )
-
-
-def _collate_pairs(samples: list[dict]) -> dict[str, torch.Tensor]:
-    pairs: list[PreparedPair] = [sample["pair"] for sample in samples]
-    return dict(
-        original_pixels=_stack([pair.original for pair in pairs]),
-        edited_pixels=_stack([pair.edited for pair in pairs]),
-        original_sizes=torch.tensor([pair.original_size for pair in pairs], dtype=torch.int64),
-        crop_top_lefts=torch.tensor([pair.crop_top_left for pair in pairs], dtype=torch.int64),
-        target_sizes=torch.tensor([pair.target_size for pair in pairs], dtype=torch.int64),
     )
 
 

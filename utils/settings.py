@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from utils.adapters import AdapterOptions
 from utils.diffusion import ObjectiveOptions
 from utils.geometry import Geometry
 from utils.loop import LoopOptions
@@ -46,8 +47,11 @@ class RunOptions:
     max_train_steps: int | None = None
     resume_from_checkpoint: str | None = None
     gradient_checkpointing: bool = False
+    gradient_checkpointing_blocks: list[str] | None = None
+    vae_precision: str | None = None
     use_ema: bool = False
     ema_decay: float = 0.9999
+    ema_device: str | None = None
     val_image_url: list[str] | None = None
     validation_prompt: list[str] | None = None
 
@@ -78,6 +82,7 @@ class Settings:
 
     machine: MachineOptions
     model: ModelOptions
+    adapter: AdapterOptions
     data: DataOptions
     geometry: Geometry
     objective: ObjectiveOptions

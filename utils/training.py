@@ -7,48 +7,50 @@ import sys
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
+from itertools import chain
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 
+from utils.activation_memory import checkpoint_blocks
+from utils.adapters import add_adapter, cast_frozen
+from utils.averaging import MovingAverage
 from utils.checkpoints import Progress
-from utils.conditioning import PromptEncoder
+from utils.conditioning import make_prompt_encoder
 from utils.data import BadRowLimit
-from utils.diffusion import ObjectiveOptions
 from utils.dry_run import take_dry_run
 from utils.hub import redact
 from utils.loop import Trainee, fit
-from utils.models import MovingAverage, StableDiffusion, load_stable_diffusion
+from utils.models import Configs, StableDiffusion, load_stable_diffusion, widen_conv_in
 from utils.objective import Objective
 from utils.optimization import make_lr_schedule, make_optimizer
 from utils.plan import Plan, count_rows, make_plan, write_settings
 from utils.publishing import BestWeights, finish
+from utils.quantization import quantize_linears
 from utils.quiet import hide_progress_bars
 from utils.run import Run
-from utils.runtime import frozen_dtype, start_accelerator
+from utils.runtime import DTYPES, frozen_dtype, start_accelerator
+from utils.samples import list_prompts
 from utils.settings import Settings
 from utils.validation import validate
 
 logger = logging.getLogger(__name__)
 
 
-def train_editor(
-    settings: Settings,
-    check_base: Callable[[dict, str], None],
-    prepare_unet: Callable[[UNet2DConditionModel], None],
-) -> int:
+def train_editor(settings: Settings, check_base: Callable[[Configs, str], None]) -> int:
     """Check, load, train, publish. Returns the exit code: 0, or 128 + the signal that stopped the run.
 
-    check_base(unet_config, name) refuses a model that is not the script's; prepare_unet makes an editor's UNet of it.
+    check_base(configs, name) refuses a model that is not the script's. A text-to-image model's UNet is widened.
     """
     hide_progress_bars()
     accelerator = start_accelerator(settings.machine)
     plan = make_plan(accelerator, settings, check_base)
 
     parts = load_stable_diffusion(settings.model)
-    prepare_unet(parts.unet)
-    objective = make_objective(accelerator, parts, plan.schedule, settings.objective)
+    if plan.is_widened:
+        widen_conv_in(parts.unet)
+    objective = make_objective(accelerator, parts, plan, settings)
     trainee = make_trainee(accelerator, parts.unet, settings, plan)
     if plan.checkpoint:
         trainee.load(plan.checkpoint)
@@ -81,30 +83,55 @@ def train_editor(
     return exit_code
 
 
-def make_objective(
-    accelerator: Accelerator, parts: StableDiffusion, schedule: DDPMScheduler, options: ObjectiveOptions
-) -> Objective:
-    """Freeze VAE and text encoder, bring them to the device in 16 bits where that is asked for."""
-    for model in (parts.vae, parts.text_encoder):
+def make_objective(accelerator: Accelerator, parts: StableDiffusion, plan: Plan, settings: Settings) -> Objective:
+    """Freeze VAE and text encoders, bring them to the device in 16 bits where that is asked for.
+
+    When every prompt is known beforehand, all are encoded now, and the text encoders leave the device.
+    """
+    dtype = frozen_dtype(accelerator)
+    vae_dtype = DTYPES.get(settings.run.vae_precision, torch.float32 if parts.is_sdxl else dtype)
+    for model, model_dtype in ((parts.vae, vae_dtype), *((encoder, dtype) for encoder in parts.text_encoders)):
         model.requires_grad_(False)
-        model.to(accelerator.device, dtype=frozen_dtype(accelerator))
-    return Objective(parts.vae, PromptEncoder(parts.tokenizer, parts.text_encoder), schedule, options)
+        model.to(accelerator.device, dtype=model_dtype)
+    encode_prompts = make_prompt_encoder(parts)
+    if count_rows(plan.sources) is not None and not settings.run.dry_run:
+        prompts = chain(*map(list_prompts, plan.sources + plan.held_out), (prompt for _, prompt in plan.pairs))
+        encode_prompts.encode_all(prompts, show_progress=accelerator.is_main_process)
+    scale = parts.vae.config.scaling_factor if parts.is_cosxl_edit else 1.0
+    return Objective(parts.vae, encode_prompts, plan.schedule, settings.objective, scale)
 
 
 def make_trainee(accelerator: Accelerator, unet: UNet2DConditionModel, settings: Settings, plan: Plan) -> Trainee:
-    """Bring the UNet to the device, with its moving average, optimizer and learning-rate schedule."""
+    """Bring the UNet to the device, with its adapter, moving average, optimizer and learning-rate schedule."""
+    prepare_weights(accelerator, unet, settings, plan)
     unet.to(accelerator.device).train()
     if accelerator.device.type == "cuda":
         unet.to(memory_format=torch.channels_last)
-    if settings.run.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
+    if settings.run.gradient_checkpointing or settings.run.gradient_checkpointing_blocks:
+        checkpoint_blocks(unet, settings.run.gradient_checkpointing_blocks)
     if settings.machine.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
-    ema = MovingAverage(unet, settings.run.ema_decay) if settings.run.use_ema else None
-    optimizer = make_optimizer(list(unet.parameters()), settings.optimization, plan.samples_per_step)
+    ema = MovingAverage(unet, settings.run.ema_decay, settings.run.ema_device) if settings.run.use_ema else None
+    parameters = [value for value in unet.parameters() if value.requires_grad]
+    optimizer = make_optimizer(parameters, settings.optimization, plan.samples_per_step)
     lr_schedule = make_lr_schedule(optimizer, settings.optimization, plan.max_train_steps)
     prepared, optimizer = accelerator.prepare(unet, optimizer)
     return Trainee(prepared, unet, ema, optimizer, lr_schedule, accelerator.scaler)
+
+
+def prepare_weights(accelerator: Accelerator, unet: UNet2DConditionModel, settings: Settings, plan: Plan) -> None:
+    """What is trained: an adapter on a frozen base, in 16 bits or quantised, or all weights, in float32 or bf16."""
+    if settings.adapter.lora_rank is None:
+        if settings.optimization.weights_dtype == "bf16":
+            unet.to(torch.bfloat16)
+        return
+    unet.requires_grad_(False)
+    dtype = frozen_dtype(accelerator)
+    if settings.adapter.quantize_base:
+        quantize_linears(unet, settings.adapter.quantize_base, accelerator.device, dtype)
+    torch.manual_seed(plan.progress.seed)  # of the adapter's first weights
+    add_adapter(unet, settings.adapter, train_conv_in=plan.trains_conv_in)
+    cast_frozen(unet, dtype)
 
 
 def start_trackers(accelerator: Accelerator, settings: Settings) -> None:

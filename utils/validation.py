@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +11,7 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw
 
+from utils.conditioning import PromptEncoder
 from utils.curve import append_log, draw_curve
 from utils.diffusion import make_published_scheduler
 from utils.editing import edit_images, fit_image, size_multiple
@@ -34,19 +34,16 @@ def validate(run: Run, best: BestWeights, step: int) -> None:
     if not is_due or plan.progress.validated_step == step:
         return
     trainee.model.eval()
-    with trainee.ema.swapped_into(trainee.model) if trainee.ema else nullcontext(), torch.no_grad():
+    with trainee.published_weights(), torch.no_grad():
         if plan.held_out:
             measure_held_out(run, best, step)
         if plan.pairs and run.accelerator.is_main_process:
             editor = make_editor(run.parts, make_published_scheduler(run.parts.scheduler, plan.schedule))
             with run.accelerator.autocast():
                 rows = sample_edits(
-                    editor,
-                    plan.pairs,
-                    options.num_validation_images,
-                    plan.progress.seed,
-                    run.settings.geometry.resolution,
-                )
+                    editor, plan.pairs, options.num_validation_images, plan.progress.seed,
+                    run.settings.geometry.resolution, run.objective.encode_prompts,
+                )  # fmt: skip
             show_edits(run.accelerator, run.settings.output_dir, plan.pairs, rows, step)
     trainee.model.train()
     plan.progress.validated_step = step
@@ -82,7 +79,12 @@ def is_validation_step(step: int, max_steps: int, steps_per_epoch: float, option
 
 
 def sample_edits(
-    pipeline: DiffusionPipeline, pairs: list[tuple[Image.Image, str]], num_images: int, seed: int, resolution: int
+    pipeline: DiffusionPipeline,
+    pairs: list[tuple[Image.Image, str]],
+    num_images: int,
+    seed: int,
+    resolution: int,
+    encode_prompts: PromptEncoder,
 ) -> list[list[Image.Image]]:
     """For every (image, instruction): the image as the model takes it and `num_images` edits, from `seed` on."""
     rows = []
@@ -91,7 +93,7 @@ def sample_edits(
         edits = edit_images(
             pipeline, [fitted] * num_images, [prompt] * num_images, seeds=[seed + index for index in range(num_images)],
             num_inference_steps=NUM_INFERENCE_STEPS, guidance_scale=GUIDANCE_SCALE,
-            image_guidance_scale=IMAGE_GUIDANCE_SCALE,
+            image_guidance_scale=IMAGE_GUIDANCE_SCALE, encode_prompts=encode_prompts,
         )  # fmt: skip
         rows.append([fitted, *edits])
     return rows

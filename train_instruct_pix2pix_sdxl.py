@@ -1,0 +1,38 @@
+"""Train an InstructPix2Pix editor from a Stable Diffusion XL text-to-image model.
+
+As train_instruct_pix2pix.py does for Stable Diffusion 1.x/2.x, with SDXL's two text encoders and its conditions on the
+size and the crop of each picture (Podell et al., 2307.01952). The result is a whole
+StableDiffusionXLInstructPix2PixPipeline in --output_dir.
+
+    accelerate launch train_instruct_pix2pix_sdxl.py \\
+        --pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0 \\
+        --pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix --vae_precision=fp16 --mixed_precision=fp16 \\
+        --dataset_name=fusing/instructpix2pix-1000-samples --resolution=512 --train_batch_size=4 --max_train_steps=15000
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+
+from utils.cli import parse_training_flags, pick
+from utils.errors import exit_on_input_error
+from utils.launch import prepare_process
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; returns the exit code."""
+    args = parse_training_flags(
+        argv, "Train an InstructPix2Pix editor from a Stable Diffusion XL text-to-image model.", "sdxl"
+    )
+    with exit_on_input_error():
+        prepare_process(argv)
+        from utils.models import require_text_to_image
+        from utils.settings import Settings
+        from utils.training import train_editor
+
+        return train_editor(pick(args, Settings), check_base=partial(require_text_to_image, is_sdxl=True))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
