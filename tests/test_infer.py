@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import http.server
 import io
+import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -226,6 +228,14 @@ def test_mistakes_in_the_flags(capsys, photo: Path, tmp_path: Path) -> None:
         ("--model", tmp_path, "--config", "a/b"): "--config is for a --model in one file",
         ("--input", tmp_path / "missing.png"): "missing.png does not exist",
         ("--input", "ftp://somewhere/a.png"): "ftp://somewhere/a.png",
+        ("--num_images", "0"): "--num_images 0: must be from 1",
+        ("--eta", "2"): "--eta 2.0: must be from 0 to 1",
+        ("--guidance_interval", "0.6", "0.2"): "--guidance_interval 0.6 0.2: must be two shares",
+        ("--scheduler", "eulr"): "invalid choice: 'eulr'",
+        ("--surprise_me",): "--surprise_me draws the instruction: leave out --edit",
+        ("--randomize_cfg", "--cfg-text", "3"): "--randomize_cfg draws the two guidance scales",
+        ("--jobs", "jobs.jsonl"): "--jobs names its images itself: leave out --input",
+        ("--repeat", photo): "leave out --edit",
         ("--output", photo): "is the input itself",
         ("--output", "edited.xyz"): "must end in one of .png",
         ("--output", photo / "edited.png"): "cannot be written",
@@ -292,6 +302,167 @@ def test_full_disk(capsys, tiny_editor: Path, photo: Path, monkeypatch) -> None:
     assert "No space left on device" in expect_error(capsys, *flags)
     assert target.read_bytes() == b"older"
     assert sorted(path.name for path in photo.parent.iterdir()) == ["out.png", "photo.png"]
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_several_edits_seeds_and_shows(tiny_editor: Path, photo: Path, capsys) -> None:
+    """Names by instruction and number, an animation and a contact sheet; the second run has nothing to do."""
+    flags = ["--model", tiny_editor, "--input", photo, "--edit", "snow", "--edit", "at night", "--num_images", 2,
+             "--steps", 2, "--batch_size", 4, "--seed", 5, "--gif", "--grid",
+             "--output", photo.parent / "out/p.png"]  # fmt: skip
+    assert infer.main([str(flag) for flag in flags]) == 0
+    pictures = [f"p-{name}-{number}.png" for name in ("at-night", "snow") for number in (1, 2)]
+    assert names_in(photo.parent / "out") == sorted([*pictures, "p-grid.png", "p.gif"])
+    said = capsys.readouterr()
+    assert said.out.startswith("4 of 4 edited in ") and ", 2 seeds from 5 to 6: " in said.out and said.err == ""
+    alone = photo.with_name("alone.png")
+    single = ["--model", tiny_editor, "--input", photo, "--edit", "at night", "--steps", 2, "--seed", 6]
+    assert infer.main([*map(str, single), "--output", str(alone)]) == 0
+    difference = np.asarray(Image.open(alone)).astype(int) - np.asarray(Image.open(photo.parent / "out" / pictures[1]))
+    assert np.abs(difference).max() <= 1
+    capsys.readouterr()
+    assert infer.main([str(flag) for flag in flags]) == 0
+    assert ", 4 finished before, " in capsys.readouterr().out
+
+
+def test_repeat(tiny_editor: Path, photo: Path, capsys, monkeypatch) -> None:
+    """To the bit, out of a batch, with an instruction that was drawn; from the record alone, which names no folder."""
+    flags = ["--model", tiny_editor, "--input", photo, "--surprise_me", "--num_images", 3, "--steps", 3,
+             "--batch_size", 3, "--scheduler", "euler_a", "--timestep_spacing", "trailing", "--dtype", "bf16",
+             "--guidance_interval", 0, 0.7, "--keep_size", "--vae_slicing", "--vae_tiling"]  # fmt: skip
+    monkeypatch.chdir(photo.parent)
+    assert infer.main([str(flag) for flag in flags]) == 0
+    drawn = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[0] for line in drawn] == [f"photo-edited-{number}.png" for number in (1, 2, 3)]
+    made = photo.with_name("photo-edited-2.png")
+    assert json.loads(Image.open(made).info["instruct_pix2pix"])["batch"] == [1, 3]
+    assert Image.open(made).size == (60, 40)
+    for folder in (photo.parent, tiny_editor.parent):
+        assert str(folder).encode() not in made.read_bytes()
+
+    lies_elsewhere = expect_error(capsys, "--repeat", made)
+    assert "the model editor of " in lies_elsewhere and "give it by --model" in lies_elsewhere
+    shutil.copytree(tiny_editor, photo.parent / "editor")
+    assert infer.main(["--repeat", str(made)]) == 0
+    assert f"equal to {made} to the bit" in capsys.readouterr().out
+    repeated = photo.with_name("photo-edited-2-repeated.png")
+    assert repeated.read_bytes() == made.read_bytes()
+    assert infer.main(["--repeat", str(made), "--model", str(tiny_editor)]) == 0
+    assert ", 1 finished before, " in capsys.readouterr().out
+
+
+def test_mistakes_in_repeats(capsys, tiny_base: Path, tiny_editor: Path, photo: Path) -> None:
+    made = photo.with_name("made.png")
+    flags = ["--model", tiny_editor, "--input", photo, "--edit", "x", "--steps", 1, "--output", made]
+    assert infer.main([str(flag) for flag in flags]) == 0
+    capsys.readouterr()
+    elsewhere = photo.parent / "elsewhere"
+    elsewhere.mkdir()
+    make_photo(seed=9).save(elsewhere / "photo.png")
+    from tests.tiny import make_tiny_sd
+
+    other = make_tiny_sd(photo.parent / "other", in_channels=8, seed=5)
+    right = ["--repeat", made, "--model", tiny_editor]
+    for flags, message in (
+        (["--repeat", photo], "holds no record of an edit"),
+        (["--repeat", photo.with_name("none.png")], "none.png does not exist"),
+        ([*right, "--steps", 3], "leave out --steps"),
+        ([*right, "--input", elsewhere], "is not what"),
+        ([*right, "--input", tiny_base], "the input photo.png of"),
+        ([*right, "--output", made], "must be another picture"),
+        (["--repeat", made, "--model", other], "is not the model that made"),
+    ):
+        error = expect_error(capsys, *flags)
+        assert message in error and error.count("\n") == 1, flags
+
+
+def test_jobs_file(tiny_editor: Path, photo: Path, capsys) -> None:
+    """A missing image does not stop the others; the exit code and the summary say so."""
+    lines = [
+        {"image": "photo.png", "edit": "x", "steps": 2, "seed": 3},
+        {"image": "missing.png"},
+        {"image": "photo.png", "output": "named.jpg", "guidance_scale": 2, "image_guidance_scale": 1},
+    ]
+    jobs = photo.with_name("jobs.jsonl")
+    jobs.write_text("\n".join(map(json.dumps, lines)))
+    flags = ["--model", tiny_editor, "--jobs", jobs, "--edit", "y", "--steps", 1, "--seed", 1]
+    assert infer.main([str(flag) for flag in flags]) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith("skipped missing.png: line 2: ") and said.err.count("\n") == 1
+    assert said.out.startswith("2 of 3 edited in ")
+    assert names_in(photo.parent / "jobs-edited") == ["named.jpg", "photo.png"]
+    jobs.write_text('{"image": "photo.png", "stepz": 2}')
+    assert "line 1: 'stepz' is not known: did you mean 'steps'?" in expect_error(capsys, *flags)
+
+
+def test_defaults_of_an_adapted_editor(tiny_editor: Path, photo: Path, capsys) -> None:
+    """Those of adapted.json, which are told; flags win; a damaged file is named."""
+    from utils.picture_metadata import read_record
+
+    editor = shutil.copytree(tiny_editor, photo.parent / "fast")
+    recommended = {"steps": 2, "guidance_scale": 2.0, "image_guidance_scale": 1.0, "eta": 0.3, "scheduler": "tcd"}
+    (editor / "adapted.json").write_text(json.dumps({"weight": 1.0, "recommended": recommended}))
+    output = photo.with_name("out.png")
+    flags = ["--model", editor, "--input", photo, "--edit", "x", "--seed", 1, "--output", output, "--cfg-text", 3]
+    assert infer.main([str(flag) for flag in flags]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("recommended by this editor: steps 2, image_guidance_scale 1.0, eta 0.3\n1 of 1 edited in ")
+    settings = read_record(output)["settings"]
+    assert {name: settings[name] for name in recommended} == recommended | {
+        "guidance_scale": 3.0, "scheduler": "DDIMScheduler",
+    }  # fmt: skip
+    (editor / "adapted.json").write_text('{"recommended": {"steps": "four"}}')
+    assert "adapted.json: steps four: must be from 1 to 1000" in expect_error(capsys, *flags)
+    (editor / "adapted.json").write_text("[]")
+    assert "adapted.json is damaged" in expect_error(capsys, *flags)
+
+
+def test_safety_checker_can_be_dropped(tiny_editor: Path, photo: Path, capsys) -> None:
+    """A pipeline that has one runs it: here it objects to everything."""
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+    from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+    from transformers import CLIPConfig, CLIPImageProcessor
+
+    vision = dict(hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2, image_size=30,
+                  patch_size=3, projection_dim=64)  # fmt: skip
+    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=64))
+    checker.concept_embeds_weights.data.fill_(-2.0)
+    processor = CLIPImageProcessor(size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30})
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
+        tiny_editor, safety_checker=checker, feature_extractor=processor, requires_safety_checker=True
+    )
+    pipeline.save_pretrained(photo.parent / "checked")
+    output = photo.with_name("out.png")
+    flags = ["--model", photo.parent / "checked", "--input", photo, "--edit", "x", "--steps", 1, "--seed", 1]
+    flags = [str(flag) for flag in (*flags, "--output", output)]
+    assert infer.main(flags) == 0
+    assert "is black: the model's safety checker objected" in capsys.readouterr().err
+    assert not np.asarray(Image.open(output)).any()
+    assert infer.main([*flags, "--no_safety_checker"]) == 0
+    assert "no_safety_checker False, not True" in capsys.readouterr().err
+    assert np.asarray(Image.open(output)).any()
+
+
+def test_compile_without_a_compiler(tiny_editor: Path, photo: Path, capsys, monkeypatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.chdir(photo.parent)
+    flags = ["--model", tiny_editor, "--input", photo, "--edit", "x", "--steps", 1, "--compile"]
+    assert infer.main([str(flag) for flag in flags]) == 0
+    assert capsys.readouterr().err == "--compile is left out: it needs a C++ compiler such as g++, which is not here\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no compiler")
+def test_compiled_edit_is_the_same(tiny_editor: Path, photo: Path) -> None:
+    flags = ["--model", tiny_editor, "--input", photo, "--edit", "x", "--steps", 2, "--seed", 1]
+    for extra in (["--output", "plain.png"], ["--output", "compiled.png", "--compile"]):
+        result = run_script(*flags, *extra, cwd=photo.parent)
+        assert result.returncode == 0, result.stderr
+    pictures = [np.asarray(Image.open(photo.with_name(f"{name}.png"))).astype(int) for name in ("plain", "compiled")]
+    assert np.abs(pictures[0] - pictures[1]).max() <= 1
 
 
 def test_help_needs_no_heavy_import() -> None:

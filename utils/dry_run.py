@@ -15,7 +15,7 @@ from PIL import Image
 from utils.loop import Trainee, fit
 from utils.optimization import count_state_bytes
 from utils.run import Run
-from utils.validation import draw_grid
+from utils.showing import draw_grid
 
 MAX_PAIRS = 16
 

@@ -9,7 +9,6 @@ scheduler is never touched.
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import logging
 import os
@@ -19,16 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    StableDiffusionInstructPix2PixPipeline,
-    StableDiffusionXLInstructPix2PixPipeline,
-)
+from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionXLInstructPix2PixPipeline
 from PIL import Image, ImageOps
 
-from utils.conditioning import PromptEmbeds, PromptEncoder, concatenate, make_prompt_encoder
+from utils.conditioning import PromptEncoder
+from utils.encodings import Encodings, device_of, is_sdxl, vae_in_its_precision
 from utils.errors import InputError
-from utils.guidance import branch_coefficients
+from utils.guidance import branch_coefficients, coefficients_of_steps
 from utils.latents import unscale_latents
 from utils.sampling import denoise, fresh_scheduler, make_generators
 
@@ -37,11 +33,17 @@ logger = logging.getLogger(__name__)
 MAX_SIDES_RATIO = 4  # the longer side of an edited image, in multiples of the resolution
 
 
-def fit_image(image: Image.Image, resolution: int, multiple: int = 64) -> Image.Image:
+class OutOfMemory(InputError):
+    """An edit that does not fit into the memory of its device: with fewer images at once it may."""
+
+
+def fit_image(image: Image.Image, resolution: int, multiple: int = 64, crop: bool = True) -> Image.Image:
     """Resize and crop an image to sides that the model can take, keeping its aspect ratio as nearly as they allow.
 
     As in the original edit_cli.py: the longer side goes to `resolution`; then the shorter one is raised to a multiple
     of 64, the longer one grows with it and is lowered to one. What is left over is cropped evenly; Lanczos.
+    Without `crop` all of the image is kept and is squeezed by that little, so that the edit can be brought to the
+    input's own size again and lies on it.
     64 is what Stable Diffusion needs: its VAE halves the sides three times and its UNet three times more. `multiple`
     is that number for the model at hand (`size_multiple`), so that a small model can take small images.
     Raises InputError where a side would be more than four times the resolution (a strip, not a picture).
@@ -54,6 +56,8 @@ def fit_image(image: Image.Image, resolution: int, multiple: int = 64) -> Image.
     if fitted_long > MAX_SIDES_RATIO * max(resolution, multiple):
         raise InputError(f"the image is {width}x{height} pixels, too long and thin to be edited at {resolution}")
     size = (fitted_short, fitted_long) if width < height else (fitted_long, fitted_short)
+    if not crop:
+        return image.resize(size, Image.Resampling.LANCZOS)
     return ImageOps.fit(image, size, method=Image.Resampling.LANCZOS)
 
 
@@ -64,28 +68,24 @@ def size_multiple(pipeline: Editor) -> int:
 
 def native_resolution(pipeline: Editor) -> int:
     """The side, in pixels, of the square images that the model's UNet was made for (SD 1.x: 512, SDXL: 1024)."""
-    sample_size = pipeline.unet.config.sample_size or (128 if _is_sdxl(pipeline) else 64)
+    sample_size = pipeline.unet.config.sample_size or (128 if is_sdxl(pipeline) else 64)
     return pipeline.vae_scale_factor * (sample_size if isinstance(sample_size, int) else max(sample_size))
 
 
-def fit_to_model(image: Image.Image, pipeline: Editor, resolution: int | None = None) -> Image.Image:
+def fit_to_model(image: Image.Image, pipeline: Editor, resolution: int | None = None, crop: bool = True) -> Image.Image:
     """`fit_image` with the multiple of the model; the resolution is 512, for SDXL 1024, or the model's own if less."""
-    default = min(1024 if _is_sdxl(pipeline) else 512, native_resolution(pipeline))
-    return fit_image(image, resolution or default, size_multiple(pipeline))
+    default = min(1024 if is_sdxl(pipeline) else 512, native_resolution(pipeline))
+    return fit_image(image, resolution or default, size_multiple(pipeline), crop)
 
 
-def _is_sdxl(pipeline: Editor) -> bool:
-    return getattr(pipeline, "text_encoder_2", None) is not None
-
-
-def save_image(image: Image.Image, path: Path) -> None:
+def save_image(image: Image.Image, path: Path, **settings: Any) -> None:
     """Written beside its place and renamed into it: a file that stands is whole. Raises InputError, as on a full disk.
 
-    The suffix decides the format.
+    The suffix decides the format; `settings` go to Pillow.
     """
     unfinished = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        image.save(unfinished, quality=95)
+        image.save(unfinished, **{"quality": 95} | settings)
         unfinished.replace(path)
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
@@ -119,20 +119,28 @@ def edit_pixels(
     seeds: list[int] | None = None,
     generators: list[torch.Generator] | None = None,
     negative_prompt: str | None = None,
-    eta: float = 0.0,
+    eta: float | None = 0.0,
     encode_prompts: PromptEncoder | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    guidance_interval: tuple[float, float] | None = None,
+    scheduler: Any | None = None,
+    encodings: Encodings | None = None,
 ) -> tuple[list[torch.Tensor], list[bool]]:
     """The edited images as float32 (3, H, W) in [0, 1] on the CPU, and whether the safety checker blacked each out.
 
-    Images of one size form a batch. Each distinct prompt and image is encoded once. One seed or generator for each
-    image, so that an edit does not depend on what it is batched with; seeds become CPU generators, which draw the same
-    on every device; without either the noise is fresh. The global random state is neither read nor changed.
-    `negative_prompt` is the null prompt (default: the one of training). `eta` goes to the schedulers that know it (0,
-    as the pipelines). `encode_prompts` is a training run's encoder, which has the prompts already and may stand on
-    another device than the UNet. `on_step(done, total)` is called after each denoising step. Works inside autocast,
-    which the UNet alone follows; sides of an image that are no multiple of the VAE's factor are resized down to one.
-    Raises ValueError for lists that do not match and InputError for a number of steps that the scheduler cannot do.
+    Images of one size form a batch. Each distinct prompt and image is encoded once, with `encodings` once for all
+    calls that are given the same. One seed or generator for each image, so that an edit does not depend on what it is
+    batched with; seeds become CPU generators, which draw the same on every device; without either the noise is fresh.
+    The global random state is neither read nor changed. `negative_prompt` is the null prompt (default: the one of
+    training). `eta` goes to the schedulers that know it: 0 as the pipelines give it, None is the scheduler's own
+    default, which for TCD is 0.3. `guidance_interval` is the share of the steps, (start, stop) in [0, 1], in which
+    guidance is on; outside it the UNet follows the instruction alone, in one branch. `scheduler` takes the place of
+    the pipeline's. `encode_prompts` is a training run's encoder, which has the prompts already and may stand on
+    another device than the UNet. `on_step(done, total)` is called after each denoising step; what it raises ends the
+    edit. Works inside autocast, which the UNet alone follows; sides of an image that are no multiple of the VAE's
+    factor are resized down to one.
+    Raises ValueError for lists that do not match, InputError for a number of steps that the scheduler cannot do, and
+    OutOfMemory.
     """
     if len(images) != len(prompts):
         raise ValueError(f"as many prompts as images are needed: got {len(images)} images, {len(prompts)} prompts")
@@ -140,20 +148,22 @@ def edit_pixels(
         return [], []
     generators = make_generators(seeds, generators, len(images))
     coefficients = branch_coefficients(guidance_scale, image_guidance_scale)
+    encodings = encodings or Encodings(pipeline, encode_prompts)
     batches, steps_done = _group_by_size(images), itertools.count(1)
     edited: dict[int, tuple[torch.Tensor, bool]] = {}
     models = [getattr(pipeline, name, None) for name in ("unet", "vae", "text_encoder", "text_encoder_2")]
     with _evaluating(*(model for model in models if model is not None)), _explaining_out_of_memory():
-        texts, null = _encode_prompts(pipeline, prompts, negative_prompt, encode_prompts)
+        texts, null = encodings.encode_prompts(prompts, negative_prompt)
         for rows in batches:
-            scheduler = fresh_scheduler(pipeline.scheduler, num_inference_steps, _device_of(pipeline))
-            steps = len(batches) * len(scheduler.timesteps)
+            fresh = fresh_scheduler(scheduler or pipeline.scheduler, num_inference_steps, device_of(pipeline))
+            steps = len(batches) * len(fresh.timesteps)
             after_step = (lambda total=steps: on_step(next(steps_done), total)) if on_step else None
-            branches = [texts.rows(rows) if branch == "text" else null.rows([0] * len(rows)) for branch in coefficients]
-            image_latents = _encode_images(pipeline, [images[row] for row in rows])  # (B, 4, h, w)
+            image_latents = encodings.encode_images([images[row] for row in rows])  # (B, 4, h, w)
             height, width = (side * pipeline.vae_scale_factor for side in image_latents.shape[2:])
+            text, empty = texts.rows(rows), null.rows([0] * len(rows))
             latents = denoise(
-                pipeline.unet, scheduler, concatenate(branches), image_latents, (height, width), coefficients,
+                pipeline.unet, fresh, {"text": text, "image": empty, "uncond": empty}, image_latents, (height, width),
+                coefficients_of_steps(coefficients, len(fresh.timesteps), guidance_interval),
                 [generators[row] for row in rows], eta, after_step,
             )  # fmt: skip
             edited.update(zip(rows, _decode(pipeline, latents), strict=True))
@@ -161,73 +171,9 @@ def edit_pixels(
     return [edited[row][0] for row in range(len(images))], [edited[row][1] for row in range(len(images))]
 
 
-def _device_of(pipeline: Editor) -> torch.device:
-    """Where the UNet runs: with offloading its hooks know, else where it is.
-
-    `_execution_device` alone would follow the text encoders, which a training run may keep on the CPU.
-    """
-    hooked = any(
-        hasattr(module, hook) for module in pipeline.unet.modules() for hook in ("_hf_hook", "_diffusers_hook")
-    )
-    return pipeline._execution_device if hooked else pipeline.unet.device
-
-
-class _SpellingTokenizer:
-    """A tokenizer for prompts that name textual inversions: each stands for as many tokens as it was trained with."""
-
-    def __init__(self, pipeline: Editor, tokenizer: Any) -> None:
-        self._convert, self._tokenizer = pipeline.maybe_convert_prompt, tokenizer
-        self.model_max_length = tokenizer.model_max_length
-
-    def __call__(self, prompt: str, **settings: Any) -> Any:
-        return self._tokenizer(self._convert(prompt, self._tokenizer), **settings)
-
-
-def _encode_prompts(
-    pipeline: Editor, prompts: list[str], negative_prompt: str | None, encoder: PromptEncoder | None
-) -> tuple[PromptEmbeds, PromptEmbeds]:
-    """Embeddings of the N prompts and of the null prompt (1 row), on the UNet's device."""
-    device = _device_of(pipeline)
-    with torch.autocast(device.type, enabled=False):  # what a run's encoder keeps must not depend on who asked first
-        is_own = encoder is None
-        if is_own:
-            encoder = make_prompt_encoder(pipeline)
-            encoder.tokenizers = [_SpellingTokenizer(pipeline, tokenizer) for tokenizer in encoder.tokenizers]
-        texts = encoder(prompts)
-        null = encoder.null_embeds if negative_prompt is None else encoder([negative_prompt])
-    for text in encoder.truncated if is_own else ():
-        logger.warning("longer than the text encoder reads, so its end has no effect: %.60s...", text)
-    place = dict(device=device, dtype=encoder.text_encoders[-1].dtype)
-    return texts.to(**place), null.to(**place)
-
-
-def _encode_images(pipeline: Editor, images: list[Image.Image]) -> torch.Tensor:
-    """B images of one size -> the image condition (B, 4, h, w), each distinct image encoded once.
-
-    It is the mode of the VAE's posterior, unscaled (paper, section 3.2), but for CosXL editors.
-    """
-    distinct: dict[bytes, int] = {}
-    pictures, rows = [], []
-    for image in images:
-        picture = image.convert("RGB")
-        digest = hashlib.blake2b(picture.tobytes()).digest()
-        if digest not in distinct:
-            distinct[digest] = len(distinct)
-            pictures.append(picture)
-        rows.append(distinct[digest])
-    device = _device_of(pipeline)
-    with _in_its_precision(pipeline) as vae:
-        pixels = pipeline.image_processor.preprocess(pictures).to(device, vae.dtype)  # (D, 3, H, W) in [-1, 1]
-        encoded = vae.encode(pixels)
-    # AutoencoderTiny has no posterior, its latents are the answer.
-    latents = encoded.latent_dist.mode() if hasattr(encoded, "latent_dist") else encoded.latents
-    latents = latents.to(pipeline.unet.dtype)[rows]
-    return latents * vae.config.scaling_factor if getattr(pipeline, "is_cosxl_edit", False) else latents
-
-
 def _decode(pipeline: Editor, latents: torch.Tensor) -> list[tuple[torch.Tensor, bool]]:
     """(B, 4, h, w) -> B times the pixels (3, H, W) in [0, 1] with whether the safety checker objected."""
-    with _in_its_precision(pipeline) as vae:
+    with vae_in_its_precision(pipeline) as vae:
         unscaled = unscale_latents(latents.float(), vae.config).to(vae.dtype)
         decoded = vae.decode(unscaled, return_dict=False)[0]  # (B, 3, H, W) in [-1, 1]
     flags = None
@@ -246,21 +192,6 @@ def _decode(pipeline: Editor, latents: torch.Tensor) -> list[tuple[torch.Tensor,
     return list(zip(pixels, flags, strict=True))
 
 
-@contextmanager
-def _in_its_precision(pipeline: Editor) -> Iterator[AutoencoderKL]:
-    """The VAE, out of autocast, and in float32 where it says that float16 is too narrow for it, as SDXL's own does."""
-    vae = pipeline.vae
-    is_narrow = _is_sdxl(pipeline) and vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
-    if is_narrow:
-        vae.to(torch.float32)
-    try:
-        with torch.autocast(_device_of(pipeline).type, enabled=False):
-            yield vae
-    finally:
-        if is_narrow:
-            vae.to(torch.float16)
-
-
 def _group_by_size(images: list[Image.Image]) -> list[list[int]]:
     groups: dict[tuple[int, int], list[int]] = {}
     for index, image in enumerate(images):
@@ -272,8 +203,10 @@ def _group_by_size(images: list[Image.Image]) -> list[list[int]]:
 def _explaining_out_of_memory() -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise InputError("out of memory: take fewer images at once, smaller ones, or half precision") from error
+    except RuntimeError as error:  # torch.OutOfMemoryError, and what the CPU and mps raise in its stead
+        if not any(words in str(error) for words in ("out of memory", "not enough memory", "can't allocate memory")):
+            raise
+        raise OutOfMemory("out of memory: take fewer images at once, smaller ones, or half precision") from error
 
 
 @contextmanager

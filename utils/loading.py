@@ -48,12 +48,14 @@ def load_editor(
     single_file_config: str | None = None,
     lora: str | Path | None = None,
     lora_scale: float = 1.0,
+    safety_checker: bool = True,
 ) -> Editor:
     """An SD 1.x/2.x or SDXL editor on `device` in `dtype`: a folder, an id on the Hub, or one .safetensors file.
 
     lora: an adapter in diffusers' format (a folder, its file, or an id on the Hub), merged into the weights at
     `lora_scale`. On a text-to-image model it makes the editor, which it can if it was trained as one: then it holds
-    conv_in for 8 channels. single_file_config: of what pipeline a single file is (`read_single_file`).
+    conv_in for 8 channels. single_file_config: of what pipeline a single file is (`read_single_file`). Without
+    `safety_checker` the one of the pipeline is dropped.
 
     What model and adapter are gets checked by small files and headers, before the weights are read or downloaded.
     Raises InputError where one is missing, the Hub out of reach, a file damaged, or what comes out is no editor.
@@ -73,6 +75,8 @@ def load_editor(
             pipeline = editor_class(configs.is_sdxl).from_pretrained(name, **settings, **place)
     if getattr(pipeline, "is_cosxl_edit", False):
         pipeline.register_to_config(is_cosxl_edit=True)  # or stock diffusers forgets it when the editor is saved again
+    if not safety_checker and getattr(pipeline, "safety_checker", None) is not None:
+        pipeline.register_modules(safety_checker=None)
     pipeline.to(device)
     if adapter:
         merge_into(pipeline, adapter, lora_scale)

@@ -17,14 +17,23 @@ MAX_BYTES = 100_000_000
 
 def load_picture(source: str, flag: str) -> Image.Image:
     """The RGB picture at a path or http(s) URL, upright. Raises `InputError` that names `flag` and what is wrong."""
-    is_url = urlsplit(source).scheme in ("http", "https")
-    if not is_url and not Path(source).is_file():
+    try:
+        return decode_image(read_source(source, flag))
+    except BadRow as error:
+        raise InputError(f"{flag} {source} is not a picture that can be used: {error.reason}") from error
+
+
+def read_source(source: str, flag: str) -> bytes:
+    """The bytes at a path or http(s) URL. Raises `InputError` that names `flag` and what is wrong."""
+    if urlsplit(source).scheme in ("http", "https"):
+        return download(source, flag)
+    if not Path(source).is_file():
         kind = "is a folder" if Path(source).is_dir() else "does not exist"
         raise InputError(f"{flag} {source} {kind}: give a picture's path or its http(s) address")
     try:
-        return decode_image(download(source, flag) if is_url else source)
-    except BadRow as error:
-        raise InputError(f"{flag} {source} is not a picture that can be used: {error.reason}") from error
+        return Path(source).read_bytes()
+    except OSError as error:
+        raise InputError(f"{flag} {source} cannot be read: {error.strerror}") from error
 
 
 def download(url: str, flag: str) -> bytes:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from utils.conditioning import PromptEmbeds, added_conditions
+from utils.conditioning import PromptEmbeds, added_conditions, concatenate
 from utils.errors import InputError
 from utils.guidance import combine
 
@@ -17,43 +17,62 @@ from utils.guidance import combine
 def denoise(
     unet: UNet2DConditionModel,
     scheduler: Any,
-    embeds: PromptEmbeds,
+    embeds: dict[str, PromptEmbeds],
     image_latents: torch.Tensor,
     image_size: tuple[int, int],
-    coefficients: dict[str, float],
+    coefficients: list[dict[str, float]],
     generators: list[torch.Generator],
-    eta: float = 0.0,
+    eta: float | None = 0.0,
     after_step: Callable[[], None] | None = None,
 ) -> torch.Tensor:
     """The denoised latents (B, 4, h, w).
 
-    embeds: K*B rows, one branch of `coefficients` after the other; image_latents (B, 4, h, w); image_size (height,
-    width) in pixels, which SDXL is told. The noise is drawn in the precision of the embeddings, as the pipelines do.
+    embeds: for each branch that occurs in `coefficients` B rows; coefficients: the weights of the branches for each of
+    the scheduler's timesteps (utils/guidance.py); image_latents (B, 4, h, w); image_size (height, width) in pixels,
+    which SDXL is told. `eta` goes to the schedulers that know it; None leaves them their own default (TCD: 0.3).
+    The noise is drawn in the precision of the embeddings, as the pipelines do.
     """
-    null_image = torch.zeros_like(image_latents)
-    images = torch.cat([null_image if branch == "uncond" else image_latents for branch in coefficients])
     known = inspect.signature(scheduler.step).parameters
-    extra = {name: value for name, value in (("eta", eta), ("generator", generators)) if name in known}
-
-    latents = _draw_noise(generators, image_latents.shape[1:], embeds.hidden.dtype, image_latents.device)
+    extra = {"generator": generators} if "generator" in known else {}
+    if "eta" in known and eta is not None:
+        extra["eta"] = eta
+    noise_dtype = next(iter(embeds.values())).hidden.dtype
+    latents = _draw_noise(generators, image_latents.shape[1:], noise_dtype, image_latents.device)
     latents = latents.to(image_latents.dtype) * scheduler.init_noise_sigma  # (B, 4, h, w)
-    embeds = embeds.to(images.dtype)
-    # Unlike diffusers: in float32, as in training, and not in the model's precision, where bfloat16 rounds the sizes.
-    time_ids = torch.tensor([[*image_size, 0, 0, *image_size]], dtype=torch.float32, device=images.device)
-    added = added_conditions(embeds.pooled, time_ids.repeat(len(images), 1))  # original size, crop, target size
-    for timestep in scheduler.timesteps:
+    conditions = {}  # of each set of branches
+    for timestep, weights in zip(scheduler.timesteps, coefficients, strict=True):
+        branches = tuple(weights)
+        if branches not in conditions:
+            conditions[branches] = _make_conditions(branches, embeds, image_latents, image_size)
+        images, hidden, added = conditions[branches]
         # Only the noisy half is scaled to the scheduler's taste: the image latents are always as the VAE gave them.
-        noisy = scheduler.scale_model_input(latents, timestep).repeat(len(coefficients), 1, 1, 1)
+        noisy = scheduler.scale_model_input(latents, timestep).repeat(len(branches), 1, 1, 1)
         model_input = torch.cat([noisy.to(images.dtype), images], dim=1)  # (K*B, 8, h, w)
         predictions = unet(
-            model_input, timestep, encoder_hidden_states=embeds.hidden, added_cond_kwargs=added, return_dict=False
+            model_input, timestep, encoder_hidden_states=hidden, added_cond_kwargs=added, return_dict=False
         )[0]
         # Autocast predicts in half precision; the latents are carried in the UNet's own.
-        prediction = combine(predictions, coefficients).to(latents.dtype)  # (B, 4, h, w)
+        prediction = combine(predictions, weights).to(latents.dtype)  # (B, 4, h, w)
         latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
         if after_step:
             after_step()
     return latents
+
+
+def _make_conditions(
+    branches: tuple[str, ...],
+    embeds: dict[str, PromptEmbeds],
+    image_latents: torch.Tensor,
+    image_size: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor] | None]:
+    """What the UNet is told beside the noisy latents, K*B rows: images (K*B, 4, h, w), prompts, SDXL's additions."""
+    null_image = torch.zeros_like(image_latents)
+    images = torch.cat([null_image if branch == "uncond" else image_latents for branch in branches])
+    texts = concatenate([embeds[branch] for branch in branches]).to(images.dtype)
+    # Unlike diffusers: in float32, as in training, and not in the model's precision, where bfloat16 rounds the sizes.
+    time_ids = torch.tensor([[*image_size, 0, 0, *image_size]], dtype=torch.float32, device=images.device)
+    # original size, crop, target size
+    return images, texts.hidden, added_conditions(texts.pooled, time_ids.repeat(len(images), 1))
 
 
 def fresh_scheduler(scheduler: Any, num_inference_steps: int, device: torch.device) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from utils.conditioning import PromptEncoder
 from utils.curve import append_log, draw_curve
@@ -21,9 +21,9 @@ from utils.plan import count_rows
 from utils.publishing import BestWeights
 from utils.run import Run
 from utils.settings import ValidationOptions
+from utils.showing import draw_grid
 
 NUM_INFERENCE_STEPS, GUIDANCE_SCALE, IMAGE_GUIDANCE_SCALE = 20, 7.0, 1.5  # as diffusers validates
-LABEL_HEIGHT = 16
 QUARTERS = 4
 
 
@@ -97,23 +97,6 @@ def sample_edits(
         )  # fmt: skip
         rows.append([fitted, *edits])
     return rows
-
-
-def draw_grid(rows: list[list[Image.Image]], labels: list[str], cell: int | None = None) -> Image.Image:
-    """A sheet with one labelled row of pictures each; every picture is fitted into a square of `cell` pixels."""
-    cell = cell or max(max(image.size) for row in rows for image in row)
-    width = max(len(row) for row in rows) * cell
-    sheet = Image.new("RGB", (width, len(rows) * (cell + LABEL_HEIGHT)), "white")
-    pen = ImageDraw.Draw(sheet)
-    for index, (row, label) in enumerate(zip(rows, labels, strict=True)):
-        top = index * (cell + LABEL_HEIGHT)
-        pen.text((3, top + 2), label.encode("latin-1", "replace").decode("latin-1"), fill="black")
-        for column, image in enumerate(row):
-            scale = cell / max(image.size)
-            size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-            resample = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.LANCZOS
-            sheet.paste(image.resize(size, resample), (column * cell, top + LABEL_HEIGHT))
-    return sheet
 
 
 def log_images(accelerator: Accelerator, images: dict[str, list[Image.Image]], step: int) -> None:

@@ -1,0 +1,142 @@
+"""The app as its user starts it, and visitors in a real Chromium."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.runs import ENVIRONMENT, REPOSITORY
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+INSTALL = "no Chromium here: `apt-get install --no-install-recommends chromium` brings Debian's"
+WORDS = "#status [role]"  # Gradio keeps a clock of its own beside them
+PATIENCE = 120_000  # milliseconds; a limit for what never comes, and no measure of anything
+
+
+class Server:
+    """`python app.py` in a process of its own."""
+
+    def __init__(self, log: Path, *flags: str) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        self.log = log
+        command = [sys.executable, "app.py", f"--server_port={port}", *flags]
+        self.process = subprocess.Popen(
+            command, cwd=REPOSITORY, env=ENVIRONMENT, stdout=log.open("wb"), stderr=subprocess.STDOUT
+        )
+        self.url = f"http://127.0.0.1:{port}/"
+        for _ in range(PATIENCE // 200):
+            if f"open {self.url}" in log.read_text():
+                return
+            assert self.process.poll() is None, log.read_text()
+            time.sleep(0.2)
+        self.process.kill()
+        raise AssertionError(f"the server does not answer: {log.read_text()}")
+
+    def end(self) -> int:
+        """SIGTERM, as a service manager sends it; the exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(timeout=PATIENCE / 1000)
+
+
+@contextmanager
+def running_chromium() -> Iterator:
+    from playwright.sync_api import sync_playwright
+
+    flags = ["--no-sandbox"] if os.geteuid() == 0 else []  # Chromium's sandbox refuses root
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=flags)
+        yield chromium
+        chromium.close()
+
+
+class Visitor:
+    """One open page in a browser context of its own: own cookies, own session."""
+
+    def __init__(self, chromium, url: str, query: str = "", width: int = 1280, height: int = 900) -> None:
+        self.context = chromium.new_context(viewport={"width": width, "height": height})
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(PATIENCE)
+        self.requested: list[str] = []
+        self.page.on("request", lambda request: self.requested.append(request.url))
+        self.page.goto(url + query)
+        self.wait_for_status(".", "the page does not come up")  # its first words come after the link is restored
+
+    @property
+    def instruction(self):
+        return self.page.locator("#instruction").locator("input, textarea")
+
+    @property
+    def edits(self):
+        return self.page.locator("#gallery .thumbnail-item")
+
+    def wait_for_edits(self, count: int) -> None:
+        """The gallery draws its images a moment after the last word."""
+        self.page.wait_for_function(
+            "count => document.querySelectorAll('#gallery .thumbnail-item').length === count", arg=count
+        )
+
+    @property
+    def pictures_compared(self) -> list[str]:
+        return [image.get_attribute("src") for image in self.page.locator("#comparison img").all()]
+
+    def status(self) -> str:
+        return self.page.inner_text(WORDS)
+
+    def upload(self, path: Path) -> None:
+        """Choose a file and wait for what the page says of it."""
+        self.forget_status()
+        self.page.locator("#picture input[type=file]").set_input_files(path)
+        self.wait_for_status(".", "no word on the upload")
+
+    def set(self, name: str, value: object) -> None:
+        """A slider's or a field's number."""
+        field = self.page.locator(f"#{name} input[type=number]")
+        field.fill(str(value))
+        field.press("Tab")
+
+    def number(self, name: str) -> float:
+        return float(self.page.locator(f"#{name} input[type=number]").input_value())
+
+    def choose(self, name: str, option: str) -> None:
+        self.page.locator(f"#{name} input").click()
+        self.page.get_by_role("option", name=option, exact=True).click()
+
+    def edit(self, instruction: str) -> None:
+        """Ask for an edit and wait until it is done."""
+        self.instruction.fill(instruction)
+        self.forget_status()
+        self.page.click("#run")
+        self.wait_until_done()
+
+    def forget_status(self) -> None:
+        """So that the last word on one edit is not taken for that on the next."""
+        self.page.evaluate("words => { document.querySelector(words).innerText = '' }", WORDS)
+
+    def wait_until_done(self) -> None:
+        self.wait_for_status(r"^(Done|\d+ images)", "the edit does not end")
+
+    def wait_for_status(self, pattern: str, complaint: str) -> str:
+        try:
+            self.page.wait_for_function(
+                "([words, pattern]) => new RegExp(pattern).test(document.querySelector(words)?.innerText ?? '')",
+                arg=[WORDS, pattern],
+            )
+        except Exception as error:
+            raise AssertionError(f"{complaint}: {self.status()!r}") from error
+        return self.status()
+
+    def bytes_of(self, url: str) -> bytes:
+        return self.context.request.get(url).body()
+
+    def close(self) -> None:
+        self.context.close()

@@ -1,0 +1,456 @@
+"""adapt_distill.py as its users run it: the whole editor, its settings and papers, the mistakes, a kill."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DiffusionPipeline,
+    LCMScheduler,
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionXLInstructPix2PixPipeline,
+)
+from PIL import Image
+
+import adapt_distill
+from tests.changes import LORA, add_random_lora, load_unet, merge, save_peft_lora, weights_in
+from tests.hub_files import serve_folder, turn_downloads
+from tests.hub_server import hub_server
+from tests.mistakes import read_files
+from tests.runs import ENVIRONMENT, REPOSITORY
+from tests.tiny import make_tiny_sd, make_tiny_sdxl
+from utils.calibration import Scores, choose_weight
+from utils.delta_merging import MergeOptions
+from utils.licences import restrictions_of
+from utils.presets import PRESETS, describe_presets
+from utils.recipes import make_recipe
+from utils.schedulers import choose_scheduler
+from utils.single_file import SUFFIXES
+
+BASES = {"sd1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
+
+
+def run(*flags: str | Path) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of the script in this process."""
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            code = adapt_distill.main([str(flag) for flag in flags])
+        except SystemExit as exit:
+            code = exit.code
+    return code, out.getvalue(), err.getvalue()
+
+
+def succeeds(*flags: str | Path) -> str:
+    code, out, err = run(*flags)
+    assert code == 0, err
+    return out + err
+
+
+def fails(*flags: str | Path) -> str:
+    """One message, no traceback."""
+    code, out, err = run(*flags)
+    assert code == 2 and err.count("error: ") == 1 and "Traceback" not in err, (code, out, err)
+    return err[err.index("error: ") :]
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of the tiny base, in the folder of an adapter."""
+    folder = tmp_path_factory.mktemp("models") / "lora"
+    unet = load_unet(tiny_base)
+    add_random_lora(unet)
+    save_peft_lora(folder, unet)
+    return folder
+
+
+def edit(folder: Path, **settings: float) -> np.ndarray:
+    """One edit by the stock pipeline that the folder names."""
+    pipeline = DiffusionPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    settings |= {"height": 32, "width": 32} if "XL" in type(pipeline).__name__ else {}
+    return pipeline(
+        "make it red", image=image, generator=torch.manual_seed(0), output_type="np", **settings
+    ).images  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_makes_a_whole_editor(
+    family: str, tiny_editor: Path, tiny_sdxl_editor: Path, tiny_base: Path, tiny_sdxl: Path, tmp_path: Path
+) -> None:
+    """Stock diffusers loads it and edits; the frozen parts are links; settings, report and card say how it was made."""
+    editor, base = (tiny_editor, tiny_base) if family == "sd" else (tiny_sdxl_editor, tiny_sdxl)
+    make = make_tiny_sd if family == "sd" else make_tiny_sdxl
+    distilled, out = make(tmp_path / "distilled", seed=7), tmp_path / "fast"
+    said = succeeds(
+        "--model", editor, "--distilled", distilled, "--base", base, "--output_dir", out, "--scheduler=lcm", "--steps=5"
+    )  # fmt: skip
+    weight = 1.0 if family == "sd" else 0.5  # the reference's advice for full SDXL models
+    merged, expected = weights_in(out), merge(editor, MergeOptions(weight), distilled=distilled, base=base)
+    assert all(torch.equal(merged[name], value) for name, value in expected.items()) and len(merged) == len(expected)
+    stock = StableDiffusionInstructPix2PixPipeline if family == "sd" else StableDiffusionXLInstructPix2PixPipeline
+    pipeline = stock.from_pretrained(out)
+    assert type(pipeline.scheduler) is LCMScheduler and pipeline.unet.config.in_channels == 8
+    adapted = json.loads((out / "adapted.json").read_text())
+    recommended = adapted["recommended"]
+    assert recommended["steps"] == 5 and recommended["scheduler"] == "LCMScheduler" and adapted["weight"] == weight
+    assert [(source["role"], source["name"]) for source in adapted["sources"]] == [
+        ("editor", editor.name), ("distilled", "distilled"), ("base", base.name)
+    ]  # fmt: skip
+    edited = edit(out, num_inference_steps=recommended["steps"], guidance_scale=recommended["guidance_scale"])
+    assert np.isfinite(edited).all()
+    for file in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
+        assert (out / file).samefile(editor / file)
+    report = json.loads((out / "report.json").read_text())
+    assert set(report["blocks"]) >= {"conv_in", "mid_block", "up_blocks.1"} and "4 of its 8" in report["conv_in"]
+    assert "conv_in: changed on 4 of its 8 inputs" in said and "up_blocks.1" in said
+    card = (out / "README.md").read_text()
+    assert str(tmp_path) not in card + json.dumps(adapted), "where the models lay is their owner's affair"
+    assert f"{stock.__name__}.from_pretrained" in card and "num_inference_steps=5" in card
+    assert {path.name for path in out.iterdir()} <= {
+        "README.md", "adapted.json", "report.json", "model_index.json", "scheduler", "unet", "vae", "text_encoder",
+        "text_encoder_2", "tokenizer", "tokenizer_2",
+    }  # fmt: skip
+
+
+def test_the_code_of_the_card_runs(tiny_editor: Path, lora: Path, tmp_path: Path) -> None:
+    succeeds("--model", tiny_editor, "--lora", lora, "--output_dir", tmp_path / "fast", "--scheduler=tcd")
+    card = (tmp_path / "fast" / "README.md").read_text()
+    assert "eta=0.3" in card and "in place of TCD's own" in card
+    snippet = card.split("```python\n")[1].split("```")[0]
+    Image.new("RGB", (32, 32), "green").save(tmp_path / "photograph.jpg")
+    process = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, env=ENVIRONMENT, capture_output=True)
+    assert process.returncode == 0, process.stderr.decode()
+    assert Image.open(tmp_path / "edited.png").size == (32, 32)
+
+
+def test_style_keeps_the_editor_as_it_runs(tiny_editor: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """A fine-tune minus its base, the editor's own scheduler, and the settings of many steps."""
+    style = make_tiny_sd(tmp_path / "style", seed=9)
+    succeeds("--model", tiny_editor, "--distilled", style, "--base", tiny_base, "--output_dir", tmp_path / "out")
+    recommended = json.loads((tmp_path / "out" / "adapted.json").read_text())["recommended"]
+    assert recommended == {
+        "steps": 20, "guidance_scale": 7.5, "image_guidance_scale": 1.5, "eta": 0.0, "scheduler": "DDIMScheduler",
+        "scheduler_settings": {},
+    }  # fmt: skip
+    assert (tmp_path / "out" / "scheduler" / "scheduler_config.json").samefile(
+        tiny_editor / "scheduler" / "scheduler_config.json"
+    )
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
+def test_dtypes(tiny_editor: Path, lora: Path, dtype: str, tmp_path: Path) -> None:
+    said = succeeds("--model", tiny_editor, "--lora", lora, "--output_dir", tmp_path / "out", f"--dtype={dtype}")
+    kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
+    expected = merge(tiny_editor, MergeOptions(1.0), lora=lora)
+    assert all(torch.equal(value, expected[name].to(kind)) for name, value in weights_in(tmp_path / "out").items())
+    assert ("warning: bf16 rounds" in said) == (dtype == "bf16")
+
+
+def test_variants_become_plain(tiny_editor: Path, lora: Path, tmp_path: Path) -> None:
+    """An editor that comes in fp16 files alone loads without naming them afterwards."""
+    pipeline = DiffusionPipeline.from_pretrained(tiny_editor)
+    pipeline.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
+    flags = ("--lora", lora, "--output_dir", tmp_path / "out")
+    assert "--model_variant" in fails("--model", tmp_path / "half", *flags)
+    succeeds("--model", tmp_path / "half", "--model_variant=fp16", *flags)
+    assert isinstance(DiffusionPipeline.from_pretrained(tmp_path / "out"), StableDiffusionInstructPix2PixPipeline)
+    names = {path.name for path in (tmp_path / "out").rglob("*.safetensors")}
+    assert names == {"model.safetensors", "diffusion_pytorch_model.safetensors"}
+
+
+# --- presets ---
+
+
+def test_presets_are_consistent() -> None:
+    """Ids, files, bases and schedulers fit together, and each preset becomes a recipe that the flags may override."""
+    editor = diffusers.DDIMScheduler(beta_schedule="scaled_linear", prediction_type="epsilon", steps_offset=1)
+    for name, preset in PRESETS.items():
+        assert preset.family in BASES and preset.kind in ("lora", "distilled"), name
+        assert (preset.base is None) == (preset.kind == "lora"), name
+        assert preset.weight == (0.5 if preset.kind == "distilled" and preset.family == "sdxl" else 1.0), name
+        assert preset.id.count("/") == 1 and (preset.weight_name or "x.bin").endswith(SUFFIXES), name
+        assert 1 <= preset.steps <= 16 and preset.guidance_scale >= 1 and preset.image_guidance_scale == 1, name
+        scheduler = choose_scheduler(editor, preset.scheduler)
+        scheduler = type(scheduler).from_config(dict(scheduler.config), **preset.scheduler_settings)
+        scheduler.set_timesteps(preset.steps)
+        assert len(scheduler.timesteps) == preset.steps and scheduler.timesteps[0] > 700, name
+        recipe = make_recipe(vars(adapt_distill.parse_flags([f"--preset={name}", "--model=a", "--output_dir=b"])))
+        assert recipe.merge.weight == preset.weight and recipe.recommended["steps"] == preset.steps, name
+        assert set(recipe.sources) == ({"lora"} if preset.kind == "lora" else {"distilled", "base"}), name
+        assert recipe.sources[preset.kind].weight_name == preset.weight_name, name
+    table = describe_presets()
+    assert all(preset.id in table and name in table for name, preset in PRESETS.items())
+    flags = ["--preset=turbo-sdxl", "--weight=0.3", "--base=my/own", "--steps=2", "--distilled_revision=abc"]
+    given = adapt_distill.parse_flags([*flags, "--scheduler=euler", "--model=a", "--output_dir=b"])
+    adapt_distill.check_flags(given)
+    recipe = make_recipe(vars(given))
+    assert (recipe.merge.weight, recipe.recommended["steps"]) == (0.3, 2)
+    assert recipe.sources["base"].name == "my/own" and recipe.sources["distilled"].revision == "abc"
+    assert recipe.scheduler == ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"})
+
+
+def test_timesteps_of_presets() -> None:
+    """Lightning starts at the last timestep, and DMD2's four are those that it was trained for."""
+    config = diffusers.DDIMScheduler(beta_schedule="scaled_linear", steps_offset=1)
+    found = {}
+    for name in ("lightning-sdxl-4", "dmd2-sdxl-4"):
+        scheduler = choose_scheduler(config, PRESETS[name].scheduler)
+        scheduler = type(scheduler).from_config(dict(scheduler.config), **PRESETS[name].scheduler_settings)
+        scheduler.set_timesteps(4)
+        found[name] = [int(step) for step in scheduler.timesteps]
+    assert found == {"lightning-sdxl-4": [999, 749, 499, 249], "dmd2-sdxl-4": [999, 749, 499, 249]}
+
+
+def test_lists_presets_and_answers_at_once() -> None:
+    said = succeeds("--list_presets")
+    assert "lcm-lora-sd1.5" in said and "not verified" in said
+    code = "import sys, adapt_distill\nadapt_distill.parse_flags(['--list_presets'])\nassert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=ENVIRONMENT, check=True)
+
+
+def test_a_preset_from_the_hub(tiny_editor: Path, lora: Path, tmp_path: Path) -> None:
+    """Editor and LoRA come from the Hub: commits and licences are told, and the parts are linked from its cache."""
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card" / LORA).write_bytes((lora / LORA).read_bytes())
+    (tmp_path / "card" / "README.md").write_text("---\nlicense: openrail++\n---\n")
+    out = tmp_path / "out"
+    flags = ["--model=user/editor", "--preset=lcm-lora-sd1.5", f"--output_dir={out}"]
+    with hub_server(tmp_path / "hub") as hub:
+        serve_folder(hub, "latent-consistency/lcm-lora-sdv1-5", tmp_path / "card")
+        serve_folder(hub, "user/editor", tiny_editor)
+        environment = hub.environment(tmp_path / "cache") | {"OMP_NUM_THREADS": "1"}
+        process = subprocess.run([sys.executable, "adapt_distill.py", *flags], cwd=REPOSITORY, env=environment,
+                                 capture_output=True, text=True)  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    adapted = json.loads((out / "adapted.json").read_text())
+    assert [len(source["revision"]) for source in adapted["sources"]] == [40, 40]
+    assert adapted["preset"] == "lcm-lora-sd1.5" and adapted["recommended"]["scheduler"] == "LCMScheduler"
+    expected = merge(tiny_editor, MergeOptions(1.0), lora=lora)
+    assert all(torch.equal(value, expected[name]) for name, value in weights_in(out).items())
+    assert not (out / "vae" / "diffusion_pytorch_model.safetensors").is_symlink()
+    assert np.isfinite(edit(out, num_inference_steps=4)).all()
+
+
+# --- licences and publishing ---
+
+
+def test_restrictions() -> None:
+    assert restrictions_of("cc-by-nc-4.0") == ("non-commercial",)
+    assert restrictions_of("cc-by-nc-nd-4.0") == ("non-commercial", "no derivatives")
+    assert restrictions_of("sai-nc-community") == ("non-commercial",)
+    assert restrictions_of("stabilityai-ai-community") == restrictions_of("openrail++") == restrictions_of("mit") == ()
+
+
+def test_pushing_needs_the_licences_leave(
+    tiny_editor: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    restricted = tmp_path / "restricted"
+    restricted.mkdir()
+    (restricted / LORA).write_bytes((lora / LORA).read_bytes())
+    (restricted / "README.md").write_text("---\nlicense: cc-by-nc-nd-4.0\n---\n")
+    flags = ["--model", tiny_editor, "--lora", restricted, "--output_dir", tmp_path / "out", "--push_to_hub",
+             "--hub_model_id=user/fast"]  # fmt: skip
+    assert "needs a login" in fails(*flags)
+    with hub_server(tmp_path / "hub") as hub:
+        turn_downloads(monkeypatch, hub.url, tmp_path)
+        flags.append("--hub_token=write-token")
+        message = fails(*flags)
+        assert "non-commercial and no derivatives (cc-by-nc-nd-4.0)" in message and "--accept_license" in message
+        assert not (tmp_path / "out" / "model_index.json").exists()
+        said = succeeds(*flags, "--accept_license")
+        assert "pushed to" in said and "no derivatives" in said
+        repo = hub.repos["models/user/fast"]
+        assert {"model_index.json", "adapted.json", "README.md", "unet/config.json"} <= set(repo.files)
+        card = repo.read("README.md").decode()
+    assert "license: cc-by-nc-nd-4.0" in card and "it is **non-commercial and no derivatives**" in card
+    sources = json.loads((tmp_path / "out" / "adapted.json").read_text())["sources"]
+    assert sources[1]["restrictions"] == ["non-commercial", "no derivatives"]
+
+
+# --- the output folder ---
+
+
+def test_a_foreign_folder_is_left_alone(tiny_editor: Path, lora: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("years of work")
+    flags = ("--model", tiny_editor, "--lora", lora, "--output_dir")
+    assert "holds something else (thesis.txt)" in fails(*flags, out)
+    assert read_files(out) == {"thesis.txt": b"years of work"}
+    assert "is a file" in fails(*flags, out / "thesis.txt")
+    assert "which is read" in fails(*flags, tiny_editor) and "which is read" in fails(*flags, lora.parent)
+
+
+def test_its_own_result_is_replaced(tiny_editor: Path, lora: Path, tmp_path: Path) -> None:
+    """Also one that a kill left half moved, and the editor it was made of stays as it was."""
+    before = read_files(tiny_editor)
+    flags = ("--model", tiny_editor, "--lora", lora, "--output_dir", tmp_path / "out")
+    succeeds(*flags, "--weight=0.5")
+    for name in ("calibration.json", "my notes.txt"):
+        (tmp_path / "out" / name).write_text("of the former run")
+    succeeds(*flags, "--weight=0.75")
+    assert {path.name for path in (tmp_path / "out").glob("*.*")} == {
+        "README.md", "adapted.json", "model_index.json", "report.json", "my notes.txt"
+    }  # fmt: skip
+    (tmp_path / "out" / "model_index.json").unlink()
+    (tmp_path / "out" / ".unfinished-editor").mkdir()
+    assert "will be replaced" in succeeds(*flags, "--weight=0.25")
+    assert json.loads((tmp_path / "out" / "adapted.json").read_text())["weight"] == 0.25
+    assert not (tmp_path / "out" / ".unfinished-editor").exists()
+    assert read_files(tiny_editor) == before
+
+
+SLOW = """
+import sys, time, utils.delta_merging, adapt_distill
+merge_rows = utils.delta_merging._merge
+def slowly(*given):
+    time.sleep(0.02)
+    return merge_rows(*given)
+utils.delta_merging._merge = slowly
+adapt_distill.main(sys.argv[1:])
+"""
+
+
+def test_a_kill_leaves_no_half_editor(tiny_editor: Path, lora: Path, tmp_path: Path) -> None:
+    """kill -9 in the middle of the weights; the same command then makes the whole editor."""
+    out = tmp_path / "out"
+    flags = ["--model", str(tiny_editor), "--lora", str(lora), "--output_dir", str(out)]
+    process = subprocess.Popen([sys.executable, "-c", SLOW, *flags], cwd=REPOSITORY, env=ENVIRONMENT,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    deadline = time.monotonic() + 90
+    while not list(out.glob(".unfinished-editor/unet/.*.safetensors")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not [path for path in out.iterdir() if not path.name.startswith(".")]
+    succeeds(*flags)
+    assert np.isfinite(edit(out, num_inference_steps=2)).all()
+    assert not [path for path in out.rglob("*") if path.name.startswith(".")]
+
+
+def test_a_full_disk(tiny_editor: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known before anything is written; and when it fills up meanwhile, what was begun is removed."""
+    flags = ("--model", tiny_editor, "--lora", lora, "--output_dir", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: os.statvfs_result((0,) * 10) and type("", (), {"free": 5})())
+        assert "make room" in fails(*flags)
+
+    def refuse(*given: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("utils.adapted_editor.write_safetensors", refuse)
+    assert "could not be written (a full disk?)" in fails(*flags)
+    assert read_files(tmp_path / "out") == {}
+
+
+# --- choosing the weight ---
+
+
+def test_calibrate(tiny_editor: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """The weight is taken from the grid; scores, plot and contact sheet stand beside the editor."""
+    for name in ("a", "b"):
+        pixels = np.random.default_rng(ord(name)).integers(0, 256, (32, 40, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    rows = [{"image": "a.png", "edit": "make it red"}, {"image": "b.png", "edit": "make it blue"}]
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+    distilled, out = make_tiny_sd(tmp_path / "distilled", seed=7), tmp_path / "out"
+    flags = ("--model", tiny_editor, "--distilled", distilled, "--base", tiny_base, "--scheduler=lcm", "--device=cpu")
+    said = succeeds(*flags, "--output_dir", out, "--calibrate", pairs, "--calibrate_weights", "0.2", "0.6", "1.0")
+    content = json.loads((out / "calibration.json").read_text())
+    assert [row["weight"] for row in content["scores"]] == [0.2, 0.6, 1.0] and "<- taken" in said
+    weight = json.loads((out / "adapted.json").read_text())["weight"]
+    assert weight == content["chosen"] and f"weight {weight:g}" in said
+    expected = merge(tiny_editor, MergeOptions(weight), distilled=distilled, base=tiny_base)
+    assert all(torch.equal(value, expected[name]) for name, value in weights_in(out).items())
+    sheet = Image.open(out / "calibration_sheet.png")
+    assert sheet.width > sheet.height  # two rows of five pictures
+    assert Image.open(out / "calibration.png").size[0] > 500
+    for text, words in (("", "is empty"), ("{}", "line 1"), ('{"image": "no.png", "edit": "x"}', "does not exist")):
+        pairs.write_text(text)
+        assert words in fails(*flags, "--output_dir", tmp_path / "other", "--calibrate", pairs)
+    assert not (tmp_path / "other").exists()
+
+
+def test_the_knee() -> None:
+    """Nearest to no distance, the same direction and the same colours; of equals the smaller weight."""
+    scores = [
+        Scores(0.3, 1.0, 0.3, 0.9, 0.6), Scores(0.5, 0.5, 0.2, 0.8, 1.0), Scores(0.7, 0.45, 0.2, 0.4, 1.1),
+        Scores(1.0, 0.9, 0.3, 0.1, 1.9),
+    ]  # fmt: skip
+    assert choose_weight(scores) == 0.5
+    assert choose_weight([Scores(weight, 1.0, 1.0, 0.5, 1.0) for weight in (0.6, 0.4, 0.8)]) == 0.4
+
+
+# --- mistakes ---
+
+
+def test_mistakes_in_the_flags(tmp_path: Path) -> None:
+    """Everything that the flags alone tell, in one message, before a library is loaded."""
+    cases = [
+        ([], ["--model is missing", "--output_dir is missing", "give one of --preset"]),
+        (["--preset=nope"], ["--preset nope is not known"]),
+        (["--lora=x", "--delta=y"], ["(given: --lora, --delta)"]),
+        (["--distilled=x"], ["--distilled needs --base"]),
+        (["--lora=x", "--base=y"], ["--base is subtracted from --distilled"]),
+        (["--lora=x", "--method=ties"], ["--method ties needs --base"]),
+        (["--lora=x", "--density=0.5"], ["--density belongs to"]),
+        (["--lora=x", "--method=dare", "--density=0"], ["--density 0.0: must be above 0"]),
+        (["--lora=x", "--block_weights", "up=much", "=1"], ["--block_weights up=much", "--block_weights =1"]),
+        (["--lora=x", "--weight=nan"], ["--weight nan"]),
+        (["--lora=x", "--steps=0", "--eta=-1"], ["--steps 0", "--eta -1.0"]),
+        (["--lora=x", "--lcm_guidance=4"], ["--lcm_guidance folds"]),
+        (["--lora=x", "--distilled_variant=fp16"], ["--distilled_variant belongs to --distilled"]),
+        (["--lora=x", "--calibrate=p.jsonl", "--weight=1"], ["--calibrate chooses the weight"]),
+        (["--lora=x", "--timestep_spacing=trailing"], ["--timestep_spacing belongs to --scheduler"]),
+        (["--lora=x", "--seed=-1"], ["--seed -1"]),
+        (["--lora=x", "--dtype=int8"], ["invalid choice: 'int8'"]),
+        (["--no_such_flag"], ["no_such_flag"]),
+    ]
+    for flags, words in cases:
+        message = fails(*flags)
+        assert not [word for word in words if word not in message], message
+    assert not list(tmp_path.iterdir())
+
+
+def test_mistakes_in_the_models(
+    tiny_editor: Path, tiny_base: Path, tiny_sdxl_editor: Path, lora: Path, tmp_path: Path
+) -> None:
+    out = ("--output_dir", tmp_path / "out")
+    v_editor = make_tiny_sd(tmp_path / "v", in_channels=8, prediction_type="v_prediction")
+    cases = [
+        (("--model", tmp_path / "none", "--lora", lora), "is no folder"),
+        (("--model", tiny_editor / "vae", "--lora", lora), "is no whole editor in diffusers' format"),
+        (("--model", tiny_base, "--lora", lora), "its UNet takes 4 channels"),
+        (("--model", "nobody/nothing", "--lora", lora), "cannot be loaded"),
+        (("--model", tiny_sdxl_editor, "--lora", lora), "does not fit the editor"),
+        (("--model", tiny_sdxl_editor, "--preset", "tcd-sd1.5"), "--preset tcd-sd1.5 is for sd1.5"),
+        (("--model", tiny_editor, "--preset", "turbo-sdxl"), "--preset turbo-sdxl is for sdxl"),
+        (("--model", v_editor, "--preset", "tcd-sd1.5"), "they cannot be added"),
+        (("--model", tiny_editor, "--lora", lora, "--block_weights", "x(=1"), "no regular expression"),
+        (
+            ("--model", tiny_editor, "--lora", lora, "--dtype=fp16", "--block_weights", "mid=1e9"),
+            "too great for float16",
+        ),
+        (("--model", tiny_editor, "--lora", lora, "--scheduler=edm_euler"), "other noise levels"),
+        (("--model", tiny_editor, "--lora", lora, "--calibrate", tmp_path / "no.jsonl"), "does not exist"),
+    ]
+    for flags, words in cases:
+        message = fails(*flags, *out)
+        assert words in message and message.count("\n") == 1, message
+        assert read_files(tmp_path / "out") == {}

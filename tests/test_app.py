@@ -1,0 +1,393 @@
+"""app.py: its flags, its API, and the page in a real Chromium, as its visitors use it."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import app
+import demo
+from tests.browser import CHROMIUM, INSTALL, PATIENCE, Server, Visitor, running_chromium
+from tests.runs import REPOSITORY
+from utils.editing import edit_images, fit_to_model
+from utils.loading import load_editor
+
+PHOTOS = REPOSITORY / "assets/photos"
+in_chromium = pytest.mark.skipif(CHROMIUM is None, reason=INSTALL)
+
+
+def refusal(capsys: pytest.CaptureFixture, *flags: str) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        app.main(list(flags))
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def server(tiny_editor: Path, tmp_path_factory: pytest.TempPathFactory):
+    """A server with an editor and a twin that comes with settings of its own."""
+    folder = tmp_path_factory.mktemp("app")
+    twin = Path(shutil.copytree(tiny_editor, folder / "twin"))
+    settings = {"steps": 4, "guidance_scale": 1.0, "image_guidance_scale": 1.0, "eta": 0.0}
+    (twin / "adapted.json").write_text(json.dumps({"recommended": settings}))
+    limits = ("--max_upload_mb=2", "--max_megapixels=2")
+    server = Server(folder / "log", f"--model={tiny_editor}", f"--model={twin}", "--keep_models=1", *limits)
+    yield server
+    assert server.end() == 0, server.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    with running_chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def visit(server, chromium):
+    """Opens pages; closes them after the test."""
+    visitors = []
+
+    def open_page(query: str = "", **window: int) -> Visitor:
+        visitors.append(Visitor(chromium, server.url, query, **window))
+        return visitors[-1]
+
+    yield open_page
+    for visitor in visitors:
+        visitor.close()
+
+
+@pytest.fixture(scope="module")
+def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bad")
+    photo = (PHOTOS / "raccoon.jpg").read_bytes()
+    (folder / "text.png").write_text("this is no picture")
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "cut.jpg").write_bytes(photo[: len(photo) // 3])
+    (folder / "heavy.jpg").write_bytes(photo + bytes(3 * 2**20))
+    Image.new("L", (2000, 2000)).save(folder / "wide.png")
+    return folder
+
+
+def test_without_a_toy_editor_it_says_what_to_do(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(app, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(app, "TOY", tmp_path / "demo-output/editor")
+    message = refusal(capsys)
+    assert "there is no demo-output/editor yet" in message and "make demo" in message and "--model" in message
+
+
+def test_all_mistakes_in_the_flags_at_once(capsys):
+    message = refusal(capsys, "--model=./nowhere", "--timeout=0", "--max_upload_mb=nan", "--server_port=70000")
+    for word in ("./nowhere", "--timeout 0", "--max_upload_mb nan", "--server_port 70000"):
+        assert word in message
+
+
+def test_a_port_that_is_taken_is_named(server, tiny_editor):
+    port = server.url.rstrip("/").rsplit(":", 1)[1]
+    command = [app.sys.executable, "app.py", f"--model={tiny_editor}", f"--server_port={port}"]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE / 1000)
+    assert ended.returncode == 2 and f"--server_port {port} cannot be listened on" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_the_toy_editor_edits_as_in_the_demo():
+    assert app.TOY == REPOSITORY / "demo-output/editor"
+    flags = {"steps": "--steps", "guidance_scale": "--cfg-text", "image_guidance_scale": "--cfg-image"}
+    assert {name: demo.EDITING[flag] for name, flag in flags.items()} == app.TOY_SETTINGS
+    assert all(path.is_file() for path in app.EXAMPLES)
+
+
+@in_chromium
+def test_upload_edit_and_slider(visit, tiny_editor):
+    """The edit on the page is that of `edit_images`, and the line between before and after moves."""
+    visitor = visit()
+    visitor.upload(PHOTOS / "raccoon.jpg")
+    assert "640 x 480 pixels" in visitor.status()
+    visitor.page.uncheck("#new_seed input")
+    visitor.set("seed", 7)
+    visitor.set("steps", 3)
+    visitor.edit("make it night")
+    assert "3 steps, seed 7, text guidance 7.5, image guidance 1.5" in visitor.status()
+
+    before, after = (Image.open(io.BytesIO(visitor.bytes_of(url))) for url in visitor.pictures_compared)
+    pipeline = load_editor(tiny_editor)
+    original = fit_to_model(Image.open(PHOTOS / "raccoon.jpg"), pipeline)
+    edited = edit_images(pipeline, [original], ["make it night"], seeds=[7], num_inference_steps=3)[0]
+    assert (np.asarray(before) == np.asarray(original)).all() and (np.asarray(after) == np.asarray(edited)).all()
+
+    handle = visitor.page.locator("#comparison .outer")
+    box = handle.bounding_box()
+    x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+    visitor.page.mouse.move(x, y)
+    visitor.page.mouse.down()
+    visitor.page.mouse.move(x + 100, y, steps=5)
+    visitor.page.mouse.up()
+    dragged = handle.bounding_box()["x"]
+    assert abs(dragged - box["x"] - 100) < 2
+    handle.focus()
+    visitor.page.keyboard.press("ArrowLeft")
+    assert handle.bounding_box()["x"] < dragged - 5
+
+
+@in_chromium
+def test_enter_edits_and_the_gallery_has_a_seed_each(visit):
+    visitor = visit()
+    visitor.upload(PHOTOS / "coffee.jpg")
+    visitor.set("images", 3)
+    visitor.set("steps", 2)
+    visitor.instruction.fill("make it foggy")
+    visitor.instruction.press("Enter")
+    visitor.wait_until_done()
+    seed = int(visitor.number("seed"))
+    visitor.wait_for_edits(3)
+    captions = visitor.page.inner_text("#gallery")
+    assert all(f"seed {seed + number}" in captions for number in range(3))
+    shown = [visitor.page.locator("#gallery .thumbnail-item img").nth(n).get_attribute("src") for n in range(3)]
+    assert len({visitor.bytes_of(url) for url in shown}) == 3
+    visitor.edits.nth(2).focus()
+    visitor.page.keyboard.press("Enter")
+    visitor.page.get_by_text(f"picture | seed {seed + 2}").wait_for()
+    assert visitor.bytes_of(visitor.pictures_compared[1]) == visitor.bytes_of(shown[2])
+    visitor.edit("make it foggy")  # once more: another seed
+    assert visitor.number("seed") != seed
+
+
+@in_chromium
+@pytest.mark.parametrize(
+    "name, complaint",
+    [("text.png", "not an image"), ("empty.png", "0 bytes"), ("cut.jpg", "truncated"), ("wide.png", "2000x2000")],
+)
+def test_a_bad_file_gets_a_message_and_the_next_one_is_edited(visit, bad_files, name, complaint):
+    visitor = visit()
+    visitor.set("steps", 2)
+    visitor.upload(bad_files / name)
+    assert complaint in visitor.status() and "cannot be used" in visitor.status()
+    visitor.upload(PHOTOS / "rocket.jpg")
+    visitor.edit("make it night")
+    visitor.wait_for_edits(1)
+
+
+@in_chromium
+def test_a_file_that_is_too_heavy_is_not_even_sent(visit, bad_files):
+    visitor = visit()
+    visitor.page.locator("#picture input[type=file]").set_input_files(bad_files / "heavy.jpg")
+    visitor.page.get_by_text(re.compile("exceed the maximum allowed size of 2.0 Mb")).wait_for()
+    visitor.upload(PHOTOS / "rocket.jpg")
+    visitor.set("steps", 2)
+    visitor.edit("make it night")
+
+
+@in_chromium
+def test_what_is_missing_is_said(visit):
+    visitor = visit()
+    visitor.page.click("#run")
+    visitor.wait_for_status("The instruction is empty", "no complaint")
+    visitor.instruction.fill("make it night")
+    visitor.page.click("#run")
+    visitor.wait_for_status("There is no picture", "no complaint")
+
+
+@in_chromium
+def test_two_visitors_get_their_own(visit):
+    """Both ask at once; one waits for the other, and neither sees the other's edits."""
+    visitors = [visit(), visit()]
+    for visitor, photo, seed in zip(visitors, ("raccoon", "rocket"), (100, 200), strict=True):
+        visitor.upload(PHOTOS / f"{photo}.jpg")
+        visitor.page.uncheck("#new_seed input")
+        visitor.set("seed", seed)
+        visitor.set("steps", 40)
+        visitor.set("images", 2)
+        visitor.instruction.fill(f"for {photo}")
+    for visitor in visitors:
+        visitor.page.click("#run")
+    for visitor, photo, seed in zip(visitors, ("raccoon", "rocket"), (100, 200), strict=True):
+        visitor.wait_until_done()
+        assert f"seed {seed}" in visitor.page.inner_text("#gallery")
+        visitor.wait_for_edits(2)
+        assert f"instruction=for+{photo}&" in visitor.page.url
+    first, second = (visitor.bytes_of(visitor.pictures_compared[0]) for visitor in visitors)
+    assert first != second
+
+
+@in_chromium
+@pytest.mark.parametrize("by_key", [False, True], ids=["button", "escape"])
+def test_stop_and_the_next_edit_works(visit, by_key):
+    visitor = visit()
+    visitor.upload(PHOTOS / "raccoon.jpg")
+    visitor.set("steps", 200)
+    visitor.set("images", 16)
+    visitor.instruction.fill("make it night")
+    visitor.page.click("#run")
+    visitor.wait_for_status(r"^Step \d+ of 200 · image \d+ of 16", "no progress")
+    assert visitor.page.locator("#run").is_disabled()
+    visitor.page.keyboard.press("Escape") if by_key else visitor.page.click("#stop")
+    status = visitor.wait_for_status("^Stopped", "it does not stop")
+    assert int(re.search(r"(\d+) of 16 images", status)[1]) < 16
+    visitor.set("steps", 2)
+    visitor.set("images", 1)
+    visitor.edit("make it night")
+    assert visitor.page.locator("#stop").is_disabled() and visitor.page.locator("#run").is_enabled()
+
+
+@in_chromium
+def test_a_link_restores_the_edit(visit):
+    visitor = visit()
+    visitor.upload(PHOTOS / "raccoon.jpg")
+    visitor.page.check("#new_guidance input")
+    visitor.set("steps", 3)
+    visitor.edit("give it a sepia tone & more")
+    visitor.page.wait_for_function("document.querySelector('#link').querySelector('input, textarea').value")
+    edited = visitor.bytes_of(visitor.pictures_compared[1])
+    assert visitor.page.locator("#link").locator("input, textarea").input_value() == visitor.page.url
+
+    other = visit("?" + visitor.page.url.split("?", 1)[1])
+    assert other.instruction.input_value() == "give it a sepia tone & more"
+    names = ("seed", "steps", "images", "cfg_text", "cfg_image")
+    assert [other.number(name) for name in names] == [visitor.number(name) for name in names]
+    assert not other.page.is_checked("#new_seed input")
+    other.upload(PHOTOS / "raccoon.jpg")
+    other.page.click("#run")
+    other.wait_until_done()
+    assert other.bytes_of(other.pictures_compared[1]) == edited
+
+
+@in_chromium
+def test_a_damaged_link_opens_the_page_and_says_what_is_left_out(visit):
+    visitor = visit("?steps=many&seed=5&model=none&instruction=<b>make it night</b>")
+    assert "steps 'many'" in visitor.status() and "'none'" in visitor.status()
+    assert visitor.number("seed") == 5 and visitor.instruction.input_value() == "<b>make it night</b>"
+
+
+@in_chromium
+def test_two_models_side_by_side(visit):
+    """Each with its own settings; the slider shows both, and choosing the adapted one brings its settings."""
+    visitor = visit()
+    visitor.upload(PHOTOS / "raccoon.jpg")
+    visitor.page.uncheck("#new_seed input")
+    visitor.choose("compare", "twin")
+    visitor.set("steps", 3)
+    visitor.set("seed", 1)
+    visitor.set("images", 2)
+    visitor.edit("make it night")
+    visitor.wait_for_edits(4)
+    captions = re.findall(r"\w+ · \d steps · seed \d", visitor.page.inner_text("#gallery"))
+    assert captions == [f"{model} · seed {seed}" for seed in (1, 2) for model in ("editor · 3 steps", "twin · 4 steps")]
+    visitor.edits.nth(3).click()
+    visitor.page.get_by_text(f"picture | {captions[3]}").wait_for()
+    visitor.page.get_by_text("the two models").click()
+    visitor.page.get_by_text(f"{captions[2]} | {captions[3]}").wait_for()
+
+    visitor.choose("model", "twin")
+    visitor.page.wait_for_function("document.querySelector('#steps input[type=number]').value === '4'")
+    assert (visitor.number("cfg_text"), visitor.number("cfg_image")) == (1, 1)
+
+
+@in_chromium
+def test_example_and_reset(visit):
+    visitor = visit("?seed=5")
+    visitor.set("steps", 2)
+    visitor.page.click("#example")
+    visitor.wait_until_done()
+    visitor.wait_for_edits(1)
+    assert visitor.instruction.input_value()
+    visitor.page.click("#reset")
+    visitor.page.wait_for_function("document.querySelector('#steps input[type=number]').value === '20'")
+    assert visitor.instruction.input_value() == "" and visitor.edits.count() == 0
+    visitor.page.wait_for_function("location.search === ''")
+    assert visitor.number("seed") == 1371 and visitor.page.is_checked("#new_seed input")
+
+
+@in_chromium
+def test_nothing_is_fetched_from_elsewhere(visit, server):
+    visitor = visit()
+    visitor.upload(PHOTOS / "raccoon.jpg")
+    visitor.set("steps", 1)
+    visitor.edit("make it night")
+    elsewhere = [url for url in visitor.requested if not url.startswith((server.url, "data:", "blob:"))]
+    assert visitor.requested and elsewhere == []
+
+
+@in_chromium
+def test_everything_can_be_reached_by_the_tab_key(visit):
+    visitor = visit()
+    visitor.upload(PHOTOS / "raccoon.jpg")
+    visitor.set("steps", 1)
+    visitor.edit("make it night")
+    visitor.instruction.focus()
+    reached = []
+    for _ in range(60):
+        visitor.page.keyboard.press("Tab")
+        reached.append(visitor.page.evaluate(
+            "['run', 'stop', 'example', 'reset', 'comparison', 'gallery', 'link', 'images', 'steps', 'cfg_text',"
+            " 'cfg_image', 'seed', 'new_seed', 'new_guidance']"
+            ".find(id => document.getElementById(id)?.contains(document.activeElement))"
+        ))  # fmt: skip
+    order = list(dict.fromkeys(name for name in reached if name))
+    assert order[:4] == ["run", "example", "reset", "comparison"]  # nothing runs: there is nothing to stop
+    assert order[4:] == ["gallery", "link", "images", "steps", "cfg_text", "cfg_image", "seed", "new_seed",
+                         "new_guidance"]  # fmt: skip
+
+
+@in_chromium
+@pytest.mark.parametrize("width", [320, 390, 690, 1000, 1920])
+def test_no_window_is_scrolled_sideways(visit, width):
+    visitor = visit("?compare=twin&images=2&steps=1&seed=1", width=width, height=800)
+    visitor.upload(PHOTOS / "raccoon.jpg")
+    visitor.edit("a long instruction " * 12)
+    assert visitor.page.evaluate("document.documentElement.scrollWidth") <= width
+    wish, result, settings = (
+        visitor.page.locator(f"#{name}").bounding_box() for name in ("wish", "result", "settings")
+    )
+    if width < 700:  # one column, the result in sight of the button
+        assert wish["y"] + wish["height"] <= result["y"] and result["y"] + result["height"] <= settings["y"]
+    else:
+        assert wish["x"] + wish["width"] <= result["x"] and settings["x"] == wish["x"]
+
+
+def test_the_examples_of_the_api(server, tmp_path):
+    """docs/app.md's Python and curl, run as they stand there but for the port."""
+    blocks = dict(
+        re.findall(r"```(python|bash)\n((?:from|api=).*?)```", (REPOSITORY / "docs/app.md").read_text(), re.S)
+    )
+    shutil.copy(PHOTOS / "raccoon.jpg", tmp_path / "photo.jpg")
+    printed = {}
+    for language, command in (("python", [app.sys.executable, "-c"]), ("bash", ["bash", "-c"])):
+        code = blocks[language].replace("http://127.0.0.1:7860", server.url.rstrip("/"))
+        ended = subprocess.run([*command, code], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE / 1000)
+        assert ended.returncode == 0, ended.stderr
+        printed[language] = ended.stdout
+    assert printed["python"].count(".png") == 2
+    assert "'seed': 3" in printed["python"] and "'seed': 4" in printed["python"]
+    assert "event: complete" in printed["bash"]
+    edits, facts = json.loads(printed["bash"].rsplit("data: ", 1)[1])
+    assert facts["edits"][0]["seed"] == 3 and edits[0]["image"]["url"].startswith(server.url)
+
+
+def test_the_api_edits_with_two_models_and_refuses_mistakes(server, bad_files):
+    from gradio_client import Client, handle_file
+    from gradio_client.exceptions import AppError
+
+    client = Client(server.url, verbose=False)
+    settings = dict(instruction="make it snowy", model="editor", compare="twin", steps=2, seed=3, images=2)
+    photo = handle_file(PHOTOS / "raccoon.jpg")
+    edits, facts = client.predict(photo, **settings, api_name="/edit")
+    assert [Path(edit["image"]).suffix for edit in edits] == [".png"] * 4
+    assert [(fact["model"], fact["seed"], fact["steps"]) for fact in facts["edits"]] == [
+        ("editor", 3, 2), ("editor", 4, 2), ("twin", 3, 4), ("twin", 4, 4)
+    ]  # fmt: skip
+    assert "instruction=make+it+snowy&model=editor&compare=twin&steps=2&seed=3" in facts["link"]
+    for changes in ({"steps": 0}, {"instruction": ""}, {"model": "x"}, {"images": 17}, {"cfg_text": "much"}):
+        with pytest.raises(AppError):
+            client.predict(photo, **(settings | changes), api_name="/edit")
+    with pytest.raises(AppError, match="not an image"):
+        client.predict(handle_file(bad_files / "text.png"), **settings, api_name="/edit")
+    upload = ["curl", "-s", "-F", f"files=@{bad_files / 'heavy.jpg'}", f"{server.url}gradio_api/upload"]
+    assert "exceeded" in subprocess.run(upload, capture_output=True, text=True).stdout
+    assert client.predict(photo, **settings, api_name="/edit")[1] == facts

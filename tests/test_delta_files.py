@@ -1,0 +1,206 @@
+"""Weights are found in every form that they are published in, read piece by piece, and written piece by piece."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+from tests.changes import load_unet, merge, weights_in
+from tests.hub_files import serve_folder, turn_downloads
+from tests.hub_server import hub_server
+from tests.runs import ENVIRONMENT, REPOSITORY
+from utils.delta_merging import MergeOptions
+from utils.errors import InputError
+from utils.tensor_files import TensorFiles, split_rows, write_safetensors
+from utils.weight_sources import WeightSource, locate
+
+SHA = 40
+
+
+def save_form(unet: UNet2DConditionModel, folder: Path, form: str) -> WeightSource:
+    """The UNet as it is published in some form, and the flags that name it."""
+    flags = {}
+    if form == "whole":
+        unet.save_pretrained(folder / "unet")
+    elif form == "root":
+        unet.save_pretrained(folder)
+    elif form == "subfolder":
+        unet.save_pretrained(folder / "deep" / "inside")
+        flags["subfolder"] = "deep/inside"
+    elif form == "sharded":
+        unet.save_pretrained(folder / "unet", max_shard_size="200KB")
+        assert len(list((folder / "unet").glob("*.safetensors"))) > 2
+    elif form == "variant":
+        unet.save_pretrained(folder / "unet", variant="fp16")
+        flags["variant"] = "fp16"
+    elif form == "sharded variant":
+        unet.save_pretrained(folder, variant="fp16", max_shard_size="200KB")
+        flags["variant"] = "fp16"
+    elif form == "bin":
+        unet.save_pretrained(folder / "unet", safe_serialization=False)
+    elif form == "sharded bin":
+        unet.save_pretrained(folder, safe_serialization=False, max_shard_size="200KB")
+    elif form == "named":
+        folder.mkdir()
+        save_file(unet.state_dict(), folder / "dmd2_unet.safetensors")
+        flags["weight_name"] = "dmd2_unet.safetensors"
+    elif form == "old bin":  # cannot be mapped
+        folder.mkdir()
+        torch.save({"state_dict": unet.state_dict()}, folder / "x.bin", _use_new_zipfile_serialization=False)
+        flags["weight_name"] = "x.bin"
+    return WeightSource("--distilled", str(folder), **flags)
+
+
+FORMS = [
+    "whole",
+    "root",
+    "subfolder",
+    "sharded",
+    "variant",
+    "sharded variant",
+    "bin",
+    "sharded bin",
+    "named",
+    "old bin",
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms(tiny_editor: Path, tiny_base: Path, form: str, tmp_path: Path) -> None:
+    """Here and on the Hub, where the commit is told."""
+    source = save_form(load_unet(tiny_base), tmp_path / "source", form)
+    expected = merge(tiny_editor, MergeOptions(1.0), delta=tiny_base)
+    merged = merge(tiny_editor, MergeOptions(1.0), delta=source)
+    assert all(torch.equal(merged[name], expected[name]) for name in expected)
+    assert locate(source, "unet").revision is None
+
+
+@pytest.mark.parametrize("form", ["whole", "root", "sharded", "variant", "named", "bin"])
+def test_forms_on_the_hub(
+    tiny_editor: Path, tiny_base: Path, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_form(load_unet(tiny_base), tmp_path / "source", form)
+    flags = {"subfolder": source.subfolder, "variant": source.variant, "weight_name": source.weight_name}
+    expected = merge(tiny_editor, MergeOptions(1.0), delta=tiny_base)
+    with hub_server(tmp_path / "hub") as hub:
+        serve_folder(hub, "user/fast", tmp_path / "source")
+        turn_downloads(monkeypatch, hub.url, tmp_path)
+        found = locate(WeightSource("--distilled", "user/fast", **flags), "unet", cache_dir=str(tmp_path / "cache"))
+        assert len(found.revision) == SHA and {path.is_file() for path in found.files} == {True}
+        file = TensorFiles(found.files, "it")
+        assert all(torch.equal(file.read(name), value) for name, value in weights_in(tiny_base).items())
+        with pytest.raises(InputError, match="--lora user/fast lacks pytorch_lora_weights.safetensors.*it has "):
+            locate(WeightSource("--lora", "user/fast"), "lora", cache_dir=str(tmp_path / "cache"))
+        with pytest.raises(InputError, match="--lora user/none cannot be loaded"):
+            locate(WeightSource("--lora", "user/none"), "lora", cache_dir=str(tmp_path / "cache"))
+    assert expected.keys() == file.shapes.keys()
+
+
+def test_a_shard_that_is_missing_is_named(tiny_base: Path, tmp_path: Path) -> None:
+    source = save_form(load_unet(tiny_base), tmp_path / "source", "sharded")
+    lost = sorted((tmp_path / "source" / "unet").glob("*.safetensors"))[1]
+    lost.unlink()
+    with pytest.raises(InputError, match=f"is not whole: it lacks {lost.name}"):
+        locate(source, "unet")
+    (tmp_path / "source" / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text("{")
+    with pytest.raises(InputError, match="no index of shards"):
+        locate(source, "unet")
+
+
+def test_what_is_written_is_what_safetensors_reads(tmp_path: Path) -> None:
+    """In several dtypes, piece by piece, with an empty and a zero-dimensional tensor."""
+    tensors = {
+        "a.weight": torch.randn(7, 3, 2), "b": torch.randn(5).half(), "c": torch.tensor(3.0).bfloat16(),
+        "d": torch.zeros(0, 4), "e": torch.arange(6),
+    }  # fmt: skip
+    kinds = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
+    pieces = [
+        (name, value if rows == slice(None) else value[rows])
+        for name, value in tensors.items()
+        for rows in split_rows(value.shape, 12)
+    ]
+    assert len(pieces) > len(tensors)
+    path = tmp_path / "made.safetensors"
+    write_safetensors(path, kinds, pieces)
+    read = load_file(path)
+    assert read.keys() == tensors.keys() and all(torch.equal(read[name], value) for name, value in tensors.items())
+    assert TensorFiles([path], "it").metadata == {"format": "pt"}
+    for wrong in (pieces[:-1], pieces[::-1], [(name, value.float()) for name, value in pieces]):
+        with pytest.raises(ValueError, match="turn|every row"):
+            write_safetensors(tmp_path / "wrong.safetensors", kinds, wrong)
+    assert [path.name for path in tmp_path.iterdir()] == ["made.safetensors"]
+
+
+def test_rows_are_cut_evenly() -> None:
+    assert list(split_rows((10, 4), 12)) == [slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 10)]
+    assert list(split_rows((2, 100), 12)) == [slice(0, 1), slice(1, 2)]
+    assert list(split_rows((3, 4), 12)) == [slice(None)] == list(split_rows((), 12))
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+import torch
+from utils.adapted_editor import write_unet
+from utils.adapting import Recipe, open_ingredients
+from utils.delta_merging import MergeOptions, MergeReport
+from utils.weight_sources import WeightSource
+
+def peak():  # of this process alone: resource's ru_maxrss begins with what the parent took when it forked
+    lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0])
+
+folder, form = Path(sys.argv[1]), sys.argv[2]
+sources = {"lora": "lora.safetensors"} if form == "lora" else {"distilled": f"fast.{form}", "base": f"slow.{form}"}
+recipe = Recipe(
+    WeightSource("--model", str(folder / "editor")), folder,
+    {role: WeightSource(f"--{role}", str(folder / name)) for role, name in sources.items()}, MergeOptions(0.5),
+)
+ingredients = open_ingredients(recipe)
+before = peak()
+write_unet(folder / "merged.safetensors", recipe, ingredients, MergeReport())
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin", "lora"])
+def test_memory(tiny_editor: Path, form: str, tmp_path: Path) -> None:
+    """Three models of 210 MB take no more than a few pieces of them; loaded they would take 630."""
+    config = UNet2DConditionModel.load_config(tiny_editor, subfolder="unet")
+    config |= {"block_out_channels": (128, 512), "norm_num_groups": 8}
+    editor = tmp_path / "editor"
+    (editor / "scheduler").mkdir(parents=True)
+    for name in ("model_index.json", "scheduler/scheduler_config.json"):
+        (editor / name).write_text((tiny_editor / name).read_text())
+    (editor / "model_index.json").write_text('{"_class_name": "StableDiffusionInstructPix2PixPipeline"}')
+    unet = UNet2DConditionModel.from_config(config)
+    unet.save_pretrained(editor / "unet")
+    state = unet.state_dict()
+    total, largest = (call(value.nbytes for value in state.values()) for call in (sum, max))
+    assert total > 200e6 and largest < 20e6
+    if form == "lora":
+        layers = [name.removesuffix(".weight") for name, value in state.items() if value.ndim == 4 and "conv1" in name]
+        tensors = {}
+        for layer in layers:
+            out, into = state[f"{layer}.weight"].shape[:2]
+            tensors |= {
+                f"{layer}.lora_A.weight": torch.ones(8, into, 3, 3),
+                f"{layer}.lora_B.weight": torch.ones(out, 8, 1, 1),
+            }
+        save_file(tensors, tmp_path / "lora.safetensors")
+    else:
+        for name in ("fast", "slow"):
+            save = save_file if form == "safetensors" else torch.save
+            save(state, tmp_path / f"{name}.{form}")
+    del unet, state
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), form]
+    grown = int(subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, check=True).stdout) * 1024
+    # Windows of 32 MiB of up to three files, a piece of each, and what of the tensor lies beyond a window.
+    assert grown < 180e6, grown
+    assert (tmp_path / "merged.safetensors").stat().st_size > total
