@@ -57,7 +57,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each way")
     parser.add_argument("--pairs", type=int, default=400, help="pairs of the new instruction")
     args = parser.parse_args()
-    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(os.cpu_count())}
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     make_pairs(args.output / "pairs", args.pairs)
     rows = {"before": {"trained": 0, "stored_mb": 0.0, "minutes": 0.0} | score(args, {})}
     for number, (name, flags) in enumerate(WAYS.items()):
