@@ -45,7 +45,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     started = time.monotonic()
     output = args.output.resolve()
-    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": str(os.cpu_count())}
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     sys.path.insert(0, str(REPOSITORY))
     make_pairs(output / "pairs", args.pairs)
     train(output, args.steps)
@@ -85,7 +86,8 @@ def train(output: Path, steps: int) -> None:
     accelerate = Path(sys.executable).with_name("accelerate")
     run(
         accelerate, "launch", "--quiet", "--mixed_precision", "no", "--num_processes", 1, "--num_machines", 1,
-        "--dynamo_backend", "no", "--num_cpu_threads_per_process", os.cpu_count(), "train_instruct_pix2pix.py",
+        "--dynamo_backend", "no", "--num_cpu_threads_per_process", os.environ["OMP_NUM_THREADS"],
+        "train_instruct_pix2pix.py",
         "--pretrained_model_name_or_path", BASE, "--dataset_name", output / "pairs", "--output_dir", output / "editor",
         "--max_train_steps", steps, "--use_ema", "--cache_latents", "--center_crop", *words_of(TRAINING),
     )  # fmt: skip
