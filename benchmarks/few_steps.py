@@ -18,7 +18,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
-WEIGHTS = (0.25, 0.5, 0.75, 1.0)
+WEIGHTS, FEW = (0.5, 1.0), (1, 2, 4)
 GUIDANCE = {"plain": (2.0, 1.3), "one branch": (1.0, 1.0)}
 SCALE = 2
 
@@ -31,11 +31,12 @@ def main() -> None:
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     editor = args.demo / "editor"
-    ways = [("the editor", editor, "DDIM", 20), ("the editor", editor, "DDIM", 4), ("the editor", editor, "LCM", 4)]
+    ways = [("the editor", editor, "DDIM", 20), ("the editor", editor, "DDIM", 4)]
+    ways += [("the editor", editor, "LCM", steps) for steps in FEW]
     for weight in WEIGHTS:
         folder = args.output / f"weight-{weight}"
         adapt(editor, args.student, weight, folder)
-        ways += [(f"w = {weight}", folder, "LCM", 4), (f"w = {weight}", folder, "DDIM", 4)]
+        ways += [(f"w = {weight}", folder, "LCM", steps) for steps in FEW]
     rows, pictures = [], []
     for name, folder, scheduler, steps in ways:
         for guidance in GUIDANCE:
