@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import diffusers
@@ -40,15 +39,6 @@ SCHEDULERS = {
     "tcd": ("TCDScheduler", {}),
 }
 PROMPTS = ["make it night", "turn it into a drawing"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On tensors this small, threads cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -33,15 +33,6 @@ PROMPT, SEED, STEPS = "make it night", 7, 4
 FAMILIES = ["sd", "sdxl"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On tensors this small, threads cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def editors(tiny_editor: Path, tiny_sdxl_editor: Path) -> dict[str, DiffusionPipeline]:
     loaded = {"sd": load_editor(tiny_editor), "sdxl": load_editor(tiny_sdxl_editor)}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,15 +23,6 @@ from utils.surprises import INSTRUCTIONS, draw_instruction, draw_scales
 
 QUICK = Settings(steps=2)
 ORIGIN = {"model": {"name": "m", "weights": "w"}, "machine": {"device": "cpu"}, "settings": {"dtype": "fp32"}}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On tensors this small, threads cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import diffusers
@@ -33,15 +32,6 @@ SCHEDULERS = {
 PROMPTS = ["make it night", "turn it into a drawing"]
 SIZE = (40, 24)
 SCALES = dict(guidance_scale=7.5, image_guidance_scale=1.5)  # the stock pipelines' defaults differ
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """On tensors this small, threads cost more than they bring."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
