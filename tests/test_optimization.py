@@ -15,8 +15,10 @@ from accelerate import Accelerator
 from torch import nn
 
 from tests.tiny import make_components
+from utils.cli import OPTIMIZERS
 from utils.fused_backward import make_fused
 from utils.optimization import (
+    MAKERS,
     OptimizationOptions,
     averaged_weights,
     count_state_bytes,
@@ -484,3 +486,7 @@ def test_settings_of_an_optimizer_are_refused_for_every_other() -> None:
             value = changed[type(field.default)](field.default)
             (problem,) = find_optimizer_problems(OptimizationOptions(**{field.name: value}), **MACHINE)
             assert f"--{field.name} " in problem and f"--optimizer {owner}" in problem
+
+
+def test_every_choice_of_the_command_line_is_made() -> None:
+    assert set(OPTIMIZERS) == set(MAKERS)

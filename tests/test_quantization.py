@@ -15,7 +15,7 @@ from torch import nn
 
 from tests.test_adapters import OPTIONS, disturb, evaluate, load_unet, predict, train, trained_parameters
 from utils.adapters import add_adapter
-from utils.quantization import is_quantized, quantize_linears
+from utils.quantization import quantize_linears
 
 KINDS = ["nf4", "int8"]
 both_kinds = pytest.mark.parametrize("kind", KINDS)
@@ -27,8 +27,8 @@ both_adapters = pytest.mark.parametrize("use_dora", [False, True])
 def test_linears_are_held_in_few_bits_and_nothing_else_is_touched(kind, family, request):
     base = load_unet(request.getfixturevalue(family))
     unet = load_unet(request.getfixturevalue(family), quantize=kind)
-    assert is_quantized(unet)
-    assert not is_quantized(base)
+    assert (unet.is_loaded_in_4bit, unet.is_loaded_in_8bit) == (kind == "nf4", kind == "int8")
+    assert not hasattr(base, "is_loaded_in_4bit") and not hasattr(base, "is_loaded_in_8bit")
     for name, module in base.named_modules():
         if isinstance(module, nn.Linear):
             weight = unet.get_submodule(name).weight

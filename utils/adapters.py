@@ -23,7 +23,6 @@ from utils.errors import InputError
 
 ADAPTER = "default"  # the name that diffusers and peft give to an adapter without one
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-TARGETS = ("attention", "all")
 
 
 @dataclass(frozen=True)

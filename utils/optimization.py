@@ -12,8 +12,6 @@ from diffusers.optimization import get_scheduler
 
 from utils.fused_backward import make_fused
 
-OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "adafactor", "prodigy", "schedulefree_adamw")
-
 
 @dataclass(frozen=True)
 class OptimizationOptions:
@@ -43,7 +41,7 @@ class OptimizationOptions:
 
     @property
     def optimizer_name(self) -> str:
-        """One of `OPTIMIZERS`."""
+        """One of `MAKERS`."""
         return "adamw8bit" if self.use_8bit_adam and self.optimizer == "adamw" else self.optimizer
 
     @property

@@ -36,11 +36,6 @@ def quantize_linears(
     unet.to(device)
 
 
-def is_quantized(unet: nn.Module) -> bool:
-    """Whether `quantize_linears` has been here."""
-    return getattr(unet, "is_loaded_in_4bit", False) or getattr(unet, "is_loaded_in_8bit", False)
-
-
 def _to_nf4(linear: nn.Linear, device: torch.device | str, compute_dtype: torch.dtype) -> bnb.nn.Linear4bit:
     layer = bnb.nn.Linear4bit(
         1, 1, linear.bias is not None, compute_dtype=compute_dtype, quant_type="nf4", device="meta"
