@@ -18,10 +18,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from utils.cli import FlagParser, pick
+from utils.distill.presets import PARTS, PRESETS, describe_presets
+from utils.edit.schedulers import SCHEDULERS, SPACINGS
 from utils.errors import InputError, exit_on_input_error
-from utils.presets import PARTS, PRESETS, describe_presets
 from utils.quiet import hide_progress_bars, quiet_libraries
-from utils.schedulers import SCHEDULERS, SPACINGS
 
 MEANINGS = {"distilled": "a distilled or fine-tuned model", "base": "what that was trained from", "lora": "a LoRA",
             "delta": "a difference of weights"}  # fmt: skip
@@ -148,10 +148,10 @@ def run(args: argparse.Namespace) -> None:
             "warning: bf16 rounds most of a small change away (docs/distillation.md): take fp32 or fp16",
             file=sys.stderr,
         )
-    from utils import adapting  # the heavy imports begin here
-    from utils.adapted_editor import write_editor
-    from utils.calibration import calibrate_recipe, read_pairs
-    from utils.recipes import make_recipe
+    from utils.distill import adapting  # the heavy imports begin here
+    from utils.distill.adapted_editor import write_editor
+    from utils.distill.calibration import calibrate_recipe, read_pairs
+    from utils.distill.recipes import make_recipe
 
     hide_progress_bars()
     recipe, publishing = make_recipe(vars(args)), pick(args, adapting.Publishing)

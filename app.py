@@ -87,12 +87,12 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def make_page(args: argparse.Namespace) -> tuple[Any, Any]:
     """The page, and the line of its visitors. No model is loaded yet."""
-    from utils.browser import Page
-    from utils.browser_runs import Runs
-    from utils.loading import choose_device, load_editor
-    from utils.shelf import Recommended, Shelf
-    from utils.studio import Studio
-    from utils.turns import Turns
+    from utils.network.loading import choose_device, load_editor
+    from utils.web.browser import Page
+    from utils.web.browser_runs import Runs
+    from utils.web.shelf import Recommended, Shelf
+    from utils.web.studio import Studio
+    from utils.web.turns import Turns
 
     hide_progress_bars()
     device, dtype = choose_device(args.device, args.dtype)
@@ -108,7 +108,7 @@ def make_page(args: argparse.Namespace) -> tuple[Any, Any]:
 def serve(args: argparse.Namespace) -> None:
     """Open the page, and keep it open until Ctrl-C or SIGTERM."""
     blocks, turns = make_page(args)
-    from utils.browser import APPEARANCE
+    from utils.web.browser import APPEARANCE
 
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -21,14 +21,14 @@ from typing import Any
 from tqdm import tqdm
 
 from utils.cli import FlagParser, pick
-from utils.edit_flags import EditorOptions, find_editing_problems
+from utils.edit.edit_flags import EditorOptions, find_editing_problems
+from utils.edit.job_files import plan_lines
+from utils.edit.jobs import Job, Settings, plan_jobs
+from utils.edit.picture_metadata import require_record
+from utils.edit.repeats import find_model, plan_repeat
+from utils.edit.schedulers import SCHEDULERS, SPACINGS
 from utils.errors import InputError, exit_on_input_error
-from utils.job_files import plan_lines
-from utils.jobs import Job, Settings, plan_jobs
-from utils.picture_metadata import require_record
 from utils.quiet import hide_progress_bars, quiet_libraries
-from utils.repeats import find_model, plan_repeat
-from utils.schedulers import SCHEDULERS, SPACINGS
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
@@ -112,8 +112,8 @@ def plan(args: argparse.Namespace) -> tuple[list[Job], dict]:
 
 
 def edit_jobs(pipeline: Any, jobs: list[Job], args: argparse.Namespace, origin: dict, defaults: dict) -> Any:
-    """Edit and save every job; returns the `Outcome` of utils/edit_runs.py."""
-    from utils.edit_runs import EditRun
+    """Edit and save every job; returns the `Outcome` of utils/edit/edit_runs.py."""
+    from utils.edit.edit_runs import EditRun
 
     with tqdm(total=len(jobs), unit="edit", leave=False, disable=None) as bar:
         run = EditRun(
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
 
     quiet_libraries()
     warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
-    from utils.editors import open_editor  # the heavy imports begin here
+    from utils.edit.editors import open_editor  # the heavy imports begin here
 
     hide_progress_bars()
     opened = open_editor(pick(args, EditorOptions), record, args.repeat)
@@ -147,7 +147,7 @@ def run(args: argparse.Namespace) -> int:
 
 def report(jobs: list[Job], outcome: Any, args: argparse.Namespace, seconds: float) -> int:
     """Save what shows the edits, say what was done, and give the exit code."""
-    from utils.edit_shows import describe_repeat, save_animations, save_sheets
+    from utils.edit.edit_shows import describe_repeat, save_animations, save_sheets
 
     for problem in dict.fromkeys(outcome.problems):  # a bad image has one for each of its edits
         print(f"skipped {problem}", file=sys.stderr)

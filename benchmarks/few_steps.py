@@ -66,8 +66,8 @@ def measure(heldout: Path, folder: Path, scheduler: str, steps: int, guidance: t
     from data_preparation.edits import EDITS, exact_results
     from data_preparation.instructions import read_phrasings
     from evaluation.exact_edits import judge, mean_scores
-    from utils.editing import edit_images
-    from utils.loading import load_editor
+    from utils.edit.editing import edit_images
+    from utils.network.loading import load_editor
 
     pipeline = load_editor(folder)
     scheduler_class = getattr(diffusers, f"{scheduler}Scheduler")

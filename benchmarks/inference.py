@@ -42,9 +42,9 @@ from PIL import Image  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
 
 from tests.tiny import make_tokenizer  # noqa: E402
-from utils.editing import edit_pixels  # noqa: E402
-from utils.loading import load_editor  # noqa: E402
-from utils.schedulers import choose_scheduler  # noqa: E402
+from utils.edit.editing import edit_pixels  # noqa: E402
+from utils.edit.schedulers import choose_scheduler  # noqa: E402
+from utils.network.loading import load_editor  # noqa: E402
 
 PROMPT = "make it winter"
 WIDTHS = {"reduced": (64, 128, 256, 256), "sd15": (320, 640, 1280, 1280)}

@@ -38,7 +38,7 @@ from benchmarks.memory_tables import (  # noqa: E402
     fits_table,
     totals_table,
 )
-from utils.activation_memory import list_blocks  # noqa: E402
+from utils.train.activation_memory import list_blocks  # noqa: E402
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs/pictures/memory.png"
 VAE_DTYPES = {"sd15": torch.bfloat16, "sdxl": torch.float32}  # the defaults of --vae_precision under bf16

@@ -13,8 +13,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.memory_count import StepCount, count_peak, count_saved, count_step, like_cuda
-from utils.activation_memory import checkpoint_blocks
-from utils.adapters import AdapterOptions, add_adapter, cast_frozen
+from utils.network.adapters import AdapterOptions, add_adapter, cast_frozen
+from utils.train.activation_memory import checkpoint_blocks
 
 KINDS = ("fp32", "bf16", "lora")  # what is trained: all in float32, all in bfloat16, an adapter beside a bf16 base
 PROMPT_TOKENS, PIXELS_PER_LATENT = 77, 8
@@ -65,7 +65,7 @@ def make_unet(config: dict, kind: str, quantize_on: torch.device | None = None) 
             parameter.data = parameter.data.bfloat16()
     elif kind == "lora":
         if quantize_on is not None:
-            from utils.quantization import quantize_linears  # slow, and counting has no use for it
+            from utils.network.quantization import quantize_linears  # slow, and counting has no use for it
 
             quantize_linears(unet, "nf4", quantize_on, torch.bfloat16)
         add_adapter(unet, AdapterOptions(lora_rank=16), train_conv_in=True)

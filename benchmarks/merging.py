@@ -9,7 +9,7 @@ only swapping could give back, `resident` has the mapped pages of files too, whi
 
     naive   three `UNet2DConditionModel.from_pretrained`, a loop over the state dicts, `save_pretrained`
     mmap    three `safetensors.torch.load_file`, which map, a loop, `save_file`
-    ours    utils/adapted_editor.py: rows read, added and written one after the other
+    ours    utils/distill/adapted_editor.py: rows read, added and written one after the other
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from utils.adapted_editor import write_unet
-from utils.adapting import Recipe, open_ingredients
-from utils.delta_merging import MergeOptions, MergeReport
-from utils.tensor_files import DTYPES, split_rows, write_safetensors
-from utils.weight_sources import WeightSource
+from utils.distill.adapted_editor import write_unet
+from utils.distill.adapting import Recipe, open_ingredients
+from utils.distill.delta_merging import MergeOptions, MergeReport
+from utils.distill.tensor_files import DTYPES, split_rows, write_safetensors
+from utils.distill.weight_sources import WeightSource
 
 # The configurations of stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0, where they differ from the defaults.
 CONFIGS = {

@@ -11,9 +11,9 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from utils.adapting import Recipe, open_ingredients
-from utils.delta_merging import MergeOptions, MergeReport
-from utils.weight_sources import WeightSource
+from utils.distill.adapting import Recipe, open_ingredients
+from utils.distill.delta_merging import MergeOptions, MergeReport
+from utils.distill.weight_sources import WeightSource
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 LORA = "pytorch_lora_weights.safetensors"

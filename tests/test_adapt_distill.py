@@ -31,13 +31,13 @@ from tests.hub_server import hub_server
 from tests.mistakes import read_files
 from tests.runs import ENVIRONMENT, REPOSITORY
 from tests.tiny import make_tiny_sd, make_tiny_sdxl
-from utils.calibration import Scores, choose_weight
-from utils.delta_merging import MergeOptions
+from utils.distill.calibration import Scores, choose_weight
+from utils.distill.delta_merging import MergeOptions
+from utils.distill.presets import PRESETS, describe_presets
+from utils.distill.recipes import make_recipe
+from utils.edit.schedulers import choose_scheduler
 from utils.licences import restrictions_of
-from utils.presets import PRESETS, describe_presets
-from utils.recipes import make_recipe
-from utils.schedulers import choose_scheduler
-from utils.single_file import SUFFIXES
+from utils.network.single_file import SUFFIXES
 
 BASES = {"sd1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
 
@@ -315,12 +315,12 @@ def test_its_own_result_is_replaced(tiny_editor: Path, lora: Path, tmp_path: Pat
 
 
 SLOW = """
-import sys, time, utils.delta_merging, adapt_distill
-merge_rows = utils.delta_merging._merge
+import sys, time, utils.distill.delta_merging, adapt_distill
+merge_rows = utils.distill.delta_merging._merge
 def slowly(*given):
     time.sleep(0.02)
     return merge_rows(*given)
-utils.delta_merging._merge = slowly
+utils.distill.delta_merging._merge = slowly
 adapt_distill.main(sys.argv[1:])
 """
 
@@ -353,7 +353,7 @@ def test_a_full_disk(tiny_editor: Path, lora: Path, tmp_path: Path, monkeypatch:
     def refuse(*given: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("utils.adapted_editor.write_safetensors", refuse)
+    monkeypatch.setattr("utils.distill.adapted_editor.write_safetensors", refuse)
     assert "could not be written (a full disk?)" in fails(*flags)
     assert read_files(tmp_path / "out") == {}
 

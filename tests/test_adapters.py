@@ -19,11 +19,11 @@ from PIL import Image
 from torch import nn
 
 from tests.tiny import make_components, make_sdxl_components
-from utils.adapters import AdapterOptions, add_adapter, cast_frozen, has_adapter, merge_adapter, read_adapter
-from utils.adapters import save_adapter as save
 from utils.errors import InputError
-from utils.models import widen_conv_in
-from utils.quantization import quantize_linears
+from utils.network.adapters import AdapterOptions, add_adapter, cast_frozen, has_adapter, merge_adapter, read_adapter
+from utils.network.adapters import save_adapter as save
+from utils.network.models import widen_conv_in
+from utils.network.quantization import quantize_linears
 
 TOY = Path(__file__).parent.parent / "assets" / "toy-sd"
 FOLDERS = {("sd", 4): "tiny_base", ("sd", 8): "tiny_editor", ("sdxl", 4): "tiny_sdxl", ("sdxl", 8): "tiny_sdxl_editor"}

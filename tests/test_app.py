@@ -17,8 +17,8 @@ import app
 import demo
 from tests.browser import CHROMIUM, INSTALL, PATIENCE, Server, Visitor, running_chromium
 from tests.runs import REPOSITORY
-from utils.editing import edit_images, fit_to_model
-from utils.loading import load_editor
+from utils.edit.editing import edit_images, fit_to_model
+from utils.network.loading import load_editor
 
 PHOTOS = REPOSITORY / "assets/photos"
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason=INSTALL)

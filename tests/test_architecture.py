@@ -9,7 +9,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPTS = sorted(path for path in REPOSITORY.glob("*.py"))
-UTILS = sorted((REPOSITORY / "utils").glob("*.py"))
+UTILS = sorted((REPOSITORY / "utils").rglob("*.py"))
 ABOVE_UTILS = {path.stem for path in SCRIPTS} | {"data_preparation", "evaluation", "benchmarks", "tests"}
 
 
@@ -38,7 +38,8 @@ def test_no_script_imports_a_script(path):
 
 
 def test_utils_have_no_cycle():
-    graph = {f"utils.{path.stem}": imports_of(path) for path in UTILS}
+    graph = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts): imports_of(path) for path in UTILS}
+    assert "utils.train.loop" in graph
     graph = {module: {name for name in names if name in graph} for module, names in graph.items()}
     while free := {module for module, names in graph.items() if not names}:
         graph = {module: names - free for module, names in graph.items() if module not in free}

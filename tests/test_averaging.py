@@ -8,8 +8,8 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
-from utils import averaging
-from utils.averaging import MovingAverage
+from utils.train import averaging
+from utils.train.averaging import MovingAverage
 
 PLACES = pytest.mark.parametrize("device", [None, "cpu"], ids=["in the step", "by a thread"])
 

@@ -171,7 +171,7 @@ def test_without_a_gpu(flags: list[str], no_gpu: None, extra: str, words: tuple[
 def test_precision_of_the_launcher(
     flags: list[str], no_gpu: None, monkeypatch: pytest.MonkeyPatch, precision: str, words: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr("utils.launch.follow_the_launcher", lambda: None)
+    monkeypatch.setattr("utils.train.launch.follow_the_launcher", lambda: None)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     fails_early(flags, *words)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datasets
 import pytest
 
-from utils.columns import KNOWN, Columns, resolve_columns
+from utils.dataset.columns import KNOWN, Columns, resolve_columns
 from utils.errors import InputError
 
 IMAGE, TEXT = datasets.Image(), datasets.Value("string")

@@ -13,8 +13,9 @@ from diffusers import (
     StableDiffusionXLInstructPix2PixPipeline,
 )
 
-from utils import conditioning
-from utils.conditioning import (
+from utils.dataset.draws import sample_draws
+from utils.network import conditioning
+from utils.network.conditioning import (
     PromptEmbeds,
     PromptEncoder,
     added_conditions,
@@ -24,7 +25,6 @@ from utils.conditioning import (
     dropout_masks,
     make_prompt_encoder,
 )
-from utils.draws import sample_draws
 
 PROMPTS = ["make it red", "", "a word " * 250, "ünïcödé 🙂 <|endoftext|>", "make it red"]
 

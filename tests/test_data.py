@@ -19,13 +19,13 @@ import torch
 from PIL import Image
 
 from tests.pairs import encode, make_image, make_rows, make_source
-from utils.columns import OURS
-from utils.data import BadRowLimit, check_first_rows, make_loader
-from utils.draws import DrawOrder, sample_draws
+from utils.dataset.columns import OURS
+from utils.dataset.data import BadRowLimit, check_first_rows, make_loader
+from utils.dataset.draws import DrawOrder, sample_draws
+from utils.dataset.geometry import Geometry
+from utils.dataset.samples import choose_prompt
+from utils.dataset.sources import Source
 from utils.errors import InputError
-from utils.geometry import Geometry
-from utils.samples import choose_prompt
-from utils.sources import Source
 
 GEOMETRY = Geometry(32, random_flip=True)
 EMPTY, TEXT = {"bytes": b"", "path": None}, {"bytes": b"a line of text", "path": None}
@@ -164,8 +164,8 @@ def test_torchs_own_generator_is_left_alone() -> None:
 STOPPED_RUN = """
 import signal
 from tests.pairs import make_source
-from utils.data import make_loader
-from utils.geometry import Geometry
+from utils.dataset.data import make_loader
+from utils.dataset.geometry import Geometry
 
 signal.signal(signal.SIGTERM, lambda *_: None)
 signal.signal(signal.SIGINT, lambda *_: None)

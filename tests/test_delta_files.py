@@ -15,10 +15,10 @@ from tests.changes import load_unet, merge, weights_in
 from tests.hub_files import serve_folder, turn_downloads
 from tests.hub_server import hub_server
 from tests.runs import ENVIRONMENT, REPOSITORY
-from utils.delta_merging import MergeOptions
+from utils.distill.delta_merging import MergeOptions
+from utils.distill.tensor_files import TensorFiles, split_rows, write_safetensors
+from utils.distill.weight_sources import WeightSource, locate
 from utils.errors import InputError
-from utils.tensor_files import TensorFiles, split_rows, write_safetensors
-from utils.weight_sources import WeightSource, locate
 
 SHA = 40
 
@@ -147,10 +147,10 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from utils.adapted_editor import write_unet
-from utils.adapting import Recipe, open_ingredients
-from utils.delta_merging import MergeOptions, MergeReport
-from utils.weight_sources import WeightSource
+from utils.distill.adapted_editor import write_unet
+from utils.distill.adapting import Recipe, open_ingredients
+from utils.distill.delta_merging import MergeOptions, MergeReport
+from utils.distill.weight_sources import WeightSource
 
 def peak():  # of this process alone: resource's ru_maxrss begins with what the parent took when it forked
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

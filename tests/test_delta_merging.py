@@ -28,9 +28,9 @@ from tests.changes import (
 )
 from tests.original_names import original_weights, unet_weights, write_single_file
 from tests.tiny import make_tiny_sd, make_tiny_sdxl
-from utils.delta_merging import MergeOptions, MergeReport
-from utils.delta_methods import add_dare, add_ties, make_generator, trim
-from utils.deltas import embed_guidance
+from utils.distill.delta_merging import MergeOptions, MergeReport
+from utils.distill.delta_methods import add_dare, add_ties, make_generator, trim
+from utils.distill.deltas import embed_guidance
 from utils.errors import InputError
 
 Weights = dict[str, torch.Tensor]
@@ -116,9 +116,9 @@ def test_rows_do_not_matter(editor: Path, base: Path, distilled: Path, monkeypat
     for options in (MergeOptions(0.5), MergeOptions(1.0, method="ties", density=0.3)):
         whole = merge(editor, options, distilled=distilled, base=base)
         with monkeypatch.context() as patch:
-            patch.setattr("utils.tensor_files.WINDOW", 100)
+            patch.setattr("utils.distill.tensor_files.WINDOW", 100)
             patch.setattr(
-                "utils.delta_merging.split_rows", lambda shape: (slice(i, i + 3) for i in range(0, shape[0], 3))
+                "utils.distill.delta_merging.split_rows", lambda shape: (slice(i, i + 3) for i in range(0, shape[0], 3))
             )
             pieces = merge(editor, options, distilled=distilled, base=base)
         assert all(torch.equal(whole[name], pieces[name]) for name in whole)

@@ -13,7 +13,8 @@ from diffusers import (
     SchedulerMixin,
 )
 
-from utils.diffusion import (
+from utils.errors import InputError
+from utils.network.diffusion import (
     ObjectiveOptions,
     make_noise_schedule,
     make_published_scheduler,
@@ -23,7 +24,6 @@ from utils.diffusion import (
     per_sample_loss,
     unet_timesteps,
 )
-from utils.errors import InputError
 
 # As Stable Diffusion 1.x and 2.x publish it.
 PUBLISHED = dict(

@@ -16,9 +16,9 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from utils.editing import edit_images, edit_pixels, fit_image, native_resolution, size_multiple
+from utils.edit.editing import edit_images, edit_pixels, fit_image, native_resolution, size_multiple
 from utils.errors import InputError
-from utils.loading import load_editor
+from utils.network.loading import load_editor
 
 TRAILING = dict(timestep_spacing="trailing")
 SCHEDULERS = {

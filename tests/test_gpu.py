@@ -17,7 +17,7 @@ import train_instruct_pix2pix
 import train_instruct_pix2pix_sdxl
 from tests.pairs import make_image, save_pairs
 from tests.runs import WEIGHTS, training_flags, weights_of
-from utils.objective import Objective
+from utils.train.objective import Objective
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 TRAIN = train_instruct_pix2pix.main

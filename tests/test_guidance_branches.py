@@ -14,11 +14,11 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from utils.editing import edit_pixels
+from utils.edit.editing import edit_pixels
+from utils.edit.guidance import branch_coefficients, coefficients_of_steps
+from utils.edit.schedulers import SCHEDULERS, choose_scheduler
 from utils.errors import InputError
-from utils.guidance import branch_coefficients, coefficients_of_steps
-from utils.loading import load_editor
-from utils.schedulers import SCHEDULERS, choose_scheduler
+from utils.network.loading import load_editor
 
 FEW_STEPS = {
     "lcm": ("lcm", None),

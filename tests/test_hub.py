@@ -15,9 +15,9 @@ from huggingface_hub import HfApi, ModelCard, constants
 from PIL import Image
 
 from tests.hub_server import Hub, Refused, hub_server, turn_client
-from utils.card import ModelFacts, find_license, write_card
 from utils.errors import InputError
 from utils.hub import check_push_rights, files_to_publish, redact, upload, upload_command
+from utils.train.card import ModelFacts, find_license, write_card
 
 SECRET = "hf_" + "q" * 34
 

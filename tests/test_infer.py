@@ -43,7 +43,7 @@ def test_one_image_equals_stock(tiny_editor: Path, photo: Path) -> None:
     """The whole way as a user goes it: the saved bytes are those of diffusers' pipeline, and nobody else chatters."""
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
-    from utils.editing import fit_image
+    from utils.edit.editing import fit_image
 
     flags = ["--edit", "make it snow", "--seed", 11, "--steps", 6, "--cfg-text", 4, "--cfg-image", 1.25]
     result = run_script("--model", tiny_editor, "--input", photo.name, *flags, cwd=photo.parent)
@@ -66,8 +66,8 @@ def test_sdxl_adapter_equals_stock(tiny_sdxl: Path, photo: Path) -> None:
     from diffusers import StableDiffusionXLInstructPix2PixPipeline
 
     from tests.adapters import DORA, load_trained
-    from utils.adapters import save_adapter
-    from utils.editing import fit_image
+    from utils.edit.editing import fit_image
+    from utils.network.adapters import save_adapter
 
     trained = load_trained(tiny_sdxl, DORA)
     save_adapter(photo.parent / "adapter", trained.unet)
@@ -93,8 +93,8 @@ def test_single_file(tiny_sdxl_editor: Path, photo: Path) -> None:
     from diffusers import DiffusionPipeline
 
     from tests.original_names import write_single_file
-    from utils.editing import edit_images, fit_to_model
-    from utils.loading import load_editor
+    from utils.edit.editing import edit_images, fit_to_model
+    from utils.network.loading import load_editor
 
     sigmas = {"edm_vpred.sigma_max": torch.tensor(80.0), "edm_vpred.sigma_min": torch.tensor(0.01)}
     file = write_single_file(
@@ -400,7 +400,7 @@ def test_jobs_file(tiny_editor: Path, photo: Path, capsys) -> None:
 
 def test_defaults_of_an_adapted_editor(tiny_editor: Path, photo: Path, capsys) -> None:
     """Those of adapted.json, which are told; flags win; a damaged file is named."""
-    from utils.picture_metadata import read_record
+    from utils.edit.picture_metadata import read_record
 
     editor = shutil.copytree(tiny_editor, photo.parent / "fast")
     recommended = {"steps": 2, "guidance_scale": 2.0, "image_guidance_scale": 1.0, "eta": 0.3, "scheduler": "tcd"}

@@ -10,16 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from utils import edit_runs
-from utils.edit_runs import EditRun
-from utils.edit_shows import save_animations, save_sheets
-from utils.editing import OutOfMemory, edit_images, fit_to_model
+from utils.edit import edit_runs
+from utils.edit.edit_runs import EditRun
+from utils.edit.edit_shows import save_animations, save_sheets
+from utils.edit.editing import OutOfMemory, edit_images, fit_to_model
+from utils.edit.job_files import plan_lines
+from utils.edit.jobs import Settings, find_setting_problems, list_variants, make_slug, plan_jobs
+from utils.edit.picture_metadata import find_differences, read_record, record_settings
+from utils.edit.surprises import INSTRUCTIONS, draw_instruction, draw_scales
 from utils.errors import InputError
-from utils.job_files import plan_lines
-from utils.jobs import Settings, find_setting_problems, list_variants, make_slug, plan_jobs
-from utils.loading import load_editor
-from utils.picture_metadata import find_differences, read_record, record_settings
-from utils.surprises import INSTRUCTIONS, draw_instruction, draw_scales
+from utils.network.loading import load_editor
 
 QUICK = Settings(steps=2)
 ORIGIN = {"model": {"name": "m", "weights": "w"}, "machine": {"device": "cpu"}, "settings": {"dtype": "fp32"}}

@@ -12,9 +12,9 @@ from benchmarks.memory_ladder import CACHED, LADDER, Configuration, Surroundings
 from benchmarks.memory_measure import measure_peak
 from benchmarks.memory_models import KINDS, UNETS, Weights, count_nf4, count_unet, make_step, weigh
 from benchmarks.memory_tables import Row, fits_table, largest_fit
-from utils.activation_memory import checkpoint_blocks, find_block_problems, list_blocks
 from utils.errors import InputError
-from utils.optimization import OptimizationOptions, count_state_bytes, make_optimizer
+from utils.train.activation_memory import checkpoint_blocks, find_block_problems, list_blocks
+from utils.train.optimization import OptimizationOptions, count_state_bytes, make_optimizer
 
 TINY = dict(
     in_channels=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32, norm_num_groups=8,

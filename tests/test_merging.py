@@ -18,10 +18,10 @@ from tests.adapters import DORA, EDITORS, PLAIN, load_trained
 from tests.hub_files import serve_folder, turn_downloads
 from tests.hub_server import hub_server
 from tests.original_names import write_single_file
-from utils.adapters import AdapterOptions, save_adapter
-from utils.editing import edit_pixels
+from utils.edit.editing import edit_pixels
 from utils.errors import InputError
-from utils.loading import load_editor
+from utils.network.adapters import AdapterOptions, save_adapter
+from utils.network.loading import load_editor
 
 FILE = "pytorch_lora_weights.safetensors"
 

@@ -13,11 +13,9 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, PNDMScheduler, UNet2DConditionModel
 
-from utils.checkpoints import Progress
 from utils.cli import LR_SCHEDULERS
 from utils.errors import InputError
-from utils.loop import LoopOptions, Trainee, fit
-from utils.models import (
+from utils.network.models import (
     Configs,
     ModelOptions,
     load_stable_diffusion,
@@ -25,7 +23,9 @@ from utils.models import (
     require_text_to_image,
     widen_conv_in,
 )
-from utils.optimization import OptimizationOptions, make_lr_schedule, make_optimizer
+from utils.train.checkpoints import Progress
+from utils.train.loop import LoopOptions, Trainee, fit
+from utils.train.optimization import OptimizationOptions, make_lr_schedule, make_optimizer
 
 
 def load_unet(folder: Path) -> UNet2DConditionModel:

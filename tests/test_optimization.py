@@ -16,8 +16,8 @@ from torch import nn
 
 from tests.tiny import make_components
 from utils.cli import OPTIMIZERS
-from utils.fused_backward import make_fused
-from utils.optimization import (
+from utils.train.fused_backward import make_fused
+from utils.train.optimization import (
     MAKERS,
     OptimizationOptions,
     averaged_weights,
@@ -25,7 +25,7 @@ from utils.optimization import (
     make_lr_schedule,
     make_optimizer,
 )
-from utils.optimizer_checks import find_optimizer_problems
+from utils.train.optimizer_checks import find_optimizer_problems
 
 KINDS = {
     "adamw": OptimizationOptions(learning_rate=3e-3),

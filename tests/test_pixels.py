@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.pairs import encode, make_image
-from utils.geometry import Geometry, make_buckets, mentions_direction, nearest_bucket, prepare_pair
+from utils.dataset.geometry import Geometry, make_buckets, mentions_direction, nearest_bucket, prepare_pair
 from utils.pixels import BadRow, decode_image, peek_size
 
 GREY = np.tile(np.arange(48, dtype=np.uint8) * 5, (40, 1))  # (40, 48), a ramp from left to right

@@ -17,9 +17,9 @@ from diffusers import UNet2DConditionModel
 
 from tests.pairs import save_pairs
 from tests.runs import losses_of, run, start, training_flags, weights_of
-from utils import checkpoints
-from utils.checkpoints import Progress, find_damage, list_checkpoints, save_checkpoint
-from utils.weights import save_trained
+from utils.network.weights import save_trained
+from utils.train import checkpoints
+from utils.train.checkpoints import Progress, find_damage, list_checkpoints, save_checkpoint
 
 SCRIPT = "train_instruct_pix2pix.py"
 SDXL = "train_instruct_pix2pix_sdxl.py"
@@ -199,7 +199,7 @@ def test_two_processes_equal_one_with_accumulation_two(request, pairs, tmp_path,
 
 def test_the_launcher_is_followed(tmp_path):
     """A script whose launcher dies gets SIGTERM."""
-    child = "import time, utils.launch as l; l.follow_the_launcher(); print('ready', flush=True); time.sleep(60)"
+    child = "import time, utils.train.launch as l; l.follow_the_launcher(); print('ready', flush=True); time.sleep(60)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "no"}
     process = subprocess.Popen(["python3", "-c", parent], env=environment, stdout=subprocess.PIPE)

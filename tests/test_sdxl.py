@@ -21,8 +21,8 @@ from tests.pairs import encode, make_dataset, make_image, save_pairs
 from tests.runs import WEIGHTS, run, training_flags
 from tests.tiny import make_vae
 from utils.cli import parse_training_flags
-from utils.conditioning import PromptEncoder
-from utils.objective import Objective
+from utils.network.conditioning import PromptEncoder
+from utils.train.objective import Objective
 
 TRAIN, FINETUNE = train_instruct_pix2pix_sdxl.main, finetune_instruct_pix2pix.main
 

@@ -17,9 +17,9 @@ from diffusers import (
 )
 from PIL import Image
 
-from utils.conditioning import PromptEmbeds, drop_prompts, make_prompt_encoder
-from utils.editing import edit_images, edit_pixels, fit_to_model, native_resolution, size_multiple
-from utils.loading import load_editor
+from utils.edit.editing import edit_images, edit_pixels, fit_to_model, native_resolution, size_multiple
+from utils.network.conditioning import PromptEmbeds, drop_prompts, make_prompt_encoder
+from utils.network.loading import load_editor
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 EDM = dict(sigma_min=0.002, sigma_max=120.0, sigma_data=1.0, prediction_type="v_prediction")
@@ -317,7 +317,7 @@ def test_null_condition_of_sdxl(editor, force_zeros: bool) -> None:
 @pytest.mark.parametrize("force_zeros", [True, False])
 def test_null_condition_of_sdxl_loaded_for_training(tiny_sdxl_editor: Path, force_zeros: bool, tmp_path: Path) -> None:
     """From the folder's own switch, through the loading of the training scripts."""
-    from utils.models import ModelOptions, load_stable_diffusion
+    from utils.network.models import ModelOptions, load_stable_diffusion
 
     pipeline = StableDiffusionXLInstructPix2PixPipeline.from_pretrained(
         tiny_sdxl_editor, force_zeros_for_empty_prompt=force_zeros, add_watermarker=False

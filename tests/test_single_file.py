@@ -25,11 +25,11 @@ from tests.hub_files import serve_folder, turn_downloads
 from tests.hub_server import hub_server
 from tests.original_names import open_clip_weights, original_weights, unet_weights, vae_weights, write_single_file
 from tests.tiny import make_tiny_sd, make_tiny_sdxl
-from utils.editing import edit_pixels
+from utils.edit.editing import edit_pixels
 from utils.errors import InputError
-from utils.loading import load_editor
-from utils.models import ModelOptions, load_stable_diffusion, make_editor, read_configs, require_editor
-from utils.single_file import is_single_file, load_single_file, read_single_file
+from utils.network.loading import load_editor
+from utils.network.models import ModelOptions, load_stable_diffusion, make_editor, read_configs, require_editor
+from utils.network.single_file import is_single_file, load_single_file, read_single_file
 
 SIGMAS = {"edm_vpred.sigma_max": torch.tensor(120.0), "edm_vpred.sigma_min": torch.tensor(0.002)}
 MODELS = ("text_encoder", "text_encoder_2", "vae", "unet")

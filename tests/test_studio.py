@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from utils.editing import edit_images, fit_to_model
+from utils.edit.editing import edit_images, fit_to_model
 from utils.errors import InputError
-from utils.links import LIMITS, Wish, check_wish, from_query, to_query
-from utils.loading import load_editor
-from utils.shelf import Recommended, Shelf, name_models
-from utils.studio import Edit, Progress, Studio, vary_scales
-from utils.turns import Stopped, Turns
+from utils.network.loading import load_editor
+from utils.web.links import LIMITS, Wish, check_wish, from_query, to_query
+from utils.web.shelf import Recommended, Shelf, name_models
+from utils.web.studio import Edit, Progress, Studio, vary_scales
+from utils.web.turns import Stopped, Turns
 
 
 def make_studio(models: list[Path], *, timeout: float = 600, most_waiting: int = 5, load=load_editor) -> Studio:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-from utils.card import find_license
+from utils.train.card import find_license
 
 _RULES = (
     ("non-commercial", re.compile(r"(^|[-_. ])nc([-_. ]|$)|non-?commercial|research", re.IGNORECASE)),
