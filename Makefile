@@ -5,6 +5,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+TESTABLE := $(VENV)/.testable
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint clean
@@ -19,13 +20,17 @@ $(INSTALLED): requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
 
+$(TESTABLE): $(INSTALLED) requirements-tests.txt requirements-ray.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-tests.txt
+	@touch $@
+
 demo: $(INSTALLED) ## Train the toy editor on photographs, edit others with it, show the grid (10 minutes on 2 cores)
 	$(BIN)/python demo.py
 
-test: $(INSTALLED) ## Run every test
+test: $(TESTABLE) ## Run every test
 	$(BIN)/python -m pytest
 
-lint: $(INSTALLED) ## Check the style with ruff
+lint: $(TESTABLE) ## Check the style with ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 

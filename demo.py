@@ -73,10 +73,12 @@ def words_of(flags: dict) -> list[object]:
 
 
 def make_pairs(folder: Path, count: int) -> None:
+    """Anew: pairs of a former version may lie there."""
+    shutil.rmtree(folder, ignore_errors=True)
     run(
         sys.executable, "data_preparation/generate_dataset.py", "--dataset_id", PHOTOS, "--split", "train",
-        "--task", "all", "--data_root", folder, "--max_num_samples", count, "--resolution", SIDE, "--seed", SEED,
-        "--heldout_phrasings", HELDOUT_PHRASINGS, "--overwrite",
+        "--task", "toy", "--data_root", folder, "--max_num_samples", count, "--resolution", SIDE, "--seed", SEED,
+        "--crop", "random", "--heldout_phrasings", HELDOUT_PHRASINGS,
     )  # fmt: skip
 
 
@@ -111,7 +113,7 @@ def phrasing_of(task: str, kind: str, index: int) -> str:
     """One of the ways to ask for `task`, by turns."""
     from data_preparation.instructions import read_phrasings
 
-    phrasings = read_phrasings(task, HELDOUT_PHRASINGS)[list(KINDS).index(kind)]
+    phrasings = read_phrasings(f"toy/{task}", HELDOUT_PHRASINGS)[list(KINDS).index(kind)]
     return phrasings[index % len(phrasings)]
 
 

@@ -1,209 +1,179 @@
-"""Make pairs for training an editor: photographs, an instruction each, and its exact result.
+"""Pairs for instruction tuning from photographs: an original image, an instruction, the edited image.
 
-    python data_preparation/generate_dataset.py --dataset_id assets/photos --split train \\
-        --task cartoonize sepia night --data_root pairs --max_num_samples 2000 --resolution 64 --seed 0
+    python data_preparation/generate_dataset.py --dataset_id photos/ --task cartoonize --data_root pairs
+    python data_preparation/generate_dataset.py --dataset_id frgfm/imagenette --config 320px --task low_level cartoonize=5 \\
+        --max_num_samples 5000 --resolution 256 --num_workers 4 --data_root pairs
+    python data_preparation/generate_dataset.py --dataset_id photos/ --task cartoonize --teacher onnx:whitebox.onnx --data_root pairs
+    python data_preparation/generate_dataset.py --dataset_id photos/ --task vaporwave.txt --teacher python:mine.py:paint --data_root pairs
 
-Writes parquet files that `datasets.load_dataset(data_root)` reads, with the columns original_image, edit_prompt,
-edited_image, task, source (the photograph's file) and phrasing (train, or heldout for a way of asking that training
-never shows). Rows of the heldout split draw from both kinds of phrasing, all others from the training kind only. The
-same seed gives the same rows.
-"""
+For a restoration (derain, denoise ...) the photograph is the edited image, and the original is made by degrading it; for
+an edit (cartoonize, your own) a teacher makes the edited image. Killed at any moment, the same command goes on; the same
+seed gives the same rows for any number of workers. docs/data.md shows every task and says what each column holds.
+"""  # noqa: E501
 
 from __future__ import annotations
 
 import argparse
-import shutil
+import json
 import sys
-from functools import lru_cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_preparation.instructions import available_tasks, read_phrasings  # noqa: E402
+from data_preparation.making.flags import add_making_flags, making_problems, pick_workers  # noqa: E402
+from data_preparation.tasks.plan import GROUPS, TOY, Task, plan_tasks  # noqa: E402
+from utils.cli import FlagParser  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
+from utils.quiet import quiet_libraries  # noqa: E402
 
-ROWS_PER_FILE = 5000
+BATCHED = ("onnx", "torchhub", "diffusers")
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--dataset_id", type=Path, required=True, help="folder of photographs, searched with its subfolders"
-    )
-    parser.add_argument(
-        "--task", nargs="+", required=True, help=f"edits to make: {', '.join(available_tasks())}, or all"
-    )
-    parser.add_argument("--data_root", type=Path, required=True, help="folder to write; it must not exist, or be empty")
-    parser.add_argument("--overwrite", action="store_true", help="replace --data_root, once the new pairs are complete")
-    parser.add_argument("--max_num_samples", type=int, default=1000, help="pairs to make")
-    parser.add_argument("--resolution", type=int, default=256, help="side of the pictures in pixels, a multiple of 8")
-    parser.add_argument(
-        "--split",
-        choices=["train", "heldout", "all"],
-        default="all",
-        help="which photographs, by the split named in the folder's metadata.jsonl; without that file, all",
-    )
-    parser.add_argument(
-        "--heldout_phrasings", type=int, default=3, help="of each task, so many last phrasings stay out of training"
-    )
-    parser.add_argument("--seed", type=int, default=0)
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    # fmt: off
+    add = parser.add_argument_group("photographs").add_argument
+    add("--dataset_id", required=True, metavar="PHOTOS", help="a folder of photographs (searched with its subfolders), "
+        "a saved dataset, or an id on the Hub")
+    add("--image_column", metavar="NAME", help="of a dataset (default: image, or the only column of images)")
+    add("--config", metavar="NAME", help="configuration of a dataset on the Hub")
+    add("--revision", metavar="COMMIT", help="commit, tag or branch of a dataset on the Hub")
+    add("--split", default="train", help="of a dataset, or of a folder whose metadata.jsonl names splits; `all` takes "
+        "all of such a folder (default train)")
+    add("--source_license", metavar="ID", help="licence of the photographs (default: what their card or metadata says)")
+    add("--max_num_samples", type=int, metavar="N", help="pairs to make (default: one of each photograph)")
+    add("--resolution", type=int, default=256, metavar="PIXELS", help="shorter side of the pictures; smaller "
+        "photographs are not enlarged but by --crop random (default 256)")
+    add("--crop", choices=("none", "square", "random"), default="none", help="none: the whole view; square: the square "
+        "in the middle; random: a square of half to all of the shorter side, anywhere, mirrored half the time, for few "
+        "photographs (default none)")
+    add = parser.add_argument_group("tasks").add_argument
+    add("--task", nargs="+", required=True, metavar="TASK[=WEIGHT]", help=f"{', '.join(available_tasks())}; a group "
+        f"({', '.join(GROUPS)}); or your own text file with one phrasing a line. A weight is the share of the rows")
+    add("--heldout_phrasings", type=int, default=10, metavar="N", help="of each task, so many last phrasings stay "
+        "out of training (default 10; 3 of a task of the toy world)")
+    add("--phrasings", choices=("train", "heldout", "both"), default="train", help="which ways of asking the rows "
+        "take; heldout and both are for evaluation (default train)")
+    add = parser.add_argument_group("teacher, who makes the edited image of a task that is no restoration").add_argument
+    add("--teacher", action="append", default=[], metavar="[TASK=]TEACHER", help="opencv (cartoons, the default), "
+        "onnx:FILE, torchhub:REPO:MODEL (asks for --trust_remote_code), diffusers:MODEL (an editing or image-to-image "
+        "pipeline), python:FILE:FUNCTION; may repeat with the names of tasks")
+    add("--teacher_prompt", metavar="TEXT", help="what a diffusers teacher is asked (default: the row's instruction)")
+    add("--teacher_settings", default="{}", metavar="JSON", help="further arguments of a diffusers call, such "
+        "as '{\"num_inference_steps\": 20}', or of a torchhub model, such as '{\"pretrained\": \"paprika\"}'")
+    add("--teacher_range", default="-1,1", metavar="BLACK,WHITE", help="values that an onnx or torchhub network takes "
+        "(default -1,1; a negative one is written --teacher_range=-1,1)")
+    add("--teacher_output_range", metavar="BLACK,WHITE", help="values that it gives (default: as it takes)")
+    add("--teacher_layout", choices=("auto", "nchw", "nhwc"), default="auto", help="order of its dimensions")
+    add("--teacher_multiple", type=int, default=1, metavar="N", help="what sides must be a multiple of, reached by "
+        "mirroring the border (default 1)")
+    add("--teacher_channels", choices=("rgb", "bgr"), default="rgb", help="order of its colours (default rgb)")
+    add("--trust_remote_code", action="store_true", help="run the code of a torchhub repository, which you have read")
+    add("--batch_size", type=int, default=1, metavar="N", help="pictures that a teacher gets at once (default 1)")
+    add("--device", default="auto", help="of a teacher: cuda, mps or cpu (default: the best there is)")
+    add("--dtype", choices=("fp32", "fp16", "bf16"), help="of a diffusers teacher (default fp16 on cuda, else fp32)")
+    # fmt: on
+    add_making_flags(parser)
     return parser.parse_args(argv)
 
 
-def check_args(args: argparse.Namespace) -> list[str]:
-    """Refuse what cannot work, all problems at once; returns the tasks, with `all` spelled out."""
-    known, problems = available_tasks(), []
-    unknown = [task for task in args.task if task not in (*known, "all")]
-    if unknown:
-        problems.append(f"--task {' '.join(unknown)}: unknown; allowed are {', '.join(known)}, or all")
-    if not args.dataset_id.is_dir():
-        problems.append(f"--dataset_id {args.dataset_id}: no such folder; give a folder of photographs")
-    if args.resolution < 16 or args.resolution > 4096 or args.resolution % 8:
-        problems.append(f"--resolution {args.resolution}: must be a multiple of 8 from 16 to 4096")
-    if args.max_num_samples < 1:
+def check_flags(args: argparse.Namespace) -> list[Task]:
+    """The tasks; raises one InputError with everything that can be told from the flags alone."""
+    tasks, problems = plan_tasks(args.task, args.teacher)
+    if args.resolution < 64 or args.resolution > 4096 or args.resolution % 8:
+        problems.append(f"--resolution {args.resolution}: must be a multiple of 8 from 64 to 4096")
+    if args.max_num_samples is not None and args.max_num_samples < 1:
         problems.append(f"--max_num_samples {args.max_num_samples}: must be at least 1")
-    if not 0 <= args.seed < 2**63:
-        problems.append(f"--seed {args.seed}: must be from 0 to 2**63 - 1")
-    tasks = known if "all" in args.task else list(dict.fromkeys(args.task))
-    shortest = min((len(read_phrasings(task, 0)[0]) for task in tasks if task in known), default=0)
-    if not unknown and not 0 <= args.heldout_phrasings < shortest:
+    for flag, least, most in (("batch_size", 1, 4096), ("teacher_multiple", 1, 1024), ("heldout_phrasings", 0, 10_000)):
+        if not least <= getattr(args, flag) <= most:
+            problems.append(f"--{flag} {getattr(args, flag)}: must be from {least} to {most}")
+    for flag in ("teacher_range", "teacher_output_range"):
+        if getattr(args, flag) is not None and read_range(getattr(args, flag)) is None:
+            problems.append(f"--{flag} {getattr(args, flag)}: must be two different numbers, as in 0,1 or -1,1")
+    if read_settings(args.teacher_settings) is None:
         problems.append(
-            f"--heldout_phrasings {args.heldout_phrasings}: must be from 0 to {shortest - 1}: some must be left"
+            f"--teacher_settings {args.teacher_settings}: must be a JSON object, as in '{{\"strength\": 0.6}}'"
         )
-    problems += data_root_problems(args.data_root, args.overwrite)
+    if any(task.teacher.startswith("torchhub:") for task in tasks) and not args.trust_remote_code:
+        problems.append("--teacher torchhub runs the repository's code: read it, and say --trust_remote_code")
+    if args.phrasings != "train" and args.heldout_phrasings == 0:
+        problems.append(f"--phrasings {args.phrasings} needs --heldout_phrasings of at least 1")
+    problems += making_problems(args)
     if problems:
         raise InputError.from_problems(problems)
     return tasks
 
 
-def data_root_problems(data_root: Path, overwrite: bool) -> list[str]:
-    """What speaks against writing there; with `overwrite` only what this script has written may be replaced."""
-    if data_root.exists() and not data_root.is_dir():
-        return [f"--data_root {data_root}: is a file; give a folder"]
-    found = sorted(path.name for path in data_root.iterdir()) if data_root.is_dir() else []
-    if found and not overwrite:
-        return [f"--data_root {data_root}: is not empty; give another folder, or --overwrite to replace it"]
-    foreign = [name for name in found if name != "data"]
-    if foreign:
-        return [f"--data_root {data_root}: holds {foreign[0]}, which is no pair set; --overwrite does not replace it"]
-    return []
-
-
-def readable_photographs(folder: Path, split: str) -> list[Path]:
-    """Photographs that decode; the others are named on stderr and counted."""
-    from data_preparation.photographs import list_photographs, read_photograph
-
+def read_range(text: str) -> tuple[float, float] | None:
     try:
-        paths = list_photographs(folder, split)
-    except (ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{folder / 'metadata.jsonl'}: a line is not a JSON object with file_name ({error})") from None
-    if not paths:
-        raise InputError(
-            f"--dataset_id {folder}: holds no image of split '{split}'; jpg, png, webp, bmp and tif files are read"
-        )
-    bad = [path for path in paths if read_photograph(path) is None]
-    for path in bad[:5]:
-        print(f"skipped {path}: not a readable image", file=sys.stderr)
-    if bad:
-        print(f"skipped {len(bad)} of {len(paths)} images", file=sys.stderr)
-    if len(bad) == len(paths):
-        raise InputError(f"--dataset_id {folder}: none of its {len(paths)} images can be read")
-    return [path for path in paths if path not in set(bad)]
+        black, white = map(float, text.split(","))
+    except ValueError:
+        return None
+    return (black, white) if black != white and abs(black) + abs(white) < 1e6 else None
 
 
-def make_row(
-    photographs: list[Path], phrasings: dict[str, tuple], resolution: int, seed: int, row: int, heldout: bool, read
-) -> dict:
-    """Row number `row`: pictures as uint8 RGB (resolution, resolution, 3), the rest as text."""
-    from data_preparation.edits import EDITS
-    from data_preparation.photographs import random_square, row_generator
-
-    rng = row_generator(seed, row)
-    path = photographs[rng.integers(len(photographs))]
-    task = list(phrasings)[rng.integers(len(phrasings))]
-    original = random_square(read(path), resolution, rng)
-    kind = 1 if heldout and phrasings[task][1] and rng.random() < 0.5 else 0
-    prompts = phrasings[task][kind]
-    return {
-        "original_image": original,
-        "edit_prompt": prompts[rng.integers(len(prompts))],
-        "edited_image": EDITS[task](original),
-        "task": task,
-        "source": path.name,
-        "phrasing": ("train", "heldout")[kind],
-    }
+def read_settings(text: str) -> dict | None:
+    try:
+        settings = json.loads(text)
+    except ValueError:
+        return None
+    return settings if isinstance(settings, dict) else None
 
 
-def write_files(rows, count: int, folder: Path) -> None:
-    """Write rows (an iterator of dicts) as parquet files with embedded PNG images, at most ROWS_PER_FILE in each."""
-    import cv2
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-    from datasets import Features, Image, Value
+def make_recipe(args: argparse.Namespace, tasks: list[Task]) -> tuple:
+    """(recipe, settings of the manifest). The heavy imports begin here."""
+    from data_preparation.making.inputs import Photographs
+    from data_preparation.tasks.recipe import PairRecipe, public_teacher
+    from data_preparation.tasks.teachers import TeacherSettings, describe_models
 
-    text = ("edit_prompt", "task", "source", "phrasing")
-    features = Features(
-        {
-            "original_image": Image(),
-            "edit_prompt": Value("string"),
-            "edited_image": Image(),
-            **{name: Value("string") for name in text[1:]},
-        }
+    photographs = Photographs(args.dataset_id, args.split, args.image_column, args.config, args.revision)
+    found = photographs.open()
+    phrasings = {task.phrasings: read_phrasings(task.phrasings, num_heldout(args, task)) for task in tasks}
+    output_range = read_range(args.teacher_output_range) if args.teacher_output_range else None
+    teacher = TeacherSettings(
+        read_range(args.teacher_range), output_range, args.teacher_layout, args.teacher_multiple, args.teacher_channels,
+        args.teacher_prompt, read_settings(args.teacher_settings), args.device, args.dtype, args.trust_remote_code,
+    )  # fmt: skip
+    recipe = PairRecipe(
+        photographs, tuple(tasks), phrasings, args.max_num_samples or len(found), args.seed, args.resolution, args.crop,
+        args.phrasings, args.image_format, args.source_license, args.batch_size, teacher,
+    )  # fmt: skip
+    uses_model = any(task.teacher.partition(":")[0] in BATCHED for task in tasks)
+    settings = {
+        "generator": "generate_dataset", "photographs": found.dataset, "photographs_digest": found.digest,
+        "split": args.split, "seed": args.seed, "resolution": args.resolution, "crop": args.crop,
+        "image_format": args.image_format, "phrasings": args.phrasings, "source_license": args.source_license,
+        "tasks": {task.name: [task.weight, public_teacher(task.teacher), describe_models(task)] for task in tasks},
+        "instructions": {name: list(map(len, both)) for name, both in phrasings.items()},
+    }  # fmt: skip
+    if uses_model:
+        settings |= {name: value for name, value in vars(args).items() if name.startswith("teacher_")}
+        settings["batch_size"] = args.batch_size
+    return recipe, settings, uses_model
+
+
+def num_heldout(args: argparse.Namespace, task: Task) -> int:
+    return min(args.heldout_phrasings, 3) if task.phrasings in TOY else args.heldout_phrasings
+
+
+def run(args: argparse.Namespace) -> int:
+    tasks = check_flags(args)
+    quiet_libraries()
+    recipe, settings, uses_model = make_recipe(args, tasks)
+    from data_preparation.making.production import produce
+
+    summary = produce(
+        recipe, args.data_root, settings, workers=pick_workers(args, uses_model), overwrite=args.overwrite
     )
-    num_files = -(-count // ROWS_PER_FILE)
-    for index in range(num_files):
-        columns = {name: [] for name in features}
-        for row in (next(rows) for _ in range(min(ROWS_PER_FILE, count - index * ROWS_PER_FILE))):
-            for name, value in row.items():
-                is_text = name in text
-                columns[name].append(
-                    value if is_text else {"bytes": cv2.imencode(".png", value[..., ::-1])[1].tobytes(), "path": None}
-                )
-        table = pa.table(columns, schema=features.arrow_schema)
-        pq.write_table(table, folder / f"train-{index:05d}-of-{num_files:05d}.parquet", row_group_size=100)
+    print(summary.describe(args.data_root))
+    return 0
 
 
-def replace_folder(partial: Path, final: Path) -> None:
-    """Put the complete folder in place; an older one goes only when the newer one is there to follow it."""
-    old = final.with_name(f"{final.name}.old")
-    if final.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-    partial.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def generate(args: argparse.Namespace, tasks: list[str], photographs: list[Path]) -> None:
-    """Write the pairs beside --data_root and put them in place."""
-    from tqdm import tqdm
-
-    from data_preparation.photographs import read_photograph
-
-    read = lru_cache(maxsize=64)(read_photograph)
-    phrasings = {task: read_phrasings(task, args.heldout_phrasings) for task in tasks}
-    rows = (
-        make_row(photographs, phrasings, args.resolution, args.seed, row, args.split == "heldout", read)
-        for row in tqdm(range(args.max_num_samples), desc="pairs", unit="pair")
-    )
-    partial = args.data_root.with_name(f"{args.data_root.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    (partial / "data").mkdir(parents=True)
-    write_files(rows, args.max_num_samples, partial / "data")
-    replace_folder(partial, args.data_root)
-
-
-def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
-    args.data_root = args.data_root.absolute()
+def main(argv: list[str] | None = None) -> int:
     with exit_on_input_error():
-        tasks = check_args(args)
-        photographs = readable_photographs(args.dataset_id, args.split)
-        try:
-            generate(args, tasks, photographs)
-        except OSError as error:
-            raise InputError(f"--data_root {args.data_root}: cannot be written ({error})") from None
-    print(f"wrote {args.max_num_samples} pairs of {len(photographs)} photographs to {args.data_root}")
+        return run(parse_flags(argv))
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

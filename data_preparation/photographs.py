@@ -8,6 +8,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from utils.pixels import BadRow
+
+MIN_SIDE = 64  # of a photograph that pairs are made of
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -16,11 +19,18 @@ def row_generator(seed: int, row: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, row]))
 
 
-def list_photographs(folder: Path, split: str = "all") -> list[Path]:
-    """Sorted image files below `folder`; where it has a metadata.jsonl, only those of `split` (train, heldout, all)."""
+def read_metadata(folder: Path) -> list[dict]:
+    """The rows of a folder's metadata.jsonl; none where it has none. Raises ValueError for what is not JSON."""
     metadata = folder / "metadata.jsonl"
-    if split != "all" and metadata.exists():
-        rows = [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not metadata.exists():
+        return []
+    return [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
+
+
+def list_photographs(folder: Path, split: str = "all") -> list[Path]:
+    """Sorted image files below `folder`; where its metadata.jsonl names splits, only those of `split` (or all)."""
+    rows = read_metadata(folder) if split != "all" else []
+    if any("split" in row for row in rows):
         return sorted(folder / row["file_name"] for row in rows if row.get("split") == split)
     return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
 
@@ -46,6 +56,29 @@ def random_square(image: np.ndarray, resolution: int, rng: np.random.Generator) 
     top, left = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)
     square = _resize(image[top : top + side, left : left + side], resolution)
     return np.ascontiguousarray(square[:, ::-1]) if rng.random() < 0.5 else square
+
+
+def fit_picture(image: np.ndarray, resolution: int, is_square: bool = False) -> np.ndarray:
+    """The whole view with its shorter side at `resolution`, or the square in its middle.
+
+    A smaller picture is not enlarged. Sides are cut to multiples of 8, which is what an autoencoder takes. Raises
+    BadRow for a picture below 64 pixels.
+    """
+    height, width = image.shape[:2]
+    if min(height, width) < MIN_SIDE:
+        raise BadRow(f"is too small: {width}x{height} pixels, each side must have at least {MIN_SIDE}")
+    if is_square:
+        return centre_square(image, min(resolution, min(height, width) // 8 * 8))
+    scale = min(1.0, resolution / min(height, width))
+    size = (
+        (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+        if scale < 1
+        else (width, height)
+    )
+    image = image if scale == 1 else cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    height, width = (side // 8 * 8 for side in image.shape[:2])
+    top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
+    return np.ascontiguousarray(image[top : top + height, left : left + width])
 
 
 def _resize(square: np.ndarray, resolution: int) -> np.ndarray:

@@ -22,7 +22,7 @@ from data_preparation.making.opening import (
     open_dataset,
     public_name,
 )
-from data_preparation.photographs import SUFFIXES, list_photographs
+from data_preparation.photographs import SUFFIXES, list_photographs, read_metadata
 from utils.dataset.rows import METADATA_NAMES
 from utils.errors import InputError
 from utils.pixels import BadRow, decode_image
@@ -60,8 +60,11 @@ class Photographs:
 class OpenPhotographs:
     """digest: changes with the photographs; dataset: the name of where they come from; license: None where unknown."""
 
-    def __init__(self, images: Sequence, digest: str, dataset: str, license_name: str | None) -> None:
+    def __init__(
+        self, images: Sequence, digest: str, dataset: str, license_name: str | None, licenses: dict | None = None
+    ) -> None:
         self._images, self.digest, self.dataset, self.license = images, digest, dataset, license_name
+        self._licenses = licenses or {}
 
     def __len__(self) -> int:
         return len(self._images)
@@ -69,6 +72,10 @@ class OpenPhotographs:
     def name(self, index: int) -> str:
         """What a row calls its photograph: a path in the folder, or what the dataset calls it."""
         return self._images[index][0]
+
+    def license_of(self, index: int) -> str | None:
+        """The licence of one photograph, where the folder's metadata.jsonl names it; else that of all."""
+        return self._licenses.get(self.name(index), self.license) if self._licenses else self.license
 
     def read(self, index: int) -> np.ndarray:
         """uint8 RGB (H, W, 3), upright. Raises BadRow."""
@@ -170,7 +177,7 @@ def _holds_rows(folder: Path) -> bool:
 
 def _open_folder(folder: Path, split: str) -> OpenPhotographs:
     try:
-        paths = list_photographs(folder, split)
+        paths, described = list_photographs(folder, split), read_metadata(folder)
     except (ValueError, KeyError, AttributeError) as error:
         raise InputError(f"{folder / 'metadata.jsonl'}: a line is not a JSON object with file_name ({error})") from None
     missing = [path for path in paths if not path.is_file()]
@@ -183,9 +190,9 @@ def _open_folder(folder: Path, split: str) -> OpenPhotographs:
         digest.update(json.dumps([path.relative_to(folder).as_posix(), path.stat().st_size]).encode())
     for index in np.unique(np.linspace(0, len(paths) - 1, SAMPLED_ROWS).astype(int)):
         digest.update(paths[index].read_bytes())
-    return OpenPhotographs(
-        _FolderImages(folder, paths), digest.hexdigest(), folder.resolve().name, find_license(str(folder), None)
-    )
+    licenses = {row["file_name"]: found for row in described if (found := row.get("license") or row.get("licence"))}
+    name, license_name = folder.resolve().name, find_license(str(folder), None)
+    return OpenPhotographs(_FolderImages(folder, paths), digest.hexdigest(), name, license_name, licenses)
 
 
 def _open_texts(captions: Captions) -> datasets.Dataset:

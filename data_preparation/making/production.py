@@ -38,7 +38,7 @@ class Summary:
 
 
 def produce(
-    recipe: Recipe, data_root: Path, settings: dict[str, Any], *, items_per_shard: int = 100,
+    recipe: Recipe, data_root: Path, settings: dict[str, Any], *, items_per_shard: int | None = None,
     max_rows: int | None = None, workers: Workers | None = None, unit: str = "pair", overwrite: bool = False,
     note: Callable[[], str] | None = None,
 ) -> Summary:  # fmt: skip
@@ -46,9 +46,10 @@ def produce(
 
     settings: what decides the rows, as JSON; a folder with others is refused. max_rows: rows that are wanted, where
     items may give none or several: no more shards are made than needed, and the last one is cut. note: what else the
-    progress bar says, such as the cost so far. Raises InputError.
+    progress bar says, such as the cost so far. items_per_shard: default a 32nd of them, 4 to 100. Raises InputError.
     """
     started = time.monotonic()
+    items_per_shard = items_per_shard or min(max(recipe.num_items // 32, 4), 100)
     plan = {"items": recipe.num_items, "items_per_shard": items_per_shard, "max_rows": max_rows}
     store = Store(data_root, settings | plan, overwrite)
     try:

@@ -37,13 +37,20 @@ class Store:
         with _writing(self.root):
             self._making.mkdir(parents=True, exist_ok=True)
             self._lock = _lock(self._making / "lock", data_root)
-            if overwrite and self._read_manifest() is not None and not self._is_same():
-                self._clear()
-            self._refuse_other_settings()
-            if self._read_manifest() is None:
-                self._write_manifest({"complete": False})
-            for unfinished in (*self._making.glob("*.unfinished"), self._making / DATA):
-                _remove(unfinished)
+            try:
+                self._begin(overwrite)
+            except BaseException:
+                self._lock.close()  # or a second run in this process would wait for the first one's exception
+                raise
+
+    def _begin(self, overwrite: bool) -> None:
+        if self._read_manifest() is not None and not self._is_same() and (overwrite or self._is_bare()):
+            self._clear()
+        self._refuse_other_settings()
+        if self._read_manifest() is None:
+            self._write_manifest({"complete": False})
+        for unfinished in (*self._making.glob("*.unfinished"), self._making / DATA):
+            _remove(unfinished)
 
     def close(self) -> None:
         self._lock.close()
@@ -121,6 +128,10 @@ class Store:
 
     def _is_same(self) -> bool:
         return self._read_manifest()["settings"] == self.settings
+
+    def _is_bare(self) -> bool:
+        """Whether no row was made with the settings of then, as when a model's name was wrong."""
+        return not (self.root / DATA).exists() and not any(self._making.glob("shard-*"))
 
     def _clear(self) -> None:
         """Remove a former set; its manifest last, so that a kill in between leaves what --overwrite takes."""

@@ -1,0 +1,172 @@
+"""Teachers of generate_dataset.py: each makes the edited image by real loading code, and tells its own mistakes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_preparation.tasks.cartoon import cartoonize
+from data_preparation.tasks.degradations import DEGRADATIONS
+from data_preparation.tasks.plan import DEGRADED, plan_tasks
+from tests.test_generate_dataset import generate
+
+onnx = pytest.importorskip("onnx", reason="onnx is not installed")
+
+
+@pytest.fixture
+def phrasings(tmp_path) -> Path:
+    path = tmp_path / "invert.txt"
+    path.write_text("\n".join(f"turn the colours around, way {number}" for number in range(12)))
+    return path
+
+
+def save_negation(path: Path, shape: list, scale: float = -1.0, shift: float = 0.0) -> Path:
+    """A network that gives scale * x + shift, as an exporter would write it."""
+    value = onnx.helper.make_tensor_value_info
+    constants = [
+        onnx.numpy_helper.from_array(np.float32(number), name) for number, name in ((scale, "a"), (shift, "b"))
+    ]
+    nodes = [onnx.helper.make_node("Mul", ["x", "a"], ["m"]), onnx.helper.make_node("Add", ["m", "b"], ["y"])]
+    graph = onnx.helper.make_graph(
+        nodes, "negation", [value("x", 1, shape)], [value("y", 1, shape)], initializer=constants
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=9)
+    onnx.save(model, path)
+    return path
+
+
+def invert(tmp_path: Path, phrasings: Path, teacher: str, *flags: str) -> list[dict]:
+    return generate(
+        tmp_path / "pairs", "--task", str(phrasings), "--teacher", teacher, "--max_num_samples", "6", *flags
+    )
+
+
+def test_names_of_degradations_are_known_without_loading_them():
+    assert set(DEGRADED) == set(DEGRADATIONS)
+
+
+@pytest.mark.parametrize(
+    ("shape", "flags", "scale", "shift"),
+    [
+        (["n", 3, "h", "w"], [], -1, 0),
+        (["n", "h", "w", 3], ["--teacher_range", "0,255"], -1, 255),
+        ([1, 3, "h", "w"], ["--teacher_range", "0,1", "--teacher_channels", "bgr", "--batch_size", "4"], -1, 1),
+        (["n", 3, "h", "w"], ["--teacher_multiple", "32", "--crop", "none", "--resolution", "72"], -1, 0),
+        (["n", 3, "h", "w"], ["--teacher_range", "0,1", "--teacher_output_range=-1,1"], -2, 1),
+    ],
+)  # fmt: skip
+def test_an_onnx_network_in_any_range_layout_and_size(shape, flags, scale, shift, tmp_path, phrasings):
+    network = save_negation(tmp_path / "negation.onnx", shape, scale, shift)
+    rows = invert(tmp_path, phrasings, f"onnx:{network}", *flags)
+    assert len(rows) == 6
+    for row in rows:
+        assert np.abs(row["edited_image"].astype(int) - (255 - row["original_image"])).max() <= 1
+        assert row["task"] == "invert" and row["edit_prompt"].startswith("turn the colours around")
+        assert '"id": "negation.onnx"' in row["models"] and str(tmp_path) not in str(row)
+
+
+def test_an_onnx_network_of_one_size_gives_pictures_of_theirs(tmp_path, phrasings):
+    network = save_negation(tmp_path / "fixed.onnx", [1, 3, 128, 128])
+    rows = invert(tmp_path, phrasings, f"onnx:{network}", "--crop", "none")
+    for row in rows:
+        assert row["edited_image"].shape == row["original_image"].shape
+        assert np.abs(row["edited_image"].astype(int) - (255 - row["original_image"])).mean() < 8
+
+
+def test_a_function_of_ones_own(tmp_path, phrasings):
+    (tmp_path / "mine.py").write_text(
+        "def invert(picture):\n    return 255 - picture\n"
+        "def noisy(picture, generator):\n"
+        "    return picture // 2 + generator.integers(0, 99, picture.shape, dtype='uint8')\n"
+        "def small(picture):\n    return picture[::2]\n"
+    )
+    for row in invert(tmp_path, phrasings, f"python:{tmp_path}/mine.py:invert"):
+        assert np.array_equal(row["edited_image"], 255 - row["original_image"])
+    noisy = [generate(tmp_path / name, "--task", str(phrasings), "--teacher", f"python:{tmp_path}/mine.py:noisy",
+                      *workers) for name, workers in (("a", ()), ("b", ("--num_workers", "2")))]  # fmt: skip
+    assert all(np.array_equal(one["edited_image"], two["edited_image"]) for one, two in zip(*noisy, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("function", "words"), [("small", "same size"), ("absent", "cannot be loaded"), ("bad", "ZeroDiv")]
+)
+def test_a_function_that_does_not_do(function, words, tmp_path, phrasings, capsys):
+    (tmp_path / "mine.py").write_text(
+        "def small(picture):\n    return picture[::2]\ndef bad(picture):\n    return 1 / 0\n"
+    )
+    with pytest.raises(SystemExit):
+        invert(tmp_path, phrasings, f"python:{tmp_path}/mine.py:{function}")
+    said = capsys.readouterr().err
+    assert words in said and "Traceback" not in said
+
+
+def test_torchhub_runs_code_only_when_told(tmp_path, phrasings, capsys):
+    repository = tmp_path / "zoo"
+    repository.mkdir()
+    (repository / "hubconf.py").write_text(
+        "import torch\nclass Invert(torch.nn.Module):\n    def __init__(self, by):\n        super().__init__()\n"
+        "        self.by = by\n    def forward(self, x):\n        return x * self.by\n"
+        "def generator(by=1.0):\n    open(__file__ + '.ran', 'w').close()\n    return Invert(by)\n"
+    )
+    with pytest.raises(SystemExit):
+        invert(tmp_path, phrasings, f"torchhub:{repository}:generator")
+    assert "--trust_remote_code" in capsys.readouterr().err and not list(repository.glob("*.ran"))
+    rows = invert(tmp_path, phrasings, f"torchhub:{repository}:generator", "--trust_remote_code",
+                  "--teacher_settings", '{"by": -1.0}')  # fmt: skip
+    for row in rows:
+        assert np.abs(row["edited_image"].astype(int) - (255 - row["original_image"])).max() <= 1
+
+
+def test_a_diffusers_editor_teaches(tiny_editor, tmp_path, phrasings):
+    """What comes out is what the stock pipeline gives for the row's instruction and seed."""
+    import torch
+    from diffusers import DiffusionPipeline
+    from PIL import Image
+
+    settings = '{"num_inference_steps": 2, "image_guidance_scale": 1.2}'
+    rows = invert(tmp_path, phrasings, f"diffusers:{tiny_editor}", "--teacher_settings", settings, "--crop", "square")
+    pipeline = DiffusionPipeline.from_pretrained(tiny_editor)
+    for row in rows[:2]:
+        generator = torch.Generator().manual_seed(row["settings"]["teacher_seed"])
+        expected = pipeline(row["edit_prompt"], Image.fromarray(row["original_image"]), generator=generator,
+                            num_inference_steps=2, image_guidance_scale=1.2).images[0]  # fmt: skip
+        expected = np.asarray(expected.resize(row["original_image"].shape[1::-1]))
+        assert np.abs(row["edited_image"].astype(int) - expected).max() <= 1
+
+
+def test_a_text_to_image_model_is_opened_for_image_to_image(tiny_base, tmp_path, phrasings):
+    rows = invert(tmp_path, phrasings, f"diffusers:{tiny_base}", "--teacher_prompt", "a painting", "--crop", "square",
+                  "--teacher_settings", '{"strength": 0.5, "num_inference_steps": 4}')  # fmt: skip
+    assert len(rows) == 6 and all(row["edited_image"].shape == row["original_image"].shape for row in rows)
+
+
+def test_a_diffusers_teacher_that_cannot_be(tiny_base, tmp_path, phrasings, capsys):
+    for teacher, flags, words in (
+        ("diffusers:/nowhere", [], "cannot be loaded"),
+        (f"diffusers:{tiny_base}", ["--teacher_settings", '{"colour": 1}'], "takes no colour"),
+    ):
+        with pytest.raises(SystemExit):
+            invert(tmp_path, phrasings, teacher, *flags)
+        assert words in capsys.readouterr().err
+
+
+def test_the_default_cartoonist_keeps_sizes_and_draws_ink():
+    generator = np.random.default_rng(0)
+    picture = np.full((96, 128, 3), 200, np.uint8)
+    picture[:, 64:] = 60
+    picture = np.clip(picture + generator.normal(0, 4, picture.shape), 0, 255).astype(np.uint8)
+    cartoon = cartoonize(picture)
+    assert cartoon.shape == picture.shape and cartoon.dtype == np.uint8
+    assert cartoon[:, 10:40].std() < picture[:, 10:40].std()  # flat where the picture is
+    assert cartoon[:, 60:68].min() < 60  # ink between light and dark
+
+
+def test_which_teacher_serves_which_task():
+    tasks, problems = plan_tasks(["cartoonize", "fog", "derain=2"], ["cartoonize=python:x.py:f"])
+    assert [task.teacher for task in tasks] == ["python:x.py:f", "exact", "degradation"] and tasks[2].weight == 2
+    assert problems == ["--teacher python:x.py:f: give a file and a function in it, as in python:my_edits.py:paint"]
+    assert "did you mean cartoonize" in plan_tasks(["cartonize"], [])[1][0]
+    assert "needs none" in plan_tasks(["jpeg"], ["jpeg=opencv"])[1][0]
+    assert "cartoons and nothing else" in plan_tasks(["fog"], ["opencv"])[1][0]
