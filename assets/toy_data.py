@@ -69,7 +69,7 @@ def tokenizer_texts(photographs: list) -> list[str]:
         for style in styles
         for template in CAPTIONS["templates"]
     ]
-    for path in sorted((ASSETS.parent / "data_preparation" / "instructions").glob("*.txt")):
+    for path in sorted((ASSETS.parent / "data_preparation" / "instructions" / "toy").glob("*.txt")):
         texts += path.read_text().splitlines()
     return texts
 
@@ -90,7 +90,7 @@ def text_examples(photographs: list) -> tuple[list[str], torch.Tensor]:
                     texts.append(template.format(style=style, subject=subject))
                     labels.append((number, index))
         if task in EDITS:
-            phrasings = read_phrasings(task)[0]
+            phrasings = read_phrasings(f"toy/{task}")[0]
             # Few among so many captions: repeated, so that a batch shows some.
             texts += phrasings * 20
             labels += [(number, -1)] * (20 * len(phrasings))

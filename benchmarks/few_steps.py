@@ -76,7 +76,8 @@ def measure(heldout: Path, folder: Path, scheduler: str, steps: int, guidance: t
     scores, first = [], [photographs[0]]
     for task in EDITS:
         edits = edit_images(
-            pipeline, photographs, [read_phrasings(task)[0][0]] * len(photographs), seeds=[0] * len(photographs),
+            pipeline, photographs, [read_phrasings(f"toy/{task}")[0][0]] * len(photographs),
+            seeds=[0] * len(photographs),
             num_inference_steps=steps, guidance_scale=guidance[0], image_guidance_scale=guidance[1],
         )  # fmt: skip
         first.append(edits[0])

@@ -128,7 +128,7 @@ def score(args: argparse.Namespace, flags: dict, folder: Path | None = None) -> 
     from data_preparation.instructions import read_phrasings
     from evaluation.exact_edits import judge, mean_scores, read_rgb
 
-    prompts = {task: read_phrasings(task)[0][0] for task in EDITS}
+    prompts = {task: read_phrasings(f"toy/{task}")[0][0] for task in EDITS}
     new = {"new": PHRASINGS[0], "new, kept out": PHRASINGS[-1]}
     scores = {name: [] for name in ("old", *new)}
     for name, prompt in (prompts | new).items():

@@ -8,9 +8,17 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parent.parent
-SCRIPTS = sorted(path for path in REPOSITORY.glob("*.py"))
+PREPARATION = REPOSITORY / "data_preparation"
+MODULES = {"instructions", "photographs", "edits"}  # of data_preparation itself, which are no scripts
+DATA_SCRIPTS = sorted(path for path in PREPARATION.glob("[a-z]*.py") if path.stem not in MODULES)
+SCRIPTS = [*sorted(REPOSITORY.glob("*.py")), *DATA_SCRIPTS]
 UTILS = sorted((REPOSITORY / "utils").rglob("*.py"))
-ABOVE_UTILS = {path.stem for path in SCRIPTS} | {"data_preparation", "evaluation", "benchmarks", "tests"}
+ABOVE_UTILS = {path.stem for path in REPOSITORY.glob("*.py")} | {
+    "data_preparation",
+    "evaluation",
+    "benchmarks",
+    "tests",
+}
 
 
 def imports_of(path: Path, only_top: bool = False) -> set[str]:
@@ -34,7 +42,13 @@ def test_utils_import_nothing_above_them(path):
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_no_script_imports_a_script(path):
-    assert not {name.split(".")[0] for name in imports_of(path)} & {script.stem for script in SCRIPTS}
+    names = {script.stem for script in SCRIPTS} | {f"data_preparation.{script.stem}" for script in DATA_SCRIPTS}
+    assert not imports_of(path) & names
+
+
+@pytest.mark.parametrize("path", sorted(PREPARATION.glob("*/*.py")), ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_parts_of_data_preparation_import_no_script(path):
+    assert not imports_of(path) & {f"data_preparation.{script.stem}" for script in DATA_SCRIPTS}
 
 
 def test_utils_have_no_cycle():
@@ -49,7 +63,8 @@ def test_utils_have_no_cycle():
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
 def test_scripts_start_light(path):
     """At the top of a script: the standard library and what is as light."""
-    heavy = {"torch", "diffusers", "transformers", "datasets", "accelerate"}
+    heavy = {"torch", "diffusers", "transformers", "datasets", "accelerate", "numpy", "cv2", "pyarrow", "PIL", "gradio"}
+    heavy = heavy if path in DATA_SCRIPTS else heavy - {"numpy", "PIL"}
     todo, seen = {name for name in imports_of(path, only_top=True)}, set()
     while todo:
         name = todo.pop()

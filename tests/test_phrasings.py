@@ -1,0 +1,109 @@
+"""The phrasings: enough of them, each belonging to one task, and files that users bring."""
+
+from __future__ import annotations
+
+import pytest
+
+from data_preparation.edits import EDITS
+from data_preparation.instructions import FOLDER, available_tasks, read_phrasings
+from data_preparation.tasks.degradations import DEGRADATIONS
+from utils.errors import InputError
+
+TASKS = ["cartoonize", *DEGRADATIONS]
+TOY = [f"toy/{task}" for task in EDITS]
+
+
+def test_every_task_has_a_file():
+    assert set(available_tasks()) == {*TASKS, *EDITS}
+    assert read_phrasings("sepia") == read_phrasings("toy/sepia")
+    assert read_phrasings("cartoonize") != read_phrasings("toy/cartoonize")
+
+
+@pytest.mark.parametrize("task", TASKS + TOY)
+def test_phrasings_are_many_and_clean(task):
+    train, heldout = read_phrasings(task, 10)
+    assert len(heldout) == 10
+    assert len(train + heldout) >= (15 if task in TOY else 50)
+    text = (FOLDER / f"{task}.txt").read_text(encoding="utf-8")
+    assert text.isascii()
+    assert text.splitlines() == train + heldout, "no empty line, nothing around a line"
+    for phrasing in train + heldout:
+        assert 1 <= len(phrasing.split()) <= 20
+
+
+def _letters(phrasing: str) -> str:
+    return " ".join("".join(letter if letter.isalnum() else " " for letter in phrasing.casefold()).split())
+
+
+def test_no_phrasing_asks_for_two_tasks():
+    """Nor stands twice with other punctuation: a held-out one would then be trained on."""
+    found = {}
+    for task in available_tasks():
+        for phrasing in read_phrasings(task, 0)[0]:
+            assert _letters(phrasing) not in found, (task, found[_letters(phrasing)], phrasing)
+            found[_letters(phrasing)] = task
+
+
+def test_similar_tasks_are_told_apart_by_their_words():
+    text = {task: " ".join(read_phrasings(task, 0)[0]).casefold() for task in TASKS}
+    assert "sharp" not in text["deblur"]
+    assert "blur" not in text["sharpen"]
+    assert "focus" not in text["sharpen"]
+    assert "nois" not in text["low_light"]
+    assert "grain" not in text["low_light"]
+    assert "dark" not in text["denoise"]
+    assert "resol" not in text["sharpen"]
+    for phrasing in read_phrasings("raindrop", 0)[0]:
+        names_drops = any(
+            word in phrasing.casefold() for word in ("drop", "bead", "water", "lens", "glass", "window", "pane", "wind")
+        )
+        assert names_drops, phrasing
+    for word in ("lens", "glass", "window", "droplet"):
+        assert word not in text["derain"]
+
+
+def test_heldout_phrasings_are_the_last():
+    everything, none = read_phrasings("derain", 0)
+    train, heldout = read_phrasings("derain", 10)
+    assert none == []
+    assert train + heldout == everything
+    assert not set(train) & set(heldout)
+
+
+def test_a_file_of_the_users(tmp_path):
+    path = tmp_path / "snow.txt"
+    path.write_text("\ufeffLet it snow\n\n  Cover it in snow  \nMake it winter\n", encoding="utf-8")
+    assert read_phrasings(str(path), 1) == (["Let it snow", "Cover it in snow"], ["Make it winter"])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no phrasing"),
+        (b" \n\n", "holds no phrasing"),
+        (b"Let it snow\nlet it Snow\n", "twice"),
+        ("Laß es schneien\n".encode("latin-1"), "not UTF-8"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, content, message):
+    path = tmp_path / "snow.txt"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        read_phrasings(str(path), 0)
+    assert str(path) in str(caught.value)
+
+
+def test_unknown_tasks_and_files_are_refused(tmp_path):
+    with pytest.raises(InputError, match="choose from cartoonize, colorize"):
+        read_phrasings("snow")
+    for name in ("../instructions/derain", "toy/derain", ""):
+        with pytest.raises(InputError, match="no task"):
+            read_phrasings(name)
+    with pytest.raises(InputError, match="no such file"):
+        read_phrasings(str(tmp_path / "snow.txt"))
+
+
+@pytest.mark.parametrize("number", [-1, 52, 100])
+def test_some_phrasings_must_be_left_for_training(number):
+    with pytest.raises(InputError, match="from 0 to 51"):
+        read_phrasings("derain", number)
