@@ -4,7 +4,8 @@
         subprocess.run(command, env=hub.environment(cache, token="write-token"))
         hub.repos["models/user/editor"].read("README.md")
 
-Xet storage is not spoken: the client is told so by `HF_HUB_DISABLE_XET=1`, which `environment` sets.
+Of Xet storage uploads are spoken (tests/xet_storage.py). Downloads go by plain HTTP, and so do uploads where
+`HF_HUB_DISABLE_XET=1` is set, as `environment` does by default.
 By hand: `python -m tests.hub_server --port 8000`.
 """
 
@@ -18,6 +19,7 @@ import os
 import re
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +31,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import yaml
 from huggingface_hub import constants
 
+from tests import xet_storage
+
 # token -> (account, role); the roles are those of the real Hub's whoami.
 TOKENS = {
     "write-token": ("user", "write"),
@@ -37,6 +41,7 @@ TOKENS = {
 }
 ORGANIZATIONS = {"user": ["team"], "other": []}
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt", ".png", ".jpg", ".parquet", ".arrow", ".zip", ".tar")
+XET_TOKEN = "token-of-the-storage"
 DATE = "2026-01-01T00:00:00.000Z"
 
 
@@ -115,6 +120,7 @@ class Hub:
     def __init__(self, folder: Path, port: int = 0):
         self.blobs = Path(folder) / "blobs"
         self.blobs.mkdir(parents=True, exist_ok=True)
+        self.xorbs: dict[str, list[bytes]] = {}
         self.repos: dict[str, Repo] = {}
         self.requests: list[Request] = []
         self.hook: Callable[[str, str], None] = lambda method, path: None
@@ -139,10 +145,11 @@ class Hub:
             server.shutdown()
             server.server_close()
 
-    def environment(self, cache: Path, token: str | None = None) -> dict[str, str]:
+    def environment(self, cache: Path, token: str | None = None, xet: bool = False) -> dict[str, str]:
         """This process's environment, with the Hub's client turned to this server and to a cache of its own."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-        ours = {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        ours = {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"}
+        ours |= {} if xet else {"HF_HUB_DISABLE_XET": "1"}
         return {**kept, **ours, **({"HF_TOKEN": token} if token else {})}
 
     def store(self, content: bytes, is_lfs: bool) -> File:
@@ -271,6 +278,32 @@ def lfs_verify(hub: Hub, call: Call) -> dict:
     return {}
 
 
+def xet_token(hub: Hub, call: Call, kind: str, repo_id: str, action: str, revision: str) -> dict:
+    hub.find(kind, repo_id, call.token, write=action == "write")
+    return {"casUrl": f"{hub.url}/xet", "exp": int(time.time()) + 3600, "accessToken": XET_TOKEN}
+
+
+def xet_xorb(hub: Hub, call: Call, name: str) -> dict:
+    require_xet_token(call)
+    is_new = name not in hub.xorbs
+    hub.xorbs[name] = xet_storage.read_chunks(call.body)
+    return {"was_inserted": is_new}
+
+
+def xet_shard(hub: Hub, call: Call) -> dict:
+    """Put together the files that the shard describes, for commits to name them by their SHA-256."""
+    require_xet_token(call)
+    for segments in xet_storage.read_files(call.body):
+        parts = [chunk for segment in segments for chunk in hub.xorbs[segment.xorb][segment.first : segment.end]]
+        hub.store(b"".join(parts), is_lfs=True)
+    return {"result": 1}
+
+
+def require_xet_token(call: Call) -> None:
+    if call.token != XET_TOKEN:
+        raise Refused(401, "This is not a token of the storage")
+
+
 def commit(hub: Hub, call: Call, kind: str, repo_id: str, revision: str) -> dict:
     repo = hub.find(kind, repo_id, call.token, write=True)
     lines = [json.loads(line) for line in call.body.splitlines() if line.strip()]
@@ -353,6 +386,9 @@ ENDPOINTS = [
     ("GET", rf"/api/{REPO}(?:/revision/(.+))?", info),
     ("POST", r"/(?:(datasets)/)?([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", lfs_batch),
     ("PUT", r"/lfs/([0-9a-f]{64})", lfs_put),
+    ("GET", rf"/api/{REPO}/xet-(write|read)-token/(.+)", xet_token),
+    ("POST", r"/xet/v1/xorbs/default/([0-9a-f]{64})", xet_xorb),
+    ("POST", r"/xet/v1/shards", xet_shard),
     ("POST", r"/lfs-verify", lfs_verify),
 ]
 RESOLVE = re.compile(r"/(?:(datasets)/)?([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)")
@@ -366,7 +402,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle_any(self) -> None:
         authorization = self.headers.get("Authorization", "")
-        token = authorization.removeprefix("Bearer ") or None
+        token = re.sub(r"^bearer ", "", authorization, flags=re.IGNORECASE) or None
         split = urlsplit(self.path)
         call = Call(token, parse_qs(split.query), self.read_body())
         self.token = token

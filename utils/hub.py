@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from json import JSONDecodeError
 from pathlib import Path
+from typing import NamedTuple
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import (
@@ -44,6 +45,22 @@ TEXT_SUFFIXES = {".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".csv"}
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 HIDDEN = "HIDDEN"
 
+
+class PushFlags(NamedTuple):
+    """What messages call the flags by which something is published, and what to do without them."""
+
+    push: str
+    repo: str
+    private: str
+    later: str
+
+
+PUSH_FLAGS = {
+    "model": PushFlags("--push_to_hub", "--hub_model_id", "--hub_private_repo", "train without --push_to_hub and "
+                       "upload the model later with `hf upload`"),
+    "dataset": PushFlags("--repo_id", "--repo_id", "--private", "give --no_push and run this again later"),
+}  # fmt: skip
+
 # `--hub_t…` because argparse also takes a flag by an unambiguous beginning.
 _TOKEN_FLAG = re.compile(r"(--hub[_-]t\w*(?:=|\s+))(\"[^\"]*\"|'[^']*'|\S+)")
 _TOKEN_KEY = re.compile(r"(\bhub_token[\"']?\s*[:=]\s*)(\"[^\"]*\"|'[^']*'|(?!null\b|None\b)[^\s,})]+)")
@@ -68,24 +85,29 @@ def redact(value: str | Sequence[str], secret: str | None = None) -> str | list[
 
 
 def check_push_rights(
-    repo_id: str | None, token: str | None, output_dir: str | Path, private: bool = False, create: bool = True
+    repo_id: str | None,
+    token: str | None,
+    output_dir: str | Path,
+    private: bool = False,
+    create: bool = True,
+    repo_type: str = "model",
 ) -> str:
-    """Make sure that the model can be pushed at the end of training, and return the full id of its repository.
+    """Make sure that the model or dataset can be pushed later, and return the full id of its repository.
 
     The repository is made now when it does not exist, unless `create` is off (a dry run leaves nothing on the Hub).
     """
-    login = token or get_token()
+    login, flags = token or get_token(), PUSH_FLAGS[repo_type]
     if not login:
-        raise InputError("--push_to_hub needs a login: run `hf auth login`, set HF_TOKEN, or pass --hub_token")
+        raise InputError(f"{flags.push} needs a login: run `hf auth login`, set HF_TOKEN, or pass --hub_token")
     api, account, full_id = HfApi(token=login), None, repo_id or ""
     try:
         account = api.whoami()
-        full_id = _full_id(repo_id, output_dir, account["name"])
-        _try_to_write(api, full_id, account, private, create)
+        full_id = _full_id(repo_id, output_dir, account["name"], flags)
+        _try_to_write(api, full_id, account, private, create, repo_type)
     except HfHubHTTPError as error:
-        raise _refusal(error, _token_source(token), login, full_id, account) from None
+        raise _refusal(error, _token_source(token), login, full_id, account, flags) from None
     except (HTTPError, OSError, JSONDecodeError) as error:
-        raise _unreachable(error, api.endpoint, login) from None
+        raise _unreachable(error, api.endpoint, login, flags) from None
     return full_id
 
 
@@ -109,12 +131,12 @@ def upload(
             return f"{api.endpoint}/{repo_id}"
         except Exception as error:  # wide, because hf_xet raises types of its own and hours of training are at stake
             failure = error
-            if pause is None or not _may_pass(error):
+            if pause is None or not may_pass(error):
                 break
-            logger.warning("upload to %s: %s; trying again in %s s", repo_id, _reason(error, login), pause)
+            logger.warning("upload to %s: %s; trying again in %s s", repo_id, failure_reason(error, login), pause)
             time.sleep(pause)
     raise InputError(
-        f"the upload to {repo_id} failed: {_reason(failure, login)}\n"
+        f"the upload to {repo_id} failed: {failure_reason(failure, login)}\n"
         f"Nothing is lost: the model stands whole in {output_dir}. This command uploads it later:\n"
         f"  {upload_command(output_dir, repo_id, private)}"
     ) from failure
@@ -141,32 +163,33 @@ def _token_source(token: str | None) -> str:
     return "the token saved by `hf auth login`"
 
 
-def _full_id(repo_id: str | None, output_dir: str | Path, user: str) -> str:
+def _full_id(repo_id: str | None, output_dir: str | Path, user: str, flags: PushFlags) -> str:
     """`repo_id` under the user's namespace where it names none; by default the output folder's name."""
     name = repo_id or re.sub(r"[^\w.-]+|\.{2,}|-{2,}", "-", Path(output_dir).resolve().name, flags=re.ASCII).strip("-.")
     full = name if "/" in name else f"{user}/{name}"
     try:
         validate_repo_id(full)
     except HFValidationError as error:
-        raise InputError(f"--hub_model_id: {full!r} cannot name a repository: {error}") from None
+        raise InputError(f"{flags.repo}: {full!r} cannot name a repository: {error}") from None
     return full
 
 
-def _try_to_write(api: HfApi, repo_id: str, account: dict, private: bool, create: bool) -> None:
+def _try_to_write(api: HfApi, repo_id: str, account: dict, private: bool, create: bool, repo_type: str) -> None:
     """Let the Hub itself say whether this token may write; raises the client's error where it may not."""
     if create:
-        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        api.create_repo(repo_id, private=private or None, exist_ok=True, repo_type=repo_type)
     try:
         # `create_repo` passes for a repository that stands and can be read: only this asks for the right to write.
-        api.auth_check(repo_id, write=True)
+        api.auth_check(repo_id, write=True, repo_type=repo_type)
     except RepositoryNotFoundError:
         if create or not _may_create(account, repo_id):
             raise
         return
-    if private and not api.model_info(repo_id).private:
+    if private and not api.repo_info(repo_id, repo_type=repo_type).private:
+        flags = PUSH_FLAGS[repo_type]
         raise InputError(
-            f"--hub_private_repo was given, but {repo_id} exists and is public: choose another --hub_model_id, "
-            "make the repository private in its settings, or drop --hub_private_repo"
+            f"{flags.private} was given, but {repo_id} exists and is public: choose another {flags.repo}, "
+            f"make the repository private in its settings, or drop {flags.private}"
         )
 
 
@@ -182,13 +205,15 @@ def _role(account: dict) -> str:
     return account.get("auth", {}).get("accessToken", {}).get("role", "unknown")
 
 
-def _refusal(error: HfHubHTTPError, source: str, login: str, repo_id: str, account: dict | None) -> InputError:
+def _refusal(
+    error: HfHubHTTPError, source: str, login: str, repo_id: str, account: dict | None, flags: PushFlags
+) -> InputError:
     """The Hub's refusal in plain words: whose token, which right is missing, what to do."""
     status = error.response.status_code
     if account is None and status in (401, 403):
         return InputError(f"the Hub does not accept {source}: it is wrong or expired; make a new one at {TOKEN_PAGE}")
     if account is None or status not in (401, 403, 404):
-        return InputError(f"the Hub refused the check of the right to push ({_reason(error, login)})")
+        return InputError(f"the Hub refused the check of the right to push ({failure_reason(error, login)})")
     user, role, namespace = account["name"], _role(account), repo_id.split("/")[0]
     if role == "read":
         return InputError(
@@ -198,20 +223,20 @@ def _refusal(error: HfHubHTTPError, source: str, login: str, repo_id: str, accou
     if namespace not in _namespaces(account):
         return InputError(
             f"{source} belongs to {user}, who may not write to {repo_id}: "
-            f"choose a --hub_model_id under {' or '.join(_namespaces(account))}, or use a token of {namespace}"
+            f"choose a {flags.repo} under {' or '.join(_namespaces(account))}, or use a token of {namespace}"
         )
     advice = f"give it 'Write access to contents/settings of all repos under {namespace}' at {TOKEN_PAGE}"
     if role != "fineGrained":
-        advice = f"ask an administrator of {namespace} for the right to write, or choose another --hub_model_id"
+        advice = f"ask an administrator of {namespace} for the right to write, or choose another {flags.repo}"
     return InputError(f"{source} (of {user}, role {role!r}) may not write to {repo_id}: {advice}")
 
 
-def _unreachable(error: Exception, endpoint: str, login: str) -> InputError:
+def _unreachable(error: Exception, endpoint: str, login: str, flags: PushFlags) -> InputError:
     if isinstance(error, OfflineModeIsEnabled):
-        return InputError("--push_to_hub needs the network, but HF_HUB_OFFLINE is set: unset it, or push later")
+        return InputError(f"{flags.push} needs the network, but HF_HUB_OFFLINE is set: unset it, or push later")
     return InputError(
-        f"--push_to_hub: the Hub ({endpoint}) cannot be reached ({_reason(error, login)}): "
-        "check the network, or train without --push_to_hub and upload the model later with `hf upload`"
+        f"{flags.push}: the Hub ({endpoint}) cannot be reached ({failure_reason(error, login)}): "
+        f"check the network, or {flags.later}"
     )
 
 
@@ -225,7 +250,7 @@ def _as_operation(root: Path, path: str, login: str | None) -> CommitOperationAd
     return CommitOperationAdd(path, root / path)
 
 
-def _may_pass(error: Exception) -> bool:
+def may_pass(error: Exception) -> bool:
     """Whether a fault is one of the network or the server, for which a later try can succeed."""
     for cause in (error, error.__cause__):
         if isinstance(cause, HfHubHTTPError):
@@ -233,7 +258,7 @@ def _may_pass(error: Exception) -> bool:
     return not isinstance(error, (ValueError, OfflineModeIsEnabled, FileNotFoundError))
 
 
-def _reason(error: Exception, login: str | None) -> str:
+def failure_reason(error: Exception, login: str | None) -> str:
     """One line about a fault and its cause, without a token."""
     causes = [cause for cause in (error, error.__cause__) if cause is not None]
     lines = [next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__) for cause in causes]
