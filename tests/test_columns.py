@@ -5,39 +5,11 @@ from __future__ import annotations
 import datasets
 import pytest
 
+from tests.published import IMAGE, SHAPES, TEXT
 from utils.dataset.columns import KNOWN, Columns, resolve_columns
 from utils.errors import InputError
 
-IMAGE, TEXT = datasets.Image(), datasets.Value("string")
-# The columns of notes/data_and_evaluation.md, section 1, in the datasets' own order, with what else they hold.
-PUBLISHED = {
-    "timbrooks/instructpix2pix-clip-filtered": dict(
-        original_prompt=TEXT, original_image=IMAGE, edit_prompt=TEXT, edited_prompt=TEXT, edited_image=IMAGE
-    ),
-    "fusing/instructpix2pix-1000-samples": dict(input_image=IMAGE, edit_prompt=TEXT, edited_image=IMAGE),
-    "instruction-tuning-sd/cartoonization": dict(original_image=IMAGE, edit_prompt=TEXT, cartoonized_image=IMAGE),
-    "instruction-tuning-sd/low-level-image-proc": dict(instruction=TEXT, input_image=IMAGE, ground_truth_image=IMAGE),
-    "osunlp/MagicBrush": dict(
-        img_id=TEXT, turn_index=datasets.Value("int32"), source_img=IMAGE, mask_img=IMAGE,
-        instruction=TEXT, target_img=IMAGE,
-    ),
-    "BleachNick/UltraEdit": dict(
-        clip_sim_source=datasets.Value("float64"), source_image=IMAGE, edited_image=IMAGE,
-        mask_image=datasets.Value("null"), edit_prompt=TEXT, edit_object=datasets.Value("null"),
-    ),
-    "UCSC-VLAA/HQ-Edit": dict(
-        input=TEXT, input_image=IMAGE, edit=TEXT, inverse_edit=TEXT, output=TEXT, output_image=IMAGE
-    ),
-    "TIGER-Lab/OmniEdit-Filtered-1.2M": dict(
-        omni_edit_id=TEXT, task=TEXT, src_img=IMAGE, edited_img=IMAGE, edited_prompt_list=datasets.List(TEXT)
-    ),
-    "Bin1117/AnyEdit": dict(
-        edit_type=TEXT, edit_instruction=TEXT, input=TEXT, output=TEXT,
-        visual_input=IMAGE, image_file=IMAGE, edited_file=IMAGE,
-    ),
-    "AILab-CVC/SEED-Data-Edit-Part2-3": dict(source_image=IMAGE, instruction=TEXT, target_image=IMAGE),
-    "BryanW/HumanEdit": dict(EDITING_INSTRUCTION=TEXT, INPUT_IMG=IMAGE, MASK_IMG=IMAGE, OUTPUT_IMG=IMAGE),
-}  # fmt: skip
+PUBLISHED = {name: shape.features for name, shape in SHAPES.items()}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import time
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import requests
+import urllib3
 from PIL import Image
 
 from utils.errors import InputError
@@ -36,17 +39,19 @@ def read_source(source: str, flag: str) -> bytes:
         raise InputError(f"{flag} {source} cannot be read: {error.strerror}") from error
 
 
-def download(url: str, flag: str) -> bytes:
-    """The bytes behind an address, `MAX_BYTES` at most. Raises `InputError` when they do not arrive."""
-    content = bytearray()
+def download(url: str, flag: str, max_bytes: int = MAX_BYTES, max_seconds: float = math.inf) -> bytes:
+    """The bytes behind an address, `max_bytes` at most. Raises `InputError` when they do not arrive, or too slowly."""
+    content, start = bytearray(), time.monotonic()
     try:
-        with requests.get(url, timeout=TIMEOUT_SECONDS, stream=True) as response:
+        with requests.get(url, timeout=min(TIMEOUT_SECONDS, max_seconds), stream=True) as response:
             response.raise_for_status()
-            for chunk in response.iter_content(1 << 16):
+            for chunk in iter(lambda: response.raw.read1(1 << 16, decode_content=True), b""):  # as it arrives
                 content += chunk
-                if len(content) > MAX_BYTES:
-                    raise InputError(f"{flag} {url} is larger than {MAX_BYTES // 10**6} MB: give a smaller picture")
-    except requests.RequestException as error:
+                if len(content) > max_bytes:
+                    raise InputError(f"{flag} {url} is larger than {max_bytes / 10**6:g} MB: give a smaller picture")
+                if time.monotonic() - start > max_seconds:
+                    raise requests.Timeout(f"not there after {max_seconds:g} seconds")
+    except (requests.RequestException, urllib3.exceptions.HTTPError) as error:
         raise InputError(
             f"{flag} {url} cannot be fetched ({type(error).__name__}): check the address and the network, "
             "or save the picture and give its path"

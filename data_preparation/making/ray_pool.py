@@ -94,7 +94,9 @@ def _cluster(address: str) -> Iterator[None]:
         raise InputError(f"--ray {address} needs Ray: pip install -r requirements-ray.txt") from None
     is_ours, is_local = not ray.is_initialized(), address == "local"
     if is_ours:
-        place = dict(include_dashboard=False) if is_local else dict(address=address, runtime_env=_our_code())
+        # Ray tells its workers the folder of the script and the working folder, of which neither need be ours.
+        place = dict(include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY)}})
+        place = place if is_local else dict(address=address, runtime_env=_our_code())
         try:
             ray.init(**place, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, ValueError, RuntimeError) as error:

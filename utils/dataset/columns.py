@@ -37,9 +37,17 @@ KNOWN: dict[str, Columns] = {
     "AILab-CVC/SEED-Data-Edit-Part2-3": Columns("source_image", "instruction", "target_image"),
     "BryanW/HumanEdit": Columns("INPUT_IMG", "EDITING_INSTRUCTION", "OUTPUT_IMG"),
 }
+UNPACK = (
+    "unpack the archives, and import the table: data_preparation/import_pairs.py --source TABLE --image_root FOLDER"
+)
+SEED_DATA_EDIT = f"it holds split tar.gz archives and a jsonl of paths into them, not images: {UNPACK}"
 NOT_READABLE: dict[str, str] = {
-    "sysuyy/ImgEdit": "its parquet files hold lists of paths into split tar archives, not images: unpack the archives "
-    "and write a folder with a metadata.jsonl that names original_image, edit_prompt and edited_image",
+    "AILab-CVC/SEED-Data-Edit-Part1-Openimages": SEED_DATA_EDIT,
+    "AILab-CVC/SEED-Data-Edit-Part1-Unsplash": SEED_DATA_EDIT,
+    "AILab-CVC/SEED-Data-Edit-Part2-3": SEED_DATA_EDIT,
+    "sysuyy/ImgEdit": f"its parquet files hold lists of paths into split tar archives, not images: {UNPACK}",
+    "apple/pico-banana-400k": "it is a jsonl of addresses, not images: download the jsonl, and import it: "
+    "data_preparation/import_pairs.py --source sft.jsonl --image_root https://...",
 }
 FLAGS = Columns("--original_image_column", "--edit_prompt_column", "--edited_image_column")
 ROLES = ("original", "prompt", "edited")
@@ -100,14 +108,22 @@ def resolve_columns(
     return Columns(**names)
 
 
+def refuse_unreadable(dataset_name: str) -> None:
+    """Raise an `InputError` for a dataset of the Hub that is published as archives or addresses.
+
+    To be asked before it is opened: datasets would first download all of it, up to terabytes.
+    """
+    for name, reason in NOT_READABLE.items():
+        if dataset_name.casefold() == name.casefold():
+            raise InputError(f"{name} cannot be read as it is: {reason}")
+
+
 def _known_columns(dataset_name: str, features: datasets.Features, given: Columns) -> Columns:
     """What is known of a dataset by its id, or of a local copy by the names and types of its columns."""
     by_id = {name.casefold(): columns for name, columns in KNOWN.items()}
     if columns := by_id.get(dataset_name.casefold()):
         return columns
-    for name, reason in NOT_READABLE.items():
-        if dataset_name.casefold() == name.casefold():
-            raise InputError(f"{name} cannot be read as it is: {reason}")
+    refuse_unreadable(dataset_name)
     candidates = {_overlay(columns, given) for columns in KNOWN.values()}
     open_roles = [role for role in ROLES if getattr(given, role) is None]
     named = [columns for columns in candidates if all(getattr(columns, role) in features for role in open_roles)]

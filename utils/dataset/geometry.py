@@ -96,7 +96,7 @@ def prepare_pair(
     needed_side = max(bucket) if bucket else geometry.resolution * (2 if geometry.resize_mode == "bucket" else 1)
     original_image, original_size = _decode("original image", original, needed_side)
     edited_image, edited_size = _decode("edited image", edited, needed_side)
-    _check_aspects(original_size, edited_size)
+    check_aspects(original_size, edited_size)
     resized, target = _sizes(original_size, geometry, bucket)
     u_crop = (0.5, 0.5) if geometry.center_crop else u_crop
     top, left = (min(int(u * (r - t + 1)), r - t) for u, r, t in zip(u_crop, resized, target, strict=True))
@@ -116,7 +116,8 @@ def _decode(what: str, value: object, needed_side: int) -> tuple[Image.Image, Si
         raise BadRow(f"{what}: {error.reason}") from error
 
 
-def _check_aspects(original_size: Size, edited_size: Size) -> None:
+def check_aspects(original_size: Size, edited_size: Size) -> None:
+    """Raise `BadRow` for two pictures that cannot show the same view."""
     ratio = (original_size[0] / original_size[1]) / (edited_size[0] / edited_size[1])
     if max(ratio, 1 / ratio) > 1 + MAX_ASPECT_DIFFERENCE:
         sizes = " and ".join(f"{width}x{height}" for height, width in (original_size, edited_size))

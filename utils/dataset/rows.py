@@ -96,13 +96,13 @@ def _open_metadata(folder: Path, split: str) -> datasets.Dataset | None:
     path = _find_metadata(folder, split)
     if path is None:
         return None
-    columns = _read_columns(path)
-    names_images = {name: _names_images(name, values) for name, values in columns.items()}
+    columns = read_columns(path)
+    are_images = {name: names_images(name, values) for name, values in columns.items()}
     image_columns, other_columns = {}, {}
     for name, values in columns.items():
-        if names_images[name]:
+        if are_images[name]:
             folder = path.parent.resolve()
-            image_columns[_image_column_name(name)] = [str(folder / value) if value else None for value in values]
+            image_columns[image_column_name(name)] = [str(folder / value) if value else None for value in values]
         else:
             other_columns[name] = values
     try:
@@ -130,8 +130,8 @@ def _find_metadata(folder: Path, split: str) -> Path | None:
     return None
 
 
-def _read_columns(path: Path) -> dict[str, list]:
-    """All rows of a metadata file by column; a value that a row lacks is None."""
+def read_columns(path: Path) -> dict[str, list]:
+    """All rows of a .jsonl, .csv or .parquet file by column; a value that a row lacks is None. Raises `InputError`."""
     try:
         if path.suffix == ".parquet":
             return pq.read_table(path).to_pydict()
@@ -160,7 +160,7 @@ def _read_json_lines(path: Path, lines: object) -> list[dict]:
     return rows
 
 
-def _names_images(name: str, values: list) -> bool:
+def names_images(name: str, values: list) -> bool:
     """Whether a column holds paths of images: by datasets' naming rule, or because most values end like one."""
     present = [value for value in values if value is not None]
     if not present or not all(isinstance(value, str) for value in present):
@@ -170,7 +170,7 @@ def _names_images(name: str, values: list) -> bool:
     return name.endswith(FILE_NAME) or 2 * num_images > len(present)
 
 
-def _image_column_name(name: str) -> str:
+def image_column_name(name: str) -> str:
     """`original_image_file_name` is the column `original_image`, `file_name` is `image`: as datasets does."""
     if name == FILE_NAME:
         return "image"

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
-from utils.dataset.columns import Columns, resolve_columns
+from utils.dataset.columns import Columns, refuse_unreadable, resolve_columns
 from utils.dataset.draws import random_subset
 from utils.dataset.rows import open_rows
 from utils.errors import InputError
@@ -65,6 +65,8 @@ def open_source(
     if max_train_samples is not None and max_train_samples < 1:
         raise InputError(f"--max_train_samples is {max_train_samples}; it must be at least 1")
     name = dataset_name or train_data_dir
+    if not Path(name).expanduser().exists():
+        refuse_unreadable(name)
     rows = open_rows(name, bool(train_data_dir), dataset_config_name, split, streaming, cache_dir)
     if not streaming and len(rows) == 0:
         raise InputError(f"{name}, split {split!r}, has no rows")

@@ -1,0 +1,129 @@
+"""Datasets in the shapes of the published ones train with no column flag, and are imported into our schema."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+import finetune_instruct_pix2pix
+import train_instruct_pix2pix
+import train_instruct_pix2pix_sdxl
+from data_preparation import import_pairs
+from tests.published import BLUE, RED, SHAPES, TEXT, save_shape
+from tests.runs import losses_of, training_flags
+from utils.dataset.columns import Columns
+from utils.dataset.data import check_first_rows, make_loader
+from utils.dataset.geometry import Geometry
+from utils.dataset.sources import open_source
+from utils.errors import InputError
+from utils.pixels import decode_image
+
+SCRIPTS = [train_instruct_pix2pix, finetune_instruct_pix2pix, train_instruct_pix2pix_sdxl]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with each dataset of the table under its own name."""
+    folder = tmp_path_factory.mktemp("published")
+    for name, shape in SHAPES.items():
+        save_shape(folder / name, shape)
+    return folder
+
+
+def is_about(pixels: np.ndarray, colour: tuple[int, int, int]) -> bool:
+    """Whether all of (H, W, 3) or (B, 3, H, W) has a colour, but for JPEG's small change."""
+    axes = (0, 1) if pixels.ndim == 3 else (0, 2, 3)
+    return np.abs(pixels.mean(axis=axes) - np.array(colour)).max() < 4
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streamed"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_first_batch_has_the_right_columns(name, streaming, published):
+    shape = SHAPES[name]
+    source = open_source(str(published / name), split=shape.split, streaming=streaming)
+    assert source.columns == Columns(shape.original, shape.prompt, shape.edited)
+    assert check_first_rows([source], Geometry(32)) == []
+    if streaming and name != "BleachNick/UltraEdit":  # datasets sleeps five seconds at the end of each shuffled stream
+        return
+    batch = next(iter(make_loader([source], Geometry(32), seed=0, batch_size=3, num_train_timesteps=1000)))
+    assert is_about(batch["original_pixels"].numpy(), RED) and is_about(batch["edited_pixels"].numpy(), BLUE)
+    assert all(prompt.startswith(f"{shape.prompt} ") for prompt in batch["prompts"]) and batch["bad_rows"] == []
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_it_trains_with_no_column_flag(name, published, tiny_base, tiny_editor, tiny_sdxl, tmp_path):
+    """One real step each, by the three scripts in turn."""
+    index = list(SHAPES).index(name) % len(SCRIPTS)
+    base = (tiny_base, tiny_editor, tiny_sdxl)[index]
+    flags = training_flags(base, published / name, tmp_path / "out", "--max_train_steps=1", "--report_to=none")
+    flags += ["--max_bad_rows=0", "--streaming"] if "OmniEdit" in name else ["--max_bad_rows=0"]
+    if SHAPES[name].split != "train":  # UltraEdit has no split of that name
+        flags.append(f"--dataset_split={SHAPES[name].split}")
+    SCRIPTS[index].main(flags)
+    assert len(losses_of(tmp_path / "out")) == 1
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_it_is_imported_into_our_schema(name, published, tmp_path):
+    shape = SHAPES[name]
+    flags = ["--source", str(published / name), "--data_root", str(tmp_path / "pairs"), "--dataset_split", shape.split]
+    import_pairs.main(flags)
+    (path,) = (tmp_path / "pairs/data").glob("*.parquet")
+    rows = pq.read_table(path).to_pylist()
+    stored = open_source(str(published / name), split=shape.split).rows
+    assert len(rows) == len(stored) == 4
+    for row, before in zip(rows, stored, strict=True):
+        assert row["edited_image"]["bytes"] == before[shape.edited]["bytes"]
+        assert is_about(np.asarray(decode_image(row["original_image"])), RED)
+        assert row["edit_prompt"] in before[shape.prompt] and row["source_dataset"] == name.split("/")[1]
+    captions = [name for name in ("original_prompt", "input", "source_caption", "INPUT_CAPTION_BY_LLAMA")
+                if name in shape.features]  # fmt: skip
+    assert rows[1]["original_prompt"] == (f"{captions[0]} 1" if captions else None)
+    assert set(json.loads(rows[0]["scores"] or "{}")) == {
+        {"clip_sim_source": "clip_sim_0", "clip_sim_target": "clip_sim_1"}.get(column, column)
+        for column in shape.features
+        if "sim" in column or "score" in column
+    }
+    if "cartoonization" in name:
+        assert decode_image(rows[0]["original_image"]).size == (1080, 720)
+    source = open_source(str(tmp_path / "pairs"))
+    assert check_first_rows([source], Geometry(32)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("sysuyy/ImgEdit", ["lists of paths", "import_pairs.py"]),
+        ("AILab-CVC/SEED-Data-Edit-Part1-Openimages", ["split tar.gz archives", "import_pairs.py"]),
+        ("AILab-CVC/SEED-Data-Edit-Part1-Unsplash", ["split tar.gz archives", "import_pairs.py"]),
+        ("apple/pico-banana-400k", ["jsonl of addresses", "import_pairs.py"]),
+    ],
+)
+def test_what_cannot_be_read_is_refused_before_it_is_downloaded(name, words, tiny_base, tmp_path, capsys):
+    with pytest.raises(InputError) as caught:
+        open_source(name)
+    assert all(word in str(caught.value) for word in words)
+    with pytest.raises(SystemExit):
+        train_instruct_pix2pix.main(training_flags(tiny_base, Path(name), tmp_path / "out"))
+    assert words[0] in capsys.readouterr().err
+
+
+def test_columns_that_nobody_has_verified_are_asked_for(tmp_path):
+    """UCSC-VLAA/GPT-Image-Edit-1.5M: its columns are not known here, and are not guessed by their position."""
+    features = dict(picture=datasets.Image(), words=TEXT, result=datasets.Image())
+    values = dict(picture=[None], words=["x"], result=[None])
+    rows = datasets.Dataset.from_dict(values, features=datasets.Features(features))
+    (tmp_path / "GPT-Image-Edit-1.5M").mkdir()
+    rows.to_parquet(str(tmp_path / "GPT-Image-Edit-1.5M/train.parquet"))
+    with pytest.raises(InputError, match="are not known: name them with --original_image_column"):
+        open_source(str(tmp_path / "GPT-Image-Edit-1.5M"))
