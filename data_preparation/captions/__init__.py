@@ -1,0 +1,1 @@
+"""Phase one of InstructPix2Pix: from captions to (instruction, edited caption)."""

@@ -1,0 +1,146 @@
+"""Phase one: what is taken of a model's answer, what is refused, and that no answer breaks the parser."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_preparation.captions.prompts import Ask, chat_messages, draw_examples, plain_prompt, read_examples
+from data_preparation.captions.triples import (
+    MAX_TOKENS,
+    PARSERS,
+    PROMPT_END,
+    SEPARATOR,
+    STOP,
+    Rejected,
+    Triple,
+    check_triple,
+    count_tokens,
+    fold,
+    parse_json,
+    parse_legacy,
+)
+
+BOAT = "a boat on a lake"
+GOOD = Triple(BOAT, "make it winter", "a boat on a frozen lake")
+ANSWER = json.dumps({"edit": GOOD.edit, "output": GOOD.output})
+REASONS = {
+    "empty", "no JSON", "cut off", "missing key", "not text", "output equal to caption", "edit too long",
+    "output too long", "no delimiter",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        ANSWER,
+        f"```json\n{ANSWER}\n```",
+        f"<think>first {{of all}}, hm</think>\n{ANSWER}",
+        f"Sure! {ANSWER} I hope that helps.",
+        json.dumps({"output": f" {GOOD.output}\n", "edit": "make  it\twinter", "why": 1}),
+    ],
+)
+def test_json_is_found(text):
+    assert parse_json(BOAT, text) == GOOD
+
+
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("", "empty"),
+        ("make it winter", "no JSON"),
+        ('{"edit": "make it', "no JSON"),
+        ("[" * 100_000 + "{" * 100_000, "no JSON"),
+        ('{"edit": ' + "9" * 5000 + "}", "no JSON"),
+        ('{"edit": "make it winter"}', "missing key"),
+        ('{"edit": "make it winter", "output": 3}', "not text"),
+        ('{"edit": "make it winter", "output": "\\ud83d"}', "not text"),
+        ('{"edit": "", "output": "a frozen lake"}', "empty"),
+        ('{"edit": "...", "output": "a frozen lake"}', "empty"),
+        ('{"edit": "keep it", "output": "A boat, on a LAKE."}', "output equal to caption"),
+        (json.dumps({"edit": "very " * 31, "output": "x"}), "edit too long"),
+        (json.dumps({"edit": "add wind", "output": "wind " * 76}), "output too long"),
+    ],
+)
+def test_what_is_no_triple_says_why(text, reason):
+    assert parse_json(BOAT, text) == Rejected(reason)
+
+
+def test_an_answer_that_was_cut_says_so():
+    assert parse_json(BOAT, ANSWER[:-5], is_finished=False) == Rejected("cut off")
+    assert parse_json(BOAT, ANSWER, is_finished=False) == GOOD  # all that is needed was said
+    assert parse_legacy(BOAT, f"{GOOD.edit}{SEPARATOR}{GOOD.output}", is_finished=False) == Rejected("cut off")
+
+
+def test_legacy_as_the_original_writes_it():
+    text = f"{GOOD.edit}{SEPARATOR}{GOOD.output}"
+    assert parse_legacy(BOAT, text) == parse_legacy(BOAT, f"{text}{STOP} and on", is_finished=False) == GOOD
+    assert (PROMPT_END, SEPARATOR, STOP) == ("\n##\n", "\n%%\n", "\nEND")
+    for wrong in (GOOD.edit, f"{text}{SEPARATOR}more", f"{text}{PROMPT_END}", "a %% b"):
+        assert parse_legacy(BOAT, wrong) == Rejected("no delimiter")
+
+
+def check_result(caption: str, result: Triple | Rejected) -> None:
+    """What every result holds to, whatever was said."""
+    if isinstance(result, Rejected):
+        assert result.reason in REASONS
+        return
+    for text in result:
+        assert text and text == " ".join(text.split()) and "\n" not in text
+        text.encode()
+    assert fold(result.output) != fold(caption)
+    assert len(result.edit.split()) <= 30 and count_tokens(result.output) <= MAX_TOKENS
+    assert check_triple(*result) == result  # what is kept is kept again
+
+
+jsonlike = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["edit", "output", "x", ""]), inner),
+    max_leaves=8,
+)
+texts = st.text(st.characters() | st.sampled_from(list('{}[]":,\\\n%#`<>END ')))
+answers = st.one_of(
+    texts,
+    st.builds(json.dumps, jsonlike),
+    st.builds(lambda edit, output: json.dumps({"edit": edit, "output": output}), texts, texts),
+    st.builds(lambda edit, output: f"{edit}{SEPARATOR}{output}{STOP}", texts, texts),
+    st.builds(lambda text, start, end: text[start:end], st.just(ANSWER), st.integers(0, 60), st.integers(0, 60)),
+)
+
+
+@settings(max_examples=500, deadline=None)
+@given(caption=texts, answer=answers, is_finished=st.booleans(), name=st.sampled_from(sorted(PARSERS)))
+def test_nothing_breaks_the_parser(caption, answer, is_finished, name):
+    check_result(caption, PARSERS[name](caption, answer, is_finished))
+
+
+@settings(max_examples=200, deadline=None)
+@given(edit=texts, output=texts)
+def test_what_one_format_takes_the_other_takes_too(edit, output):
+    """A triple of JSON comes back from the original's format, unless it begins with the stop word."""
+    triple = parse_json(BOAT, json.dumps({"edit": edit, "output": output}))
+    if isinstance(triple, Triple) and not triple.output.startswith("END"):
+        assert parse_legacy(BOAT, f"{triple.edit}{SEPARATOR}{triple.output}{STOP}") == triple
+
+
+def test_the_examples_are_good_and_varied():
+    examples = read_examples()
+    assert len(examples) >= 20
+    assert all(check_triple(*example) == example for example in examples)
+    for index in range(3):
+        assert len({fold(example[index]) for example in examples}) == len(examples)
+    assert len({example.edit.split()[0].lower() for example in examples}) >= 15
+    assert not any(word in example.edit.split() for example in examples for word in ("left", "right"))
+
+
+def test_examples_are_drawn_by_the_seed():
+    assert draw_examples(1, 8) == draw_examples(1, 8) != draw_examples(2, 8)
+    messages = chat_messages(Ask(BOAT, 1), 3)
+    assert [message["role"] for message in messages] == ["system", *["user", "assistant"] * 3, "user"]
+    assert messages[-1]["content"] == f"Caption: {BOAT}"
+    shown = [parse_json(BOAT, message["content"]) for message in messages if message["role"] == "assistant"]
+    assert all(isinstance(triple, Triple) for triple in shown)
+    assert plain_prompt(Ask(BOAT, 1), 0).count("Caption:") == 2  # one is shown in any case
