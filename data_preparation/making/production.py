@@ -76,16 +76,18 @@ def _make_missing(
     num_shards = -(-recipe.num_items // items_per_shard)
     shards = store.finished_shards()
     jobs = [(index, shard_items(recipe, items_per_shard, index)) for index in range(num_shards) if index not in shards]
-    done = recipe.num_items - sum(len(items) for _, items in jobs)
-    sizes = dict(jobs)
+    sizes = {index: len(items) for index, items in jobs}
+    # Where rows are wanted they are counted, as most of a million captions may never be needed.
+    total = recipe.num_items if max_rows is None else max_rows
+    done = recipe.num_items - sum(sizes.values()) if max_rows is None else sum(part.rows for part in shards.values())
     if _has_enough(shards, max_rows):
         return shards
     running = run_shards(recipe, jobs, workers)
     try:
-        with tqdm(total=recipe.num_items, initial=done, desc=f"{unit}s", unit="item", smoothing=0.05) as bar:
+        with tqdm(total=total, initial=min(done, total), desc=f"{unit}s", unit=unit, smoothing=0.05) as bar:
             for index, content in running:
                 shards[index] = store.add(index, content)
-                bar.update(len(sizes[index]))
+                bar.update(min(sizes[index] if max_rows is None else shards[index].rows, total - bar.n))
                 bar.set_postfix_str(_describe(shards, unit) + (f", {note()}" if note else ""))
                 if _has_enough(shards, max_rows):
                     break
