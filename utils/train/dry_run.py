@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from utils.dataset.sources import Source
 from utils.showing import draw_grid
 from utils.train.loop import Trainee, fit
 from utils.train.optimization import count_state_bytes
@@ -35,7 +36,15 @@ def take_dry_run(run: Run, batches: Iterator[dict]) -> int:
             entry = json.loads((Path(folder) / "training_log.jsonl").read_text().splitlines()[-1])
             draw_pairs(seen).save(output_dir / "dry_run.png")
             report_dry_run(entry, run.trainee, plan.samples_per_step, plan.max_train_steps, output_dir)
+            report_data([*plan.sources, *plan.held_out], plan.progress.seed)
     return exit_code
+
+
+def report_data(sources: list[Source], seed: int) -> None:
+    """Print what a quick look at some rows finds. These are warnings: nothing fails for them."""
+    from utils.dataset.quick_check import quick_check  # OpenCV: training itself does without
+
+    print("\n".join(f"  {line}" for line in quick_check(sources, seed)), flush=True)
 
 
 def draw_pairs(batches: list[dict]) -> Image.Image:
