@@ -14,11 +14,12 @@ import argparse
 import math
 import sys
 import warnings
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 from utils.cli import FlagParser, pick
 from utils.distill.presets import PARTS, PRESETS, describe_presets
+from utils.edit.jobs import Recommended
 from utils.edit.schedulers import SCHEDULERS, SPACINGS
 from utils.errors import InputError, exit_on_input_error
 from utils.quiet import hide_progress_bars, quiet_libraries
@@ -26,7 +27,7 @@ from utils.quiet import hide_progress_bars, quiet_libraries
 MEANINGS = {"distilled": "a distilled or fine-tuned model", "base": "what that was trained from", "lora": "a LoRA",
             "delta": "a difference of weights"}  # fmt: skip
 GRID = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
-RECOMMENDED = ("steps", "guidance_scale", "image_guidance_scale", "eta")
+RECOMMENDED = tuple(field.name for field in fields(Recommended))
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:

@@ -16,11 +16,12 @@ import sys
 import tempfile
 import threading
 import warnings
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from utils.cli import FlagParser
+from utils.edit.edit_flags import EditorOptions
+from utils.edit.jobs import Recommended
 from utils.errors import InputError, exit_on_input_error
 from utils.quiet import hide_progress_bars, quiet_libraries
 
@@ -87,17 +88,21 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def make_page(args: argparse.Namespace) -> tuple[Any, Any]:
     """The page, and the line of its visitors. No model is loaded yet."""
-    from utils.network.loading import choose_device, load_editor
+    from utils.edit.editors import open_editor
+    from utils.network.loading import choose_device
     from utils.web.browser import Page
     from utils.web.browser_runs import Runs
-    from utils.web.shelf import Recommended, Shelf
+    from utils.web.shelf import Shelf
     from utils.web.studio import Studio
     from utils.web.turns import Turns
 
     hide_progress_bars()
-    device, dtype = choose_device(args.device, args.dtype)
+    choose_device(args.device, args.dtype)  # a mistake is told now, and not at the first edit
     default = Recommended() if args.model else Recommended(**TOY_SETTINGS)
-    load = partial(load_editor, device=device, dtype=dtype)
+
+    def load(model: str) -> Any:
+        return open_editor(EditorOptions(model, device=args.device, dtype=args.dtype))
+
     shelf = Shelf(args.model or [str(TOY)], load, args.keep_models, default)
     turns = Turns(args.timeout, args.max_waiting)
     limits = dict(max_pixels=int(args.max_megapixels * 1e6), max_bytes=int(args.max_upload_mb * 2**20))

@@ -56,7 +56,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         help="how closely to follow the instruction (default 7.5)")
     add("--image_guidance_scale", "--cfg-image", dest="image_guidance_scale", type=float, metavar="S",
         help="how closely to keep to the image (default 1.5; 1 takes a third less time)")
-    add("--randomize_cfg", action="store_true", help="draw the two by the seed, from 6 to 9 and 1.2 to 1.8")
+    add("--randomize_cfg", action="store_true", help="draw the two by the seed, up to a fifth around the "
+        "editor's own (around 7.5 and 1.5: from 6 to 9 and 1.2 to 1.8)")
     add("--guidance_interval", type=float, nargs=2, metavar=("START", "STOP"), help="share of the steps in which "
         "guidance is on, such as 0 0.6; the others take a third of the time (default 0 1)")
     add("--steps", type=int, metavar="N", help="denoising steps (default 20; the original's is 100)")

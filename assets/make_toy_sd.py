@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -109,13 +110,18 @@ def train_vae(args: argparse.Namespace, photographs: list, heldout: list) -> Non
 
 
 @torch.no_grad()
-def encode_bank(vae: AutoencoderKL, photographs: list, seed: int, count: int) -> tuple[torch.Tensor, list[str]]:
-    """Latents (count, 4, 32, 32) of unit variance and their captions, encoded once: the VAE stays out of the loop."""
+def encode_bank(
+    vae: AutoencoderKL, photographs: list, seed: int, count: int, paint: Callable = lambda picture: picture
+) -> tuple[torch.Tensor, list[str]]:
+    """Latents (count, 4, 32, 32) of unit variance and their captions, encoded once: the VAE stays out of the loop.
+
+    paint: what is done to every picture, uint8 RGB, first.
+    """
     latents, captions = [], []
     for batch in range(count // 32):
         rng = generator(seed, "bank", batch)
         examples = [random_example(photographs, rng) for _ in range(32)]
-        pixels = to_tensor([image for image, _ in examples])
+        pixels = to_tensor([paint(image) for image, _ in examples])
         latents.append(vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor)
         captions += [caption for _, caption in examples]
     return torch.cat(latents), captions

@@ -83,10 +83,14 @@ def test_embeddings_do_not_depend_on_the_batch_or_the_cache(encoder, pipeline) -
     assert not together.hidden.requires_grad
 
 
+def size_of(embeds: PromptEmbeds) -> int:
+    return sum(value.nbytes for value in embeds if value is not None)
+
+
 def test_a_small_cache_changes_nothing(encoder, pipeline, monkeypatch) -> None:
     roomy = [encoder([prompt, "other"]) for prompt in PROMPTS]
     assert encoder.capacity > 1000
-    monkeypatch.setattr(conditioning, "PROMPT_MEMORY", encoder._bytes_each)
+    monkeypatch.setattr(conditioning, "PROMPT_MEMORY", size_of(roomy[0]) // 2)
     forgetful = make_prompt_encoder(pipeline)
     assert forgetful.capacity == 1
     for prompt, expected in zip(PROMPTS, roomy, strict=True):
@@ -110,17 +114,19 @@ def test_each_prompt_is_encoded_once(encoder, monkeypatch) -> None:
 
 
 def test_all_prompts_of_a_run_are_encoded_ahead(encoder, monkeypatch) -> None:
-    """Afterwards nothing is encoded that was there; what is new still can be. More than fit are left to later."""
+    """The null prompt too. Afterwards nothing is encoded that was there; what is new still can be. More than fit are
+    left to later."""
     encoded = count_encodings(encoder, monkeypatch)
     assert encoder.encode_all(["one", "two", "one"], show_progress=False)
-    assert encoded == ["one", "two"]
+    assert encoded == ["", "one", "two"]
     encoder(["two", "one"])
-    assert encoded == ["one", "two"]
+    null = encoder.null_embeds
+    assert encoded == ["", "one", "two"]
     encoder(["three"])
-    assert encoded == ["one", "two", "three"]
-    monkeypatch.setattr(conditioning, "PROMPT_MEMORY", encoder._bytes_each)
+    assert encoded == ["", "one", "two", "three"]
+    monkeypatch.setattr(conditioning, "PROMPT_MEMORY", size_of(null))
     assert not encoder.encode_all(["four", "five"], show_progress=False)
-    assert encoded == ["one", "two", "three"]
+    assert encoded == ["", "one", "two", "three"]
 
 
 def test_long_prompts_are_noted(encoder) -> None:

@@ -15,7 +15,7 @@ from utils.edit.edit_runs import EditRun
 from utils.edit.edit_shows import save_animations, save_sheets
 from utils.edit.editing import OutOfMemory, edit_images, fit_to_model
 from utils.edit.job_files import plan_lines
-from utils.edit.jobs import Settings, find_setting_problems, list_variants, make_slug, plan_jobs
+from utils.edit.jobs import Recommended, Settings, find_setting_problems, list_variants, make_slug, plan_jobs
 from utils.edit.picture_metadata import find_differences, read_record, record_settings
 from utils.edit.surprises import INSTRUCTIONS, draw_instruction, draw_scales
 from utils.errors import InputError
@@ -79,10 +79,13 @@ def test_draws_are_by_the_seed() -> None:
     assert drawn <= set(INSTRUCTIONS) and len(drawn) > len(INSTRUCTIONS) / 2
     assert draw_instruction(5, "a.jpg") == draw_instruction(5, "a.jpg")
     assert any(draw_instruction(seed, "a.jpg") != draw_instruction(seed, "b.jpg") for seed in range(5))
-    scales = [draw_scales(seed) for seed in range(200)]
-    assert scales[3] == draw_scales(3) and len(set(scales)) > 150
-    text, image = zip(*scales, strict=True)
+    own = Recommended()
+    around = (own.guidance_scale, own.image_guidance_scale)
+    scales = [draw_scales(seed, around) for seed in range(200)]
+    assert scales[3] == draw_scales(3, around) and len(set(scales)) > 150
+    text, image = zip(*scales, strict=True)  # as edit_app.py draws them
     assert 6 <= min(text) < 6.2 and 8.8 < max(text) <= 9 and 1.2 <= min(image) < 1.25 and 1.75 < max(image) <= 1.8
+    assert len({draw_scales(None, around) for _ in range(20)}) > 1  # without a seed anew
 
 
 # ---- a file of jobs -------------------------------------------------------------------------------------------------
@@ -303,7 +306,7 @@ def test_defaults_of_an_editor(editor, photos: Path, tmp_path: Path) -> None:
     }  # fmt: skip
     assert settings_of(Settings(scheduler="euler"))["eta"] is None
     drawn = settings_of(Settings(randomize_cfg=True))
-    assert (drawn["guidance_scale"], drawn["image_guidance_scale"]) == draw_scales(0)
+    assert (drawn["guidance_scale"], drawn["image_guidance_scale"]) == draw_scales(0, (2.0, 1.0))
 
 
 def test_steps_that_no_scheduler_can_do(editor, photos: Path, tmp_path: Path) -> None:

@@ -175,14 +175,21 @@ def test_each_prompt_is_encoded_once_before_the_first_step(tiny_sdxl, pairs, tmp
     """Then the encoders are not needed: they leave the GPU."""
     encoded, moved, encode_one, encode_all = [], [], PromptEncoder._encode, PromptEncoder.encode_all
     monkeypatch.setattr(PromptEncoder, "_encode", lambda self, p: encoded.append(p) or encode_one(self, p))
-    monkeypatch.setattr(PromptEncoder, "encode_all", lambda *a, **k: moved.append(len(encoded)) or encode_all(*a, **k))
+
+    def encode_before_the_first_step(*prompts, **settings) -> bool:
+        moved.append(len(encoded))
+        has_moved = encode_all(*prompts, **settings)
+        moved.append(len(encoded))
+        return has_moved
+
+    monkeypatch.setattr(PromptEncoder, "encode_all", encode_before_the_first_step)
     picture = tmp_path / "picture.png"
     make_image(3).save(picture)
     flags = (f"--val_image_url_or_path={picture}", "--validation_prompt=red", "--validation_steps=1",
              "--num_validation_images=1", "--max_train_steps=12")  # fmt: skip
     assert TRAIN(training_flags(tiny_sdxl, pairs, tmp_path / "out", *flags)) == 0
     assert sorted(encoded) == sorted(["", "red", *(f"edit number {n}" for n in range(7))])
-    assert moved == [1]  # the null prompt alone came before
+    assert moved == [0, len(encoded)]  # the null prompt among them, and nothing afterwards
 
 
 # ---- the autoencoder ------------------------------------------------------------------------------------------------

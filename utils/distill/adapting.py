@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from utils.distill.editor_folder import EditorFolder, find_editor, require_outpu
 from utils.distill.lora_delta import LoraDelta
 from utils.distill.unet_weights import Shape, UNetWeights
 from utils.distill.weight_sources import Located, WeightSource, locate
+from utils.edit.jobs import Recommended
 from utils.errors import InputError
 from utils.hub import check_push_rights, upload
 from utils.licences import Licence, find_licence
@@ -21,7 +22,7 @@ from utils.train.checkpoints import remove_unfinished
 from utils.train.plan import make_writable
 
 SDXL_WEIGHT = 0.5  # of full SDXL models: instruction-tuned-sd's advice
-UNHURRIED = {"steps": 20, "guidance_scale": 7.5, "image_guidance_scale": 1.5, "eta": 0.0}
+UNHURRIED = asdict(Recommended(eta=0.0))  # as the pipelines give it, for which the card is written
 
 
 @dataclass(frozen=True)

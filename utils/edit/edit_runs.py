@@ -1,7 +1,7 @@
 """Many edits in one run: finished ones are skipped, the others batched, and none stops the rest.
 
-Jobs of equal settings and sizes form the batches, of which each halves where the memory is too small. Every output
-carries the record of what made it (utils/edit/picture_metadata.py).
+Jobs of equal settings (but for the guidance scales) and sizes form the batches, of which each halves where the memory
+is too small. Every output carries the record of what made it (utils/edit/picture_metadata.py).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -20,15 +21,16 @@ from PIL import Image
 
 from utils.edit.editing import Editor, OutOfMemory, edit_images, fit_to_model, save_image
 from utils.edit.encodings import Encodings
-from utils.edit.jobs import Job, Settings
-from utils.edit.picture_metadata import FORMAT, digest, find_differences, read_record, record_settings
+from utils.edit.guidance import branch_coefficients
+from utils.edit.jobs import Job, Recommended, Settings, resolve_settings
+from utils.edit.picture_metadata import find_differences, make_record, read_record, record_settings
 from utils.edit.sampling import fresh_scheduler
 from utils.edit.schedulers import choose_scheduler
 from utils.edit.surprises import draw_instruction, draw_scales
 from utils.errors import InputError
 from utils.pixels import BadRow, decode_image
 
-BUILT_IN = {"steps": 20, "guidance_scale": 7.5, "image_guidance_scale": 1.5}
+SCALES = ("guidance_scale", "image_guidance_scale")
 MAX_WAITING = 64  # images that wait for others of their settings and size
 
 
@@ -62,8 +64,8 @@ class Outcome:
 class EditRun:
     """One editor and what all edits of a run share.
 
-    origin: what a record says of the model, the adapter and the machine; defaults: of the settings, over `BUILT_IN`;
-    say: takes a line for the user; on_step(done, total) and on_edits(count) report progress.
+    origin: what a record says of the model, the adapter and the machine; defaults: of the settings, over those of
+    `Recommended`; say: takes a line for the user; on_step(done, total) and on_edits(count) report progress.
     """
 
     def __init__(
@@ -72,7 +74,7 @@ class EditRun:
         on_edits: Callable[[int], None] = lambda count: None,
     ) -> None:  # fmt: skip
         self.pipeline, self.origin, self.batch_size = pipeline, origin, batch_size
-        self.defaults = BUILT_IN | (defaults or {})
+        self.defaults = dataclasses.asdict(Recommended()) | (defaults or {})
         self.say, self.on_step, self.on_edits = say, on_step, on_edits
         self.encodings = Encodings(pipeline)
         self._scheduler = cache(lambda name, spacing: choose_scheduler(pipeline.scheduler, name, spacing))
@@ -96,8 +98,7 @@ class EditRun:
             if task is None:
                 self.on_edits(1)
                 continue
-            key = (*sorted((name, value) for name, value in task.settings.items() if value is not None),
-                   task.image.size, job.batch)  # fmt: skip
+            key = _batch_key(task)
             waiting.setdefault(key, []).append(task)
             if len(waiting[key]) >= self.batch_size:
                 self._make(waiting.pop(key), outcome)
@@ -113,30 +114,20 @@ class EditRun:
         fresh_scheduler(self._scheduler(settings.scheduler, settings.timestep_spacing), resolved["steps"], "cpu")
 
     def _resolve(self, settings: Settings, seed: int) -> dict[str, Any]:
-        """The settings of one edit: as given, else drawn, else the defaults; the scheduler by the name of its class."""
-        values = dataclasses.asdict(settings)
-        if values.pop("randomize_cfg"):
-            values["guidance_scale"], values["image_guidance_scale"] = draw_scales(seed)
-        known = dict(self.defaults)
-        if settings.scheduler is not None:  # what is recommended for one scheduler says nothing of another
-            known.pop("eta", None)
-        values |= {name: value for name, value in known.items() if values.get(name) is None}
-        own = type(self.pipeline.scheduler).__name__
-        return values | {"scheduler": settings.scheduler or own}
+        """The settings of one edit, with scales that are drawn by its seed."""
+        if settings.randomize_cfg:
+            drawn = draw_scales(seed, tuple(self.defaults[name] for name in SCALES))
+            settings = dataclasses.replace(settings, **dict(zip(SCALES, drawn, strict=True)))
+        return resolve_settings(settings, self.defaults, type(self.pipeline.scheduler).__name__)
 
     def _describe(self, job: Job, run_seed: int, content: bytes) -> tuple[str, int, dict, dict]:
         """(instruction, seed, settings, record) of a job."""
         seed = (run_seed if job.seed is None else job.seed) + job.offset
         settings = self._resolve(job.settings, seed)
         instruction = draw_instruction(seed, job.name) if job.instruction is None else job.instruction
-        interval = settings["guidance_interval"] and list(settings["guidance_interval"])
-        origin = dict(self.origin)
-        of_run = origin.pop("settings", {})
-        record = origin | {
-            "format": FORMAT, "instruction": instruction, "seed": seed,
-            "input": {"name": job.name, "digest": digest(content)},
-            "settings": settings | {"guidance_interval": interval} | of_run,
-        }  # fmt: skip
+        record = make_record(
+            self.origin, name=job.name, content=content, instruction=instruction, seed=seed, settings=settings
+        )
         return instruction, seed, settings, record
 
     def _find_seed(self, jobs: list[Job]) -> int:
@@ -220,7 +211,7 @@ class EditRun:
         edits = edit_images(
             self.pipeline, [task.image for task in tasks], [task.instruction for task in tasks],
             seeds=[task.seed for task in tasks], num_inference_steps=settings["steps"], eta=settings["eta"],
-            guidance_scale=settings["guidance_scale"], image_guidance_scale=settings["image_guidance_scale"],
+            **{name: [task.settings[name] for task in tasks] for name in SCALES},
             guidance_interval=settings["guidance_interval"], encodings=self.encodings, on_step=self.on_step,
             scheduler=self._scheduler(tasks[0].job.settings.scheduler, settings["timestep_spacing"]),
         )  # fmt: skip
@@ -233,7 +224,7 @@ class EditRun:
             output, is_flagged = task.job.output, edit.info["flagged"]
             if task.settings["keep_size"]:
                 edit = edit.resize(task.size, Image.Resampling.LANCZOS)
-            save_image(edit, output, **record_settings(output, task.record | {"batch": list(place)}))
+            save_edit(edit, output, task.record, place)
             outcome.edited += 1
             if task.former:
                 self.say(f"{output} was replaced: the one that stood there had {task.former}")
@@ -243,3 +234,15 @@ class EditRun:
                 scales = f"{task.settings['guidance_scale']}, {task.settings['image_guidance_scale']}"
                 self.say(f"{output}: {task.instruction} (seed {task.seed}, scales {scales})")
         self.on_edits(len(tasks))
+
+
+def save_edit(edit: Image.Image, output: Path, record: dict, place: tuple[int, int] = (0, 1)) -> None:
+    """Save an edit with its record. place: (row, rows) in the batch in which it was made. Raises InputError."""
+    save_image(edit, output, **record_settings(output, record | {"batch": list(place)}))
+
+
+def _batch_key(task: Task) -> tuple:
+    """Equal for what can be edited at once: scales may differ where the same branches of guidance count."""
+    shared = sorted((name, value) for name, value in task.settings.items() if name not in SCALES and value is not None)
+    branches = tuple(branch_coefficients(*(task.settings[name] for name in SCALES)))
+    return (*shared, branches, task.image.size, task.job.batch)

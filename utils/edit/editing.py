@@ -14,6 +14,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionXLI
 from PIL import Image, ImageOps
 
 from utils.edit.encodings import Encodings, device_of, is_sdxl, vae_in_its_precision
-from utils.edit.guidance import branch_coefficients, coefficients_of_steps
+from utils.edit.guidance import batch_coefficients, coefficients_of_steps
 from utils.edit.sampling import denoise, fresh_scheduler, make_generators
 from utils.errors import InputError
 from utils.network.conditioning import PromptEncoder
@@ -114,8 +115,8 @@ def edit_pixels(
     prompts: list[str],
     *,
     num_inference_steps: int = 20,
-    guidance_scale: float = 7.5,
-    image_guidance_scale: float = 1.5,
+    guidance_scale: float | list[float] = 7.5,
+    image_guidance_scale: float | list[float] = 1.5,
     seeds: list[int] | None = None,
     generators: list[torch.Generator] | None = None,
     negative_prompt: str | None = None,
@@ -128,17 +129,17 @@ def edit_pixels(
 ) -> tuple[list[torch.Tensor], list[bool]]:
     """The edited images as float32 (3, H, W) in [0, 1] on the CPU, and whether the safety checker blacked each out.
 
-    Images of one size form a batch. Each distinct prompt and image is encoded once, with `encodings` once for all
-    calls that are given the same. One seed or generator for each image, so that an edit does not depend on what it is
-    batched with; seeds become CPU generators, which draw the same on every device; without either the noise is fresh.
-    The global random state is neither read nor changed. `negative_prompt` is the null prompt (default: the one of
-    training). `eta` goes to the schedulers that know it: 0 as the pipelines give it, None is the scheduler's own
-    default, which for TCD is 0.3. `guidance_interval` is the share of the steps, (start, stop) in [0, 1], in which
-    guidance is on; outside it the UNet follows the instruction alone, in one branch. `scheduler` takes the place of
-    the pipeline's. `encode_prompts` is a training run's encoder, which has the prompts already and may stand on
-    another device than the UNet. `on_step(done, total)` is called after each denoising step; what it raises ends the
-    edit. Works inside autocast, which the UNet alone follows; sides of an image that are no multiple of the VAE's
-    factor are resized down to one.
+    Images of one size form a batch. Each distinct prompt and image is encoded once, with `encodings` once for all calls
+    that are given the same. One seed or generator for each image, so that an edit does not depend on what it is batched
+    with; seeds become CPU generators, which draw the same on every device; without either the noise is fresh. The
+    global random state is neither read nor changed. A guidance scale is one for all images, or a list of one for each.
+    `negative_prompt` is the null prompt (default: the one of training). `eta` goes to the schedulers that know it: 0 as
+    the pipelines give it, None is the scheduler's own default, which for TCD is 0.3. `guidance_interval` is the share
+    of the steps, (start, stop) in [0, 1], in which guidance is on; outside it the UNet follows the instruction alone,
+    in one branch. `scheduler` takes the place of the pipeline's. `encode_prompts` is a training run's encoder, which
+    has the prompts already and may stand on another device than the UNet. `on_step(done, total)` is called after each
+    denoising step; what it raises ends the edit. Works inside autocast, which the UNet alone follows; sides of an image
+    that are no multiple of the VAE's factor are resized down to one.
     Raises ValueError for lists that do not match, InputError for a number of steps that the scheduler cannot do, and
     OutOfMemory.
     """
@@ -147,28 +148,38 @@ def edit_pixels(
     if not images:
         return [], []
     generators = make_generators(seeds, generators, len(images))
-    coefficients = branch_coefficients(guidance_scale, image_guidance_scale)
+    scales = _list_scales(guidance_scale, image_guidance_scale, len(images))
     encodings = encodings or Encodings(pipeline, encode_prompts)
     batches, steps_done = _group_by_size(images), itertools.count(1)
     edited: dict[int, tuple[torch.Tensor, bool]] = {}
-    models = [getattr(pipeline, name, None) for name in ("unet", "vae", "text_encoder", "text_encoder_2")]
-    with _evaluating(*(model for model in models if model is not None)), _explaining_out_of_memory():
-        texts, null = encodings.encode_prompts(prompts, negative_prompt)
+    with _evaluating(pipeline), _explaining_out_of_memory():
+        embeds = encodings.encode_prompts(prompts, negative_prompt, batch_coefficients(scales))
         for rows in batches:
             fresh = fresh_scheduler(scheduler or pipeline.scheduler, num_inference_steps, device_of(pipeline))
-            steps = len(batches) * len(fresh.timesteps)
-            after_step = (lambda total=steps: on_step(next(steps_done), total)) if on_step else None
+            after_step = on_step and partial(_report, on_step, steps_done, len(batches) * len(fresh.timesteps))
             image_latents = encodings.encode_images([images[row] for row in rows])  # (B, 4, h, w)
             height, width = (side * pipeline.vae_scale_factor for side in image_latents.shape[2:])
-            text, empty = texts.rows(rows), null.rows([0] * len(rows))
+            coefficients = batch_coefficients([scales[row] for row in rows])
             latents = denoise(
-                pipeline.unet, fresh, {"text": text, "image": empty, "uncond": empty}, image_latents, (height, width),
-                coefficients_of_steps(coefficients, len(fresh.timesteps), guidance_interval),
+                pipeline.unet, fresh, {branch: embeds[branch].rows(rows) for branch in embeds}, image_latents,
+                (height, width), coefficients_of_steps(coefficients, len(fresh.timesteps), guidance_interval),
                 [generators[row] for row in rows], eta, after_step,
             )  # fmt: skip
             edited.update(zip(rows, _decode(pipeline, latents), strict=True))
     pipeline.maybe_free_model_hooks()  # hands the memory back where the pipeline was set to offload to the CPU
-    return [edited[row][0] for row in range(len(images))], [edited[row][1] for row in range(len(images))]
+    return [edited[row][0] for row in sorted(edited)], [edited[row][1] for row in sorted(edited)]
+
+
+def _report(on_step: Callable[[int, int], None], steps_done: Iterator[int], total: int) -> None:
+    on_step(next(steps_done), total)
+
+
+def _list_scales(text: float | list[float], image: float | list[float], count: int) -> list[tuple[float, float]]:
+    """The guidance scales (text, image) of each of `count` images. Raises ValueError on a mismatch."""
+    listed = [scale if isinstance(scale, list) else [scale] * count for scale in (text, image)]
+    if any(len(scales) != count for scales in listed):
+        raise ValueError(f"{count} images need {count} guidance scales of each kind, got {', '.join(map(str, listed))}")
+    return list(zip(*listed, strict=True))
 
 
 def _decode(pipeline: Editor, latents: torch.Tensor) -> list[tuple[torch.Tensor, bool]]:
@@ -210,9 +221,10 @@ def _explaining_out_of_memory() -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(*models: torch.nn.Module) -> Iterator[None]:
+def _evaluating(pipeline: Editor) -> Iterator[None]:
     """Evaluation mode, then each module back as it was: an adapter's dropout would disturb the edit and the RNG."""
-    training = [module for model in models for module in model.modules() if module.training]
+    models = [getattr(pipeline, name, None) for name in ("unet", "vae", "text_encoder", "text_encoder_2")]
+    training = [module for model in models if model is not None for module in model.modules() if module.training]
     for module in training:
         module.training = False
     try:

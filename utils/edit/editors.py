@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,12 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, Offl
 
 from utils.edit.edit_flags import EditorOptions
 from utils.edit.editing import Editor
-from utils.edit.jobs import find_setting_problems
+from utils.edit.jobs import Recommended, find_setting_problems
 from utils.errors import InputError
 from utils.network.loading import choose_device, load_editor
 
 ADAPTED = "adapted.json"  # written by adapt_distill.py
-RECOMMENDED = ("steps", "guidance_scale", "image_guidance_scale", "eta")
+RECOMMENDED = tuple(field.name for field in fields(Recommended))
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 SAMPLE = 64  # values of each tensor that a digest looks at
 

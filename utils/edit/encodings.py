@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 
+from utils.edit.guidance import BRANCHES
 from utils.network.conditioning import PromptEmbeds, PromptEncoder, make_prompt_encoder
 
 logger = logging.getLogger(__name__)
@@ -32,21 +33,28 @@ class Encodings:
         self._told: set[str] = set()
         self._images: OrderedDict[tuple, torch.Tensor] = OrderedDict()  # (1, 4, h, w) each, on the UNet's device
 
-    def encode_prompts(self, prompts: list[str], negative_prompt: str | None) -> tuple[PromptEmbeds, PromptEmbeds]:
-        """Embeddings of the N prompts and of the null prompt (1 row), on the UNet's device."""
+    def encode_prompts(
+        self, prompts: list[str], negative_prompt: str | None = None, branches: Collection[str] = BRANCHES
+    ) -> dict[str, PromptEmbeds]:
+        """What each branch is told, N rows for N prompts, on the UNet's device.
+
+        The null prompt is encoded where a branch other than the text's is asked for, and then once.
+        """
         device = device_of(self._pipeline)
         with torch.autocast(device.type, enabled=False):  # what is kept must not depend on who asked first
             if self._encoder is None:
                 self._encoder = make_prompt_encoder(self._pipeline)
                 self._encoder.tokenizers = [_SpellingTokenizer(self._pipeline, t) for t in self._encoder.tokenizers]
             encoder = self._encoder
-            texts = encoder(prompts)
-            null = encoder.null_embeds if negative_prompt is None else encoder([negative_prompt])
+            embeds = {"text": encoder(prompts)}
+            if others := set(branches) - {"text"}:
+                null = encoder.null_embeds if negative_prompt is None else encoder([negative_prompt])
+                embeds |= dict.fromkeys(others, null.rows([0] * len(prompts)))
         for text in sorted(encoder.truncated - self._told) if self._is_own else ():
             logger.warning("longer than the text encoder reads, so its end has no effect: %.60s...", text)
         self._told |= encoder.truncated
         place = dict(device=device, dtype=encoder.text_encoders[-1].dtype)
-        return texts.to(**place), null.to(**place)
+        return {branch: values.to(**place) for branch, values in embeds.items()}
 
     def encode_images(self, images: list[Image.Image]) -> torch.Tensor:
         """B images of one size -> the image condition (B, 4, h, w).

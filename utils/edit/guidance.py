@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 BRANCHES = ("text", "image", "uncond")
+Coefficients = dict[str, float | list[float]]  # of each branch: one weight for all images, or one for each
 
 
 def branch_coefficients(guidance_scale: float, image_guidance_scale: float) -> dict[str, float]:
@@ -28,7 +29,15 @@ def branch_coefficients(guidance_scale: float, image_guidance_scale: float) -> d
     return {branch: weight for branch, weight in zip(BRANCHES, weights, strict=True) if abs(weight) >= 1e-12}
 
 
-def combine(predictions: torch.Tensor, coefficients: dict[str, float]) -> torch.Tensor:
+def batch_coefficients(scales: list[tuple[float, float]]) -> Coefficients:
+    """`branch_coefficients` of B images with the scales (text, image) of each: every branch that counts for any."""
+    images = [branch_coefficients(*pair) for pair in scales]
+    branches = [branch for branch in BRANCHES if any(branch in weights for weights in images)]
+    rows = {branch: [weights.get(branch, 0.0) for weights in images] for branch in branches}
+    return {branch: weights if len(set(weights)) > 1 else weights[0] for branch, weights in rows.items()}
+
+
+def combine(predictions: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
     """Weighted sum of the branches: (K*B, ...) stacked in the order of `coefficients` -> (B, ...), same dtype.
 
     Summed in at least float32: in half precision the weights (7.5, -6, -0.5) would magnify the rounding of each term.
@@ -37,13 +46,21 @@ def combine(predictions: torch.Tensor, coefficients: dict[str, float]) -> torch.
         raise ValueError(f"{predictions.shape[0]} predictions cannot be split into {len(coefficients)} branches")
     dtype = torch.promote_types(predictions.dtype, torch.float32)
     branches = predictions.to(dtype).unflatten(0, (len(coefficients), -1))  # (K, B, ...)
-    weighted = (weight * branch for weight, branch in zip(coefficients.values(), branches, strict=True))
+    weighted = (_weigh(branch, weight) for branch, weight in zip(branches, coefficients.values(), strict=True))
     return sum(weighted).to(predictions.dtype)
 
 
+def _weigh(predictions: torch.Tensor, weight: float | list[float]) -> torch.Tensor:
+    """(B, ...) times one weight, or each of its B rows times its own."""
+    if not isinstance(weight, list):
+        return weight * predictions
+    weights = torch.tensor(weight, dtype=predictions.dtype, device=predictions.device)
+    return weights.view(-1, *[1] * (predictions.ndim - 1)) * predictions
+
+
 def coefficients_of_steps(
-    coefficients: dict[str, float], num_steps: int, interval: tuple[float, float] | None = None
-) -> list[dict[str, float]]:
+    coefficients: Coefficients, num_steps: int, interval: tuple[float, float] | None = None
+) -> list[Coefficients]:
     """The weight of each branch for each of `num_steps` steps: `coefficients`, and outside `interval` text alone.
 
     interval: (start, stop) as shares of the steps, 0 the first and noisiest; None is (0, 1). Guidance is on in a step

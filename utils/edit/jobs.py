@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from utils.errors import InputError
@@ -20,6 +21,19 @@ LIMITS = {"steps": (1, 1000), "guidance_scale": (0, 1000), "image_guidance_scale
 LIMITS |= {"resolution": (8, 4096), "seed": (0, 2**63 - 1), "num_images": (1, 10_000)}
 LIMITS |= {"batch_size": (1, 1024), "lora_scale": (-10, 10)}
 SLUG_LENGTH = 40
+
+
+@dataclass(frozen=True)
+class Recommended:
+    """The settings with which an editor edits best; what its maker does not say is what every editor takes here.
+
+    eta: None leaves a scheduler its own default.
+    """
+
+    steps: int = 20
+    guidance_scale: float = 7.5
+    image_guidance_scale: float = 1.5
+    eta: float | None = None
 
 
 @dataclass(frozen=True)
@@ -36,6 +50,20 @@ class Settings:
     resolution: int | None = None
     keep_size: bool = False
     randomize_cfg: bool = False
+
+
+def resolve_settings(settings: Settings, defaults: dict[str, Any], own_scheduler: str) -> dict[str, Any]:
+    """Every setting of one edit, the drawn scales among them: as given, else the default; the scheduler by its name.
+
+    own_scheduler: the class of the editor's.
+    """
+    known = dict(defaults)
+    if settings.scheduler is not None:  # what is recommended for one scheduler says nothing of another
+        known.pop("eta", None)
+    values = dataclasses.asdict(settings)
+    values |= {name: value for name, value in known.items() if values.get(name) is None}
+    del values["randomize_cfg"]
+    return values | {"scheduler": settings.scheduler or own_scheduler}
 
 
 @dataclass(frozen=True)

@@ -24,9 +24,30 @@ EXIF_FORMATS = (".jpg", ".jpeg", ".webp", ".tif", ".tiff")
 CIRCUMSTANCES = ("machine", "batch")  # of a record: they decide the last bits, and not what the edit is
 
 
+def make_record(
+    origin: dict, *, name: str, content: bytes, instruction: str, seed: int, settings: dict[str, Any]
+) -> dict:
+    """The record of an edit.
+
+    origin: what is known of model, adapter and machine, with the settings of the whole run; name, content: of the
+    input; settings: those of the edit, every choice made.
+    """
+    interval = settings["guidance_interval"] and list(settings["guidance_interval"])  # as JSON gives it back
+    return origin | {
+        "format": FORMAT, "instruction": instruction, "seed": seed,
+        "input": {"name": name, "digest": digest(content)},
+        "settings": settings | {"guidance_interval": interval} | origin.get("settings", {}),
+    }  # fmt: skip
+
+
+def as_text(record: dict) -> str:
+    """The record as it stands in a picture: ASCII alone, other letters are escaped."""
+    return json.dumps(record, sort_keys=True)
+
+
 def record_settings(path: Path, record: dict) -> dict[str, Any]:
     """What Pillow's `save` must be given so that the picture at `path` carries the record."""
-    text = json.dumps(record, sort_keys=True)  # ASCII alone: other letters are escaped
+    text = as_text(record)
     if path.suffix.lower() == ".png":
         info = PngInfo()
         info.add_text(KEY, text)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from utils.edit.guidance import combine
+from utils.edit.guidance import Coefficients, combine
 from utils.errors import InputError
 from utils.network.conditioning import PromptEmbeds, added_conditions, concatenate
 
@@ -20,7 +20,7 @@ def denoise(
     embeds: dict[str, PromptEmbeds],
     image_latents: torch.Tensor,
     image_size: tuple[int, int],
-    coefficients: list[dict[str, float]],
+    coefficients: list[Coefficients],
     generators: list[torch.Generator],
     eta: float | None = 0.0,
     after_step: Callable[[], None] | None = None,

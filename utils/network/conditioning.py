@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -48,10 +49,15 @@ class PromptEncoder:
         self.text_encoders = text_encoders
         self.truncated: set[str] = set()
         self.device = text_encoders[0].device
+        self._zero_null = zero_null
         self._cache: OrderedDict[str, PromptEmbeds] = OrderedDict()  # each of batch 1
+
+    @cached_property
+    def null_embeds(self) -> PromptEmbeds:
+        """The null prompt, batch 1, on `device`; encoded when it is first asked for, which editing without guidance
+        never does."""
         null = self._encode("")
-        self._bytes_each = sum(value.nbytes for value in null if value is not None)
-        self.null_embeds = PromptEmbeds(*map(_zeros_like, null)) if zero_null else null  # batch 1, on `device`
+        return PromptEmbeds(*map(_zeros_like, null)) if self._zero_null else null
 
     def __call__(self, prompts: list[str]) -> PromptEmbeds:
         """Embeddings of B prompts, on the device that the text encoders were on."""
@@ -66,12 +72,17 @@ class PromptEncoder:
 
     @property
     def capacity(self) -> int:
-        """Prompts whose embeddings are kept."""
-        return PROMPT_MEMORY // self._bytes_each
+        """Prompts whose embeddings are kept; all have the size of any."""
+        embeds = next(iter(self._cache.values()), None) or self.null_embeds
+        return PROMPT_MEMORY // sum(value.nbytes for value in embeds if value is not None)
 
     def encode_all(self, prompts: Iterable[str], show_progress: bool = True) -> bool:
-        """Encode every prompt of a run and send the encoders off their device; False where they are too many."""
+        """Encode every prompt of a run, the null prompt first, and send the encoders off their device.
+
+        False where they are too many; the encoders stay then.
+        """
         distinct = list(dict.fromkeys(prompts))
+        _ = self.null_embeds
         if len(distinct) > self.capacity:
             return False
         for prompt in tqdm(distinct, desc="encoding", unit="prompt", disable=not show_progress or len(distinct) < 100):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 import secrets
 import shutil
 import tempfile
@@ -14,11 +13,14 @@ from typing import Any
 
 import gradio as gr
 
+from utils.edit.edit_runs import save_edit
 from utils.edit.editing import save_image
+from utils.edit.picture_metadata import KEY, as_text
+from utils.edit.surprises import EASY_INSTRUCTIONS, draw_scales
 from utils.errors import InputError
-from utils.web.browser_text import EXAMPLE_INSTRUCTIONS, complain, say
+from utils.web.browser_text import complain, say
 from utils.web.links import Wish, from_query, to_query
-from utils.web.studio import Edit, Progress, Studio, vary_scales
+from utils.web.studio import Edit, Progress, Studio
 from utils.web.turns import Stopped, Ticket
 
 logger = logging.getLogger(__name__)
@@ -96,6 +98,8 @@ class Runs:
             {"model": edit.model, "seed": edit.seed, "blocked": edit.is_blocked, **asdict(edit.settings)}
             for edit in edits
         ]
+        for edit in edits:  # Gradio makes the files, and writes an image's texts into them
+            edit.edited.info[KEY] = as_text(edit.record | {"batch": [0, 1]})
         return [(edit.edited, _caption(edit, True)) for edit in edits], {"link": to_query(wish), "edits": facts}
 
     def _seat(self, session: str, ticket: Ticket) -> Ticket:
@@ -111,7 +115,7 @@ class Runs:
     def check_picture(self, picture: str | None) -> dict[str, Any]:
         """Say at once what is wrong with an upload, and take it off the page."""
         try:
-            width, height = self._studio.load_picture(picture).size
+            width, height = self._studio.load_picture(picture).picture.size
             return {"status": say(f"{width} x {height} pixels.")}
         except InputError as error:
             return {"status": complain(str(error)), "picture": None}
@@ -134,7 +138,7 @@ class Runs:
         return {"selected": edited, "comparison": gr.update(value=tuple(files), label=" | ".join(names))}
 
     def load_example(self) -> dict[str, Any]:
-        return {"picture": str(secrets.choice(self._examples)), "instruction": secrets.choice(EXAMPLE_INSTRUCTIONS)}
+        return {"picture": str(secrets.choice(self._examples)), "instruction": secrets.choice(EASY_INSTRUCTIONS)}
 
     def default_wish(self) -> Wish:
         model = self._studio.shelf.names[0]
@@ -166,7 +170,7 @@ class Runs:
             wish = replace(wish, seed=secrets.randbelow(100_000))
         if new_guidance and wish.model in self._studio.shelf.names:
             recommended = self._studio.shelf.recommended(wish.model)
-            text, image = vary_scales(recommended, random.SystemRandom())
+            text, image = draw_scales(None, (recommended.guidance_scale, recommended.image_guidance_scale))
             wish = replace(wish, cfg_text=text, cfg_image=image)
         return wish
 
@@ -188,7 +192,7 @@ def _save(edit: Edit, folder: Path, names_model: bool) -> Shown:
     number = len(list(folder.glob("edit-*")))
     files = [folder / f"picture-{number}.png", folder / f"edit-{number}-seed-{edit.seed}.png"]
     save_image(edit.original, files[0])
-    save_image(edit.edited, files[1])
+    save_edit(edit.edited, files[1], edit.record)
     return Shown(edit.model, edit.seed, _caption(edit, names_model), *map(str, files))
 
 

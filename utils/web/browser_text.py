@@ -28,11 +28,6 @@ the face fills more of it.
 **Moving, counting, left and right** are beyond most of these models: they restyle, replace and recolour.
 """
 
-EXAMPLE_INSTRUCTIONS = (  # edits that the toy editor has learned too
-    "turn it into a cartoon", "make it a pencil drawing", "make it night", "give it a sepia tone", "make it foggy",
-    "put it in the light of a sunset", "make it black and white", "turn it into a mosaic",
-)  # fmt: skip
-
 CSS = """
 .gradio-container .main.app { max-width: 1280px !important; margin: 0 auto; }
 #title h1 { margin: 0; }

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from urllib.parse import urlencode
 
+from utils.edit.jobs import Recommended
 from utils.errors import InputError
 
 LIMITS = {
@@ -26,11 +27,11 @@ class Wish:
     instruction: str = ""
     model: str = ""
     compare: str = ""  # a second model that edits the same; "" for none
-    steps: int = 20
+    steps: int = Recommended.steps
     seed: int = 0  # of the first image; each further image takes the next one
     images: int = 1
-    cfg_text: float = 7.5
-    cfg_image: float = 1.5
+    cfg_text: float = Recommended.guidance_scale
+    cfg_image: float = Recommended.image_guidance_scale
 
     @property
     def seeds(self) -> list[int]:

@@ -6,35 +6,25 @@ import gc
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from utils.edit.editors import read_recommended
-
-
-@dataclass(frozen=True)
-class Recommended:
-    """The settings with which an editor edits best; what is not said is what infer.py does."""
-
-    steps: int = 20
-    guidance_scale: float = 7.5
-    image_guidance_scale: float = 1.5
-    eta: float = 0.0
+from utils.edit.editors import OpenedEditor, read_recommended
+from utils.edit.jobs import Recommended
 
 
 class Shelf:
-    """Editors by name. `load` makes a pipeline of a folder, file or Hub id; `capacity` of them stay in memory."""
+    """Editors by name. `load` opens a folder, file or Hub id; `capacity` of them stay in memory."""
 
     def __init__(
-        self, models: list[str], load: Callable[[str], Any], capacity: int, default: Recommended = Recommended()
+        self, models: list[str], load: Callable[[str], OpenedEditor], capacity: int, default: Recommended | None = None
     ) -> None:
         self._models = name_models(models)
         self._load, self._capacity = load, capacity
-        self._loaded: OrderedDict[str, Any] = OrderedDict()  # the one used last stands last
+        self._loaded: OrderedDict[str, OpenedEditor] = OrderedDict()  # the one used last stands last
         self._lock = threading.Lock()
         self._own = {name: read_recommended(model) for name, model in self._models.items()}
-        self._default = default
+        self._default = default or Recommended()
 
     @property
     def names(self) -> list[str]:
@@ -51,8 +41,8 @@ class Shelf:
     def is_loaded(self, name: str) -> bool:
         return name in self._loaded
 
-    def take(self, name: str) -> Any:
-        """The pipeline, loaded when it is not there; the one that was not used for longest makes room for it."""
+    def take(self, name: str) -> OpenedEditor:
+        """The editor, loaded when it is not there; the one that was not used for longest makes room for it."""
         with self._lock:
             if name not in self._loaded:
                 while len(self._loaded) >= self._capacity:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import queue
-import random
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,12 @@ from PIL import Image
 
 from utils.edit.editing import edit_images, fit_to_model
 from utils.edit.encodings import Encodings
+from utils.edit.jobs import Recommended, Settings, resolve_settings
+from utils.edit.picture_metadata import make_record
 from utils.errors import InputError
 from utils.pixels import BadRow, decode_image
 from utils.web.links import Wish, check_wish
-from utils.web.shelf import Recommended, Shelf
+from utils.web.shelf import Shelf
 from utils.web.turns import Ticket, Turns
 
 LOOK_ROUND_SECONDS = 0.5  # how often one who waits looks whether they were stopped
@@ -34,17 +35,27 @@ class Progress:
 
 @dataclass(frozen=True)
 class Edit:
-    """One finished image, with the picture as the model saw it."""
+    """One finished image, with the picture as the model saw it, and the record by which `infer.py` repeats it."""
 
     model: str
     seed: int
     settings: Recommended
     original: Image.Image
     edited: Image.Image
+    record: dict
 
     @property
     def is_blocked(self) -> bool:
         return bool(self.edited.info.get("flagged"))
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A visitor's picture: the file as it came, and what it shows, upright and RGB."""
+
+    name: str
+    content: bytes
+    picture: Image.Image
 
 
 class Studio:
@@ -54,14 +65,15 @@ class Studio:
         self.shelf, self.turns = shelf, turns
         self._resolution, self._max_pixels, self._max_bytes = resolution, max_pixels, max_bytes
 
-    def load_picture(self, path: str | None) -> Image.Image:
-        """The uploaded picture, upright and RGB. Raises InputError in a visitor's words."""
+    def load_picture(self, path: str | None) -> Upload:
+        """The uploaded picture. Raises InputError in a visitor's words."""
         if not path or not Path(path).is_file():
             raise InputError("There is no picture: choose one first.")
         try:
             if (size := Path(path).stat().st_size) > self._max_bytes:
                 raise BadRow(f"too large: {size / 2**20:.1f} MB, at most {self._max_bytes / 2**20:g} MB are taken")
-            return decode_image(path, max_pixels=self._max_pixels)
+            content = Path(path).read_bytes()
+            return Upload(Path(path).name, content, decode_image(content, max_pixels=self._max_pixels))
         except BadRow as error:
             raise InputError(f"The picture cannot be used: {error.reason}. Choose another one.") from error
 
@@ -71,11 +83,11 @@ class Studio:
         Closing the iterator stops the edit at its next step: the line must not wait for somebody who has left.
         """
         wish = check_wish(wish, self.shelf.names)
-        picture = self.load_picture(path)
+        upload = self.load_picture(path)
         ticket = self.turns.join()
         ticket_taken(ticket)
         events: queue.SimpleQueue = queue.SimpleQueue()
-        threading.Thread(target=partial(self._work, picture, wish, ticket, events.put), daemon=True).start()
+        threading.Thread(target=partial(self._work, upload, wish, ticket, events.put), daemon=True).start()
         try:
             while (event := _latest(events)) is not None:
                 if isinstance(event, BaseException):
@@ -96,7 +108,7 @@ class Studio:
         sliders = dict(steps=wish.steps, guidance_scale=wish.cfg_text, image_guidance_scale=wish.cfg_image)
         return replace(self.shelf.recommended(model), **sliders)
 
-    def _work(self, picture: Image.Image, wish: Wish, ticket: Ticket, report: Callable[[Any], None]) -> None:
+    def _work(self, upload: Upload, wish: Wish, ticket: Ticket, report: Callable[[Any], None]) -> None:
         """Runs in a thread of its own; None or an exception is the last thing that it reports."""
         try:
             with self.turns.leaving(ticket):
@@ -105,21 +117,23 @@ class Studio:
                     report(Progress(f"Waiting: {place} {'edit' if place == 1 else 'edits'} before yours"))
                 ticket.start_clock()
                 for position, model in enumerate(wish.models):
-                    self._edit_all(model, position, picture, wish, ticket, report)
+                    self._edit_all(model, position, upload, wish, ticket, report)
         except BaseException as error:
             report(error)
         else:
             report(None)
 
     def _edit_all(
-        self, model: str, position: int, picture: Image.Image, wish: Wish, ticket: Ticket, report: Callable
+        self, model: str, position: int, upload: Upload, wish: Wish, ticket: Ticket, report: Callable
     ) -> None:
         ticket.check()
         if not self.shelf.is_loaded(model):
             report(Progress(f"Loading {model}", position / len(wish.models)))
-        pipeline = self.shelf.take(model)
-        settings = self.settings_for(wish, model)
-        original = fit_to_model(picture, pipeline, self._resolution)
+        opened, settings = self.shelf.take(model), self.settings_for(wish, model)
+        pipeline = opened.pipeline
+        chosen = Settings(**asdict(settings), resolution=self._resolution)
+        resolved = resolve_settings(chosen, {}, type(pipeline.scheduler).__name__)
+        original = fit_to_model(upload.picture, pipeline, self._resolution)
         encodings = Encodings(pipeline)  # picture and instruction are encoded once for all seeds
         of_model = f" · {model}" if len(wish.models) > 1 else ""
 
@@ -138,13 +152,11 @@ class Studio:
                 guidance_scale=settings.guidance_scale, image_guidance_scale=settings.image_guidance_scale,
                 eta=settings.eta, on_step=after_step, encodings=encodings,
             )[0]  # fmt: skip
-            report(Edit(model, seed, settings, original, edited))
-
-
-def vary_scales(recommended: Recommended, draw: random.Random) -> tuple[float, float]:
-    """Text and image guidance a fifth around the model's own, which is edit_app.py's 6 to 9 and 1.2 to 1.8."""
-    scales = (recommended.guidance_scale, recommended.image_guidance_scale)
-    return tuple(round(scale * draw.uniform(0.8, 1.2), 2) for scale in scales)
+            record = make_record(
+                opened.origin, name=upload.name, content=upload.content, instruction=wish.instruction, seed=seed,
+                settings=resolved,
+            )  # fmt: skip
+            report(Edit(model, seed, settings, original, edited, record))
 
 
 def _latest(events: queue.SimpleQueue) -> Any:

@@ -1,0 +1,54 @@
+"""What the benchmarks of adapted toy editors share: adapting, editing the photographs kept out, and showing it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CELL = 128
+
+
+def adapt(editor: Path, source: Path, weight: float, folder: Path) -> Path:
+    """Run adapt_distill.py as its users do: the folder of editor + weight (source - toy base)."""
+    if not (folder / "model_index.json").exists():
+        command = [sys.executable, "adapt_distill.py", "--model", editor, "--distilled", source, "--base",
+                   REPOSITORY / "assets/toy-sd", "--weight", weight, "--output_dir", folder]  # fmt: skip
+        if code := subprocess.run([str(word) for word in command], cwd=REPOSITORY).returncode:
+            raise SystemExit(code)
+    return folder
+
+
+def read_photographs(demo: Path) -> list[Image.Image]:
+    """The photographs that `make demo` kept out of training, cut to the model's size."""
+    return [Image.open(path).convert("RGB") for path in sorted((demo / "heldout").glob("*.png"))]
+
+
+def edit_photographs(
+    pipeline: Any, photographs: list[Image.Image], steps: int, scales: tuple[float, float]
+) -> dict[str, list[Image.Image]]:
+    """The edits of every photograph by each of the ten instructions (its first phrasing), seed 0, by task."""
+    from data_preparation.edits import EDITS
+    from data_preparation.instructions import read_phrasings
+    from utils.edit.editing import edit_images
+
+    count = len(photographs)
+    return {
+        task: edit_images(
+            pipeline, photographs, [read_phrasings(f"toy/{task}")[0][0]] * count, seeds=[0] * count,
+            num_inference_steps=steps, guidance_scale=scales[0], image_guidance_scale=scales[1],
+        )
+        for task in EDITS
+    }  # fmt: skip
+
+
+def save_sheet(rows: list[list[Image.Image]], labels: list[str], path: Path) -> None:
+    """One labelled row of pictures for each way."""
+    from utils.showing import draw_grid
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draw_grid(rows, labels, CELL).save(path)
