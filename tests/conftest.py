@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 from collections.abc import Iterator
@@ -15,10 +16,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
+from PIL import Image  # noqa: E402
 
-from tests.pairs import make_dataset, make_rows  # noqa: E402
+from tests.pairs import make_dataset, make_noise, make_rows  # noqa: E402
 from tests.runs import training_flags  # noqa: E402
 from tests.tiny import make_tiny_sd, make_tiny_sdxl  # noqa: E402
+from utils.edit.editing import Editor  # noqa: E402
+from utils.network.loading import load_editor  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -54,6 +58,27 @@ def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_sdxl_editor(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a tiny 8-channel SDXL editor."""
     return make_tiny_sdxl(tmp_path_factory.mktemp("models") / "sdxl-editor", in_channels=8, seed=1)
+
+
+@pytest.fixture(scope="session")
+def loaded_editors(tiny_editor: Path, tiny_sdxl_editor: Path) -> dict[str, Editor]:
+    """The tiny editors in memory, "sd" and "sdxl"; to be changed in a copy alone."""
+    pipelines = {"sd": load_editor(tiny_editor), "sdxl": load_editor(tiny_sdxl_editor)}
+    for pipeline in pipelines.values():
+        pipeline.set_progress_bar_config(disable=True)
+    return pipelines
+
+
+@pytest.fixture
+def editor(loaded_editors: dict[str, Editor]) -> Editor:
+    """The tiny editor in memory, whose scheduler and switches a test may change; the weights are shared."""
+    return copy.copy(loaded_editors["sd"])
+
+
+@pytest.fixture
+def photos() -> list[Image.Image]:
+    """Two pictures, 40 pixels wide and 24 high."""
+    return [make_noise(seed=seed) for seed in (0, 1)]
 
 
 @pytest.fixture(scope="session")

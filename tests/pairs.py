@@ -20,6 +20,11 @@ def make_image(index: int, size: tuple[int, int] = (40, 48)) -> Image.Image:
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
 
 
+def make_noise(size: tuple[int, int] = (24, 40), seed: int = 0) -> Image.Image:
+    """A picture of `size` (h, w) of random pixels: whatever an edit loses of it shows."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
+
+
 def encode(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
     """The bytes of an image file."""
     buffer = io.BytesIO()

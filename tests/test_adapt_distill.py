@@ -29,6 +29,7 @@ from tests.changes import LORA, add_random_lora, load_unet, merge, save_peft_lor
 from tests.hub_files import serve_folder, turn_downloads
 from tests.hub_server import hub_server
 from tests.mistakes import read_files
+from tests.pairs import make_noise
 from tests.runs import ENVIRONMENT, REPOSITORY
 from tests.tiny import make_tiny_sd, make_tiny_sdxl
 from utils.distill.calibration import Scores, choose_weight
@@ -80,7 +81,7 @@ def edit(folder: Path, **settings: float) -> np.ndarray:
     """One edit by the stock pipeline that the folder names."""
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    image = make_noise((32, 32))
     settings |= {"height": 32, "width": 32} if "XL" in type(pipeline).__name__ else {}
     return pipeline(
         "make it red", image=image, generator=torch.manual_seed(0), output_type="np", **settings

@@ -15,9 +15,9 @@ from diffusers import (
     StableDiffusionXLInstructPix2PixPipeline,
     UNet2DConditionModel,
 )
-from PIL import Image
 from torch import nn
 
+from tests.pairs import make_noise
 from tests.tiny import make_components, make_sdxl_components
 from utils.errors import InputError
 from utils.network.adapters import AdapterOptions, add_adapter, cast_frozen, has_adapter, merge_adapter, read_adapter
@@ -133,7 +133,7 @@ def test_stock_diffusers_loads_what_was_trained(family, channels, use_dora, targ
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_the_stock_pipeline_edits_as_the_trained_unet_does(family, folder_of, tmp_path):
     def edit(pipeline: DiffusionPipeline) -> np.ndarray:
-        image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+        image = make_noise((32, 32))
         generator = torch.Generator().manual_seed(0)
         settings = dict(num_inference_steps=2, generator=generator, output_type="np")
         return pipeline("as a drawing", image=image, **settings).images[0]

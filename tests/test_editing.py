@@ -17,7 +17,9 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from utils.edit.editing import edit_images, edit_pixels, fit_image, native_resolution, size_multiple
+from utils.edit.encodings import Encodings
 from utils.errors import InputError
+from utils.network.conditioning import PromptEncoder
 from utils.network.loading import load_editor
 
 TRAILING = dict(timestep_spacing="trailing")
@@ -39,19 +41,6 @@ SCHEDULERS = {
     "tcd": ("TCDScheduler", {}),
 }
 PROMPTS = ["make it night", "turn it into a drawing"]
-
-
-@pytest.fixture(scope="module")
-def editor(tiny_editor: Path) -> StableDiffusionInstructPix2PixPipeline:
-    pipeline = load_editor(tiny_editor)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-@pytest.fixture
-def photos() -> list[Image.Image]:
-    random = np.random.default_rng(0)
-    return [Image.fromarray(random.integers(0, 256, (24, 40, 3), dtype=np.uint8)) for _ in range(2)]
 
 
 def set_scheduler(pipeline: StableDiffusionInstructPix2PixPipeline, name: str) -> None:
@@ -173,6 +162,33 @@ def test_each_image_and_prompt_is_encoded_once(editor, photos) -> None:
         for hook in hooks:
             hook.remove()
     assert counts == {"texts": 3, "images": 2}
+
+
+@pytest.mark.parametrize(("scales", "expected"), [((1.0, 1.0), ["x"]), ((2.0, 1.0), ["", "x"])], ids=str)
+def test_the_null_prompt_is_encoded_where_guidance_needs_it(editor, photos, monkeypatch, scales, expected) -> None:
+    encoded, encode = [], PromptEncoder._encode
+    monkeypatch.setattr(PromptEncoder, "_encode", lambda self, prompt: encoded.append(prompt) or encode(self, prompt))
+    settings = dict(num_inference_steps=2, guidance_scale=scales[0], image_guidance_scale=scales[1])
+    encodings = Encodings(editor)
+    for _ in range(2):
+        edit_pixels(editor, photos, ["x", "x"], seeds=[0, 1], encodings=encodings, **settings)
+    assert sorted(encoded) == expected
+
+
+def test_images_with_scales_of_their_own(editor, photos) -> None:
+    """In one batch, of two sizes: each edit is that of it alone with its scales."""
+    images = [*photos, photos[0].resize((32, 32)), photos[1].resize((32, 32))]
+    text, image = [7.5, 3.0, 1.0, 2.0], [1.5, 1.2, 1.0, 1.0]
+    settings = dict(num_inference_steps=3)
+    together, _ = edit_pixels(
+        editor, images, ["x"] * 4, seeds=[5, 6, 7, 8], guidance_scale=text, image_guidance_scale=image, **settings
+    )
+    for row in range(4):
+        scales = dict(guidance_scale=text[row], image_guidance_scale=image[row])
+        alone = edit_pixels(editor, [images[row]], ["x"], seeds=[5 + row], **scales, **settings)[0][0]
+        torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="4 images need 4 guidance scales of each kind"):
+        edit_pixels(editor, images, ["x"] * 4, guidance_scale=[7.5, 3.0])
 
 
 def test_an_edit_does_not_depend_on_its_batch(editor, photos) -> None:

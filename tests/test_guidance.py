@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from utils.edit.guidance import branch_coefficients, combine
+from utils.edit.guidance import BRANCHES, batch_coefficients, branch_coefficients, combine
 
 SETTINGS = [(7.5, 1.5), (7.5, 1.0), (1.5, 1.5), (1.0, 1.0), (1.0, 1.5), (0.0, 1.5), (5.0, 0.5), (0.0, 0.0), (0.0, 1.0)]
 
@@ -52,6 +52,20 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
     combined = combine(predictions, coefficients)
     assert combined.dtype == dtype
     torch.testing.assert_close(combined.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+def test_images_with_scales_of_their_own() -> None:
+    """Each row of the batch is what it is alone, whatever branches the others need; equal scales are one weight."""
+    scales = [(7.5, 1.5), (3.0, 1.0), (1.0, 1.0), (1.5, 1.5)]
+    predictions = torch.randn(3, 4, 2, 5, generator=torch.Generator().manual_seed(0))  # (branches, images, ...)
+    coefficients = batch_coefficients(scales)
+    assert list(coefficients) == ["text", "image", "uncond"]
+    together = combine(predictions.flatten(0, 1), coefficients)
+    for row, pair in enumerate(scales):
+        alone = branch_coefficients(*pair)
+        own = torch.stack([predictions[BRANCHES.index(branch), row] for branch in alone])
+        assert torch.equal(together[row : row + 1], combine(own, alone))
+    assert batch_coefficients([(3.0, 1.0)] * 4) == branch_coefficients(3.0, 1.0)
 
 
 def test_wrong_number_of_predictions() -> None:

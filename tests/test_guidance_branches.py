@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import diffusers
 import numpy as np
@@ -18,7 +17,6 @@ from utils.edit.editing import edit_pixels
 from utils.edit.guidance import branch_coefficients, coefficients_of_steps
 from utils.edit.schedulers import SCHEDULERS, choose_scheduler
 from utils.errors import InputError
-from utils.network.loading import load_editor
 
 FEW_STEPS = {
     "lcm": ("lcm", None),
@@ -33,22 +31,14 @@ PROMPT, SEED, STEPS = "make it night", 7, 4
 FAMILIES = ["sd", "sdxl"]
 
 
-@pytest.fixture(scope="module")
-def editors(tiny_editor: Path, tiny_sdxl_editor: Path) -> dict[str, DiffusionPipeline]:
-    loaded = {"sd": load_editor(tiny_editor), "sdxl": load_editor(tiny_sdxl_editor)}
-    for pipeline in loaded.values():
-        pipeline.set_progress_bar_config(disable=True)
-    return loaded
-
-
 @pytest.fixture
-def photo() -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
+def photo(photos) -> Image.Image:
+    return photos[0]
 
 
-def editor_with(editors: dict[str, DiffusionPipeline], family: str, scheduler: str) -> DiffusionPipeline:
+def editor_with(loaded_editors: dict[str, DiffusionPipeline], family: str, scheduler: str) -> DiffusionPipeline:
     """A pipeline that shares the weights and has the scheduler of `FEW_STEPS`."""
-    pipeline = copy.copy(editors[family])
+    pipeline = copy.copy(loaded_editors[family])
     pipeline.scheduler = choose_scheduler(pipeline.scheduler, *FEW_STEPS[scheduler])
     return pipeline
 
@@ -112,10 +102,10 @@ def three_branches(
 @pytest.mark.parametrize("scheduler", FEW_STEPS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equals_the_three_branches_of_stock(
-    editors, photo, family: str, scheduler: str, scales: tuple[float, float], branches: int
+    loaded_editors, photo, family: str, scheduler: str, scales: tuple[float, float], branches: int
 ) -> None:
     """Stock evaluates 3 rows a step, ours what counts, and the pictures are the same to 1e-4."""
-    pipeline = editor_with(editors, family, scheduler)
+    pipeline = editor_with(loaded_editors, family, scheduler)
     settings = dict(num_inference_steps=STEPS, guidance_scale=scales[0], image_guidance_scale=scales[1])
     settings["eta"] = ETA.get(scheduler, 0.0)
     with counting_rows(pipeline) as stock_rows:
@@ -134,10 +124,10 @@ def test_equals_the_three_branches_of_stock(
 @pytest.mark.parametrize("scheduler", ["lcm", "euler trailing", "euler ancestral", "ddim", "tcd"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_follows_the_formula_where_stock_drops_guidance(
-    editors, photo, family: str, scheduler: str, scales: tuple[float, float], branches: int
+    loaded_editors, photo, family: str, scheduler: str, scales: tuple[float, float], branches: int
 ) -> None:
     """s_T <= 1 or s_I < 1: stock evaluates one branch whatever the scales say; ours is the formula's three."""
-    pipeline = editor_with(editors, family, scheduler)
+    pipeline = editor_with(loaded_editors, family, scheduler)
     settings = dict(num_inference_steps=STEPS, guidance_scale=scales[0], image_guidance_scale=scales[1])
     with counting_rows(pipeline) as rows:
         edited = edit_pixels(pipeline, [photo], [PROMPT], seeds=[SEED], eta=None, **settings)[0][0]
@@ -151,9 +141,9 @@ def test_follows_the_formula_where_stock_drops_guidance(
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_eta_of_tcd(editors, photo, family: str) -> None:
+def test_eta_of_tcd(loaded_editors, photo, family: str) -> None:
     """The pipelines give TCD eta 0 in the place of its own 0.3. Ours: 0 as they do, None leaves the scheduler's own."""
-    pipeline = editor_with(editors, family, "tcd")
+    pipeline = editor_with(loaded_editors, family, "tcd")
     settings = dict(num_inference_steps=STEPS, guidance_scale=2.0, image_guidance_scale=1.0)
 
     def edit(**eta: float | None) -> torch.Tensor:
@@ -163,15 +153,15 @@ def test_eta_of_tcd(editors, photo, family: str) -> None:
     torch.testing.assert_close(edit(eta=None), stock_pixels(pipeline, photo, eta=0.3, **settings), rtol=0, atol=1e-4)
     assert torch.equal(edit(), edit(eta=0.0)) and torch.equal(edit(eta=None), edit(eta=0.3))
     assert (edit() - edit(eta=None)).abs().max() > 1e-3
-    other = editor_with(editors, family, "ddim")
+    other = editor_with(loaded_editors, family, "ddim")
     same = [edit_pixels(other, [photo], [PROMPT], seeds=[SEED], eta=eta, **settings)[0][0] for eta in (None, 0.0)]
     assert torch.equal(*same)
 
 
 @pytest.mark.parametrize("scheduler", ["lcm", "tcd"])
-def test_original_inference_steps(editors, photo, scheduler: str) -> None:
+def test_original_inference_steps(loaded_editors, photo, scheduler: str) -> None:
     """The timesteps of a distillation stand in the scheduler's configuration, which an edit keeps to: DMD2's four."""
-    pipeline = editor_with(editors, "sd", scheduler)
+    pipeline = editor_with(loaded_editors, "sd", scheduler)
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, original_inference_steps=4)
     seen = []
     hook = pipeline.unet.register_forward_hook(lambda module, inputs, output: seen.append(int(inputs[1])))
@@ -189,9 +179,9 @@ def test_original_inference_steps(editors, photo, scheduler: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_guidance_interval(editors, photo, family: str) -> None:
+def test_guidance_interval(loaded_editors, photo, family: str) -> None:
     """Rows by the step; the edit is that of a loop that changes its scales, and the whole interval is none."""
-    pipeline = editor_with(editors, family, "ddim")
+    pipeline = editor_with(loaded_editors, family, "ddim")
     settings = dict(seeds=[SEED], num_inference_steps=4, guidance_scale=5.0, image_guidance_scale=1.5)
 
     def edit(interval: tuple[float, float] | None) -> tuple[torch.Tensor, list[int]]:
@@ -220,16 +210,18 @@ def test_coefficients_of_steps() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if not name.startswith("edm")])
-def test_every_scheduler_edits(editors, photo, name: str) -> None:
+def test_every_scheduler_edits(loaded_editors, photo, name: str) -> None:
     """As stock with the same scheduler; its betas and kind of prediction are those of the model's own."""
-    pipeline = copy.copy(editors["sd"])
+    pipeline = copy.copy(loaded_editors["sd"])
     pipeline.scheduler = choose_scheduler(pipeline.scheduler, name)
     assert type(pipeline.scheduler).__name__ == SCHEDULERS[name][0]
     config = pipeline.scheduler.config
     assert (config.beta_end, config.beta_schedule, config.prediction_type) == (0.012, "scaled_linear", "epsilon")
     assert not config.get("clip_sample", False)
     settings = dict(num_inference_steps=5, guidance_scale=2.0, image_guidance_scale=1.0)
-    edited = edit_pixels(editors["sd"], [photo], [PROMPT], seeds=[SEED], scheduler=pipeline.scheduler, **settings)[0][0]
+    edited = edit_pixels(
+        loaded_editors["sd"], [photo], [PROMPT], seeds=[SEED], scheduler=pipeline.scheduler, **settings
+    )[0][0]
     torch.testing.assert_close(edited, stock_pixels(pipeline, photo, **settings), rtol=0, atol=1e-4)
 
 

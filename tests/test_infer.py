@@ -19,12 +19,14 @@ import torch
 from PIL import Image
 
 import infer
+from tests.pairs import make_noise
 
 SCRIPT = Path(infer.__file__)
 
 
 def make_photo(size: tuple[int, int] = (60, 40), seed: int = 0) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    """(width, height), as Pillow says it."""
+    return make_noise(size[::-1], seed)
 
 
 def run_script(*flags: object, cwd: Path) -> subprocess.CompletedProcess:
@@ -329,10 +331,11 @@ def test_several_edits_seeds_and_shows(tiny_editor: Path, photo: Path, capsys) -
 
 
 def test_repeat(tiny_editor: Path, photo: Path, capsys, monkeypatch) -> None:
-    """To the bit, out of a batch, with an instruction that was drawn; from the record alone, which names no folder."""
+    """To the bit, out of a batch, with instruction and scales drawn; from the record alone, which names no folder."""
     flags = ["--model", tiny_editor, "--input", photo, "--surprise_me", "--num_images", 3, "--steps", 3,
              "--batch_size", 3, "--scheduler", "euler_a", "--timestep_spacing", "trailing", "--dtype", "bf16",
-             "--guidance_interval", 0, 0.7, "--keep_size", "--vae_slicing", "--vae_tiling"]  # fmt: skip
+             "--guidance_interval", 0, 0.7, "--keep_size", "--vae_slicing", "--vae_tiling",
+             "--randomize_cfg"]  # fmt: skip
     monkeypatch.chdir(photo.parent)
     assert infer.main([str(flag) for flag in flags]) == 0
     drawn = capsys.readouterr().err.splitlines()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.pairs import make_noise
 from utils.edit import edit_runs
 from utils.edit.edit_runs import EditRun
 from utils.edit.edit_shows import save_animations, save_sheets
@@ -19,15 +20,9 @@ from utils.edit.jobs import Recommended, Settings, find_setting_problems, list_v
 from utils.edit.picture_metadata import find_differences, read_record, record_settings
 from utils.edit.surprises import INSTRUCTIONS, draw_instruction, draw_scales
 from utils.errors import InputError
-from utils.network.loading import load_editor
 
 QUICK = Settings(steps=2)
 ORIGIN = {"model": {"name": "m", "weights": "w"}, "machine": {"device": "cpu"}, "settings": {"dtype": "fp32"}}
-
-
-@pytest.fixture(scope="module")
-def editor(tiny_editor: Path):
-    return load_editor(tiny_editor)
 
 
 @pytest.fixture
@@ -36,8 +31,7 @@ def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
     for name, size in (("a", (60, 40)), ("b", (60, 40)), ("tall", (40, 60))):
-        pixels = np.random.default_rng(len(name) + ord(name[0])).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{name}.png")
+        make_noise(size[::-1], seed=len(name) + ord(name[0])).save(folder / f"{name}.png")
     (folder / "broken.png").write_bytes(b"not a picture")
     return folder
 

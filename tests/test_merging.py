@@ -6,18 +6,17 @@ import shutil
 from pathlib import Path
 
 import huggingface_hub
-import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.adapters import DORA, EDITORS, PLAIN, load_trained
 from tests.hub_files import serve_folder, turn_downloads
 from tests.hub_server import hub_server
 from tests.original_names import write_single_file
+from tests.pairs import make_noise
 from utils.edit.editing import edit_pixels
 from utils.errors import InputError
 from utils.network.adapters import AdapterOptions, save_adapter
@@ -27,7 +26,7 @@ FILE = "pytorch_lora_weights.safetensors"
 
 
 def edit(pipeline: DiffusionPipeline) -> torch.Tensor:
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
+    photo = make_noise()
     return edit_pixels(pipeline, [photo], ["make it red"], seeds=[3], num_inference_steps=3)[0][0]
 
 

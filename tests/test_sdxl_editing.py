@@ -7,7 +7,6 @@ import logging
 from pathlib import Path
 
 import diffusers
-import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -34,23 +33,10 @@ SIZE = (40, 24)
 SCALES = dict(guidance_scale=7.5, image_guidance_scale=1.5)  # the stock pipelines' defaults differ
 
 
-@pytest.fixture(scope="module")
-def loaded(tiny_sdxl_editor: Path) -> StableDiffusionXLInstructPix2PixPipeline:
-    pipeline = load_editor(tiny_sdxl_editor)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 @pytest.fixture
-def editor(loaded) -> StableDiffusionXLInstructPix2PixPipeline:
+def editor(loaded_editors) -> StableDiffusionXLInstructPix2PixPipeline:
     """A pipeline whose switches a test may change; the weights are shared."""
-    return copy.copy(loaded)
-
-
-@pytest.fixture
-def photos() -> list[Image.Image]:
-    random = np.random.default_rng(0)
-    return [Image.fromarray(random.integers(0, 256, (SIZE[1], SIZE[0], 3), dtype=np.uint8)) for _ in range(2)]
+    return copy.copy(loaded_editors["sdxl"])
 
 
 def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import huggingface_hub
-import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -18,12 +17,12 @@ from diffusers import (
     StableDiffusionXLInstructPix2PixPipeline,
 )
 from huggingface_hub import constants
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.hub_files import serve_folder, turn_downloads
 from tests.hub_server import hub_server
 from tests.original_names import open_clip_weights, original_weights, unet_weights, vae_weights, write_single_file
+from tests.pairs import make_noise
 from tests.tiny import make_tiny_sd, make_tiny_sdxl
 from utils.edit.editing import edit_pixels
 from utils.errors import InputError
@@ -98,7 +97,7 @@ def test_configuration_of_a_text_to_image_pipeline(file: Path, folder: Path, pip
 
 
 def test_edits_equal_those_of_the_folder(file: Path, folder: Path) -> None:
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8))
+    photo = make_noise()
     settings = dict(seeds=[3], num_inference_steps=3)
     expected = edit_pixels(load_editor(folder), [photo], ["make it red"], **settings)[0][0]
     edited = edit_pixels(load_editor(file, single_file_config=str(folder)), [photo], ["make it red"], **settings)[0][0]
@@ -172,7 +171,7 @@ def test_cosxl_edits_equal_stock(cosxl: Path, tiny_sdxl_editor: Path, tmp_path: 
     stock.scheduler = EDMEulerScheduler(
         sigma_min=0.002, sigma_max=120.0, sigma_data=1.0, prediction_type="v_prediction", sigma_schedule="exponential"
     )
-    photo = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+    photo = make_noise((32, 32))
     settings = dict(num_inference_steps=4, guidance_scale=5.0, image_guidance_scale=1.5)
     expected = stock(
         "make it red", image=photo, height=32, width=32, output_type="np", generator=torch.Generator().manual_seed(3),

@@ -12,14 +12,15 @@ import pytest
 from PIL import Image
 
 import infer
+from tests.pairs import make_noise
 from utils.edit.edit_flags import EditorOptions
 from utils.edit.editing import edit_images, fit_to_model
 from utils.edit.editors import OpenedEditor, open_editor
 from utils.edit.jobs import Recommended
 from utils.errors import InputError
 from utils.network.loading import load_editor
-from utils.web.links import LIMITS, Wish, check_wish, from_query, to_query
 from utils.web.browser_runs import Runs
+from utils.web.links import LIMITS, Wish, check_wish, from_query, to_query
 from utils.web.shelf import Shelf, name_models
 from utils.web.studio import Edit, Progress, Studio
 from utils.web.turns import Stopped, Turns
@@ -37,8 +38,7 @@ def make_studio(models: list[Path], *, timeout: float = 600, most_waiting: int =
 @pytest.fixture(scope="module")
 def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("photo") / "photo.png"
-    pixels = np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
+    make_noise((40, 40)).save(path)
     return path
 
 
