@@ -34,7 +34,10 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # fmt: off
     parser.add_argument("--list_presets", action="store_true", help="print the known distillations and stop")
-    parser.add_argument("--model", help="the editor: a folder in diffusers' format or a Hub id, SD or SDXL")
+    parser.add_argument("--model", help="the editor, SD or SDXL: a folder in diffusers' format, a Hub id, or one "
+        ".safetensors file, which is loaded whole")
+    parser.add_argument("--single_file_config", metavar="PIPELINE", help="for a --model in one file: a folder or Hub "
+        "id of a pipeline of its family (default: the one on the Hub that diffusers takes it for)")
     for part, meaning in (("revision", "its branch, tag or commit"), ("variant", "of its weight files, such as fp16")):
         parser.add_argument(f"--model_{part}", help=meaning)
     parser.add_argument("--output_dir", help="folder of the new editor")
@@ -87,6 +90,8 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raise one InputError with everything that can be told from the flags alone."""
     problems = [f"--{name} is missing" for name in ("model", "output_dir") if not getattr(args, name)]
     problems += find_source_problems(args)
+    if args.single_file_config and args.model and Path(args.model).is_dir():
+        problems.append(f"--single_file_config is for a --model in one file, and {args.model} is a folder")
     if args.timestep_spacing and not args.scheduler:
         problems.append("--timestep_spacing belongs to --scheduler: give that too")
     if args.method == "linear" and args.density is not None:
@@ -152,20 +157,23 @@ def run(args: argparse.Namespace) -> None:
     from utils.distill import adapting  # the heavy imports begin here
     from utils.distill.adapted_editor import write_editor
     from utils.distill.calibration import calibrate_recipe, read_pairs
+    from utils.distill.editor_folder import unpacking
     from utils.distill.recipes import make_recipe
 
     hide_progress_bars()
     recipe, publishing = make_recipe(vars(args)), pick(args, adapting.Publishing)
     pairs = read_pairs(args.calibrate) if args.calibrate else []
     repo_id = adapting.check_place(recipe, publishing)
-    ingredients = adapting.open_ingredients(recipe, args.hub_token)
-    adapting.check_licences(ingredients.licences, publishing)
-    recipe, extras = adapting.settle(recipe, ingredients), {}
-    if pairs:
-        calibration = calibrate_recipe(recipe, ingredients, pairs, args.calibrate_weights, args.device)
-        print(calibration.describe())
-        recipe, extras = replace(recipe, merge=replace(recipe.merge, weight=calibration.chosen)), calibration.files()
-    report = write_editor(recipe, ingredients, repo_id, extras)
+    with unpacking(args.model, args.single_file_config, args.cache_dir, recipe.output_dir) as unpacked:
+        ingredients = adapting.open_ingredients(recipe, args.hub_token, unpacked)
+        adapting.check_licences(ingredients.licences, publishing)
+        recipe, extras = adapting.settle(recipe, ingredients), {}
+        if pairs:
+            calibration = calibrate_recipe(recipe, ingredients, pairs, args.calibrate_weights, args.device)
+            print(calibration.describe())
+            recipe = replace(recipe, merge=replace(recipe.merge, weight=calibration.chosen))
+            extras = calibration.files()
+        report = write_editor(recipe, ingredients, repo_id, extras)
     print(report.describe())
     print(f"the editor stands in {recipe.output_dir}; weight {recipe.merge.weight:g}", file=sys.stderr)
     if repo_id:

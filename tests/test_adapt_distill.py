@@ -23,12 +23,14 @@ from diffusers import (
     StableDiffusionXLInstructPix2PixPipeline,
 )
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import adapt_distill
 from tests.changes import LORA, add_random_lora, load_unet, merge, save_peft_lora, weights_in
 from tests.hub_files import serve_folder, turn_downloads
 from tests.hub_server import hub_server
 from tests.mistakes import read_files
+from tests.original_names import write_single_file
 from tests.pairs import make_noise
 from tests.runs import ENVIRONMENT, REPOSITORY
 from tests.tiny import make_tiny_sd, make_tiny_sdxl
@@ -38,6 +40,7 @@ from utils.distill.presets import PRESETS, describe_presets
 from utils.distill.recipes import make_recipe
 from utils.edit.schedulers import choose_scheduler
 from utils.licences import restrictions_of
+from utils.network.loading import load_editor
 from utils.network.single_file import SUFFIXES
 
 BASES = {"sd1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
@@ -455,3 +458,29 @@ def test_mistakes_in_the_models(
         message = fails(*flags, *out)
         assert words in message and message.count("\n") == 1, message
         assert read_files(tmp_path / "out") == {}
+
+
+def test_an_editor_in_one_file(tiny_editor: Path, lora: Path, tmp_path: Path) -> None:
+    """The same weights as from the folder that the file was made of; nothing of the unpacked model is left."""
+    file = write_single_file(load_editor(tiny_editor), tmp_path / "editor.safetensors")
+    succeeds("--model", tiny_editor, "--lora", lora, "--output_dir", tmp_path / "from-folder")
+    out = tmp_path / "from-file"
+    succeeds("--model", file, "--single_file_config", tiny_editor, "--lora", lora, "--output_dir", out)
+    merged, expected = weights_in(out), weights_in(tmp_path / "from-folder")
+    assert merged.keys() == expected.keys() and all(torch.equal(merged[name], expected[name]) for name in expected)
+    assert np.array_equal(edit(out, num_inference_steps=2), edit(tmp_path / "from-folder", num_inference_steps=2))
+    assert not [path for path in out.iterdir() if path.name.startswith(".")]
+    source = json.loads((out / "adapted.json").read_text())["sources"][0]
+    assert (source["role"], source["name"]) == ("editor", "editor.safetensors")
+    assert "--single_file_config is for a --model in one file" in fails(
+        "--model", tiny_editor, "--single_file_config", tiny_editor, "--lora", lora, "--output_dir", tmp_path / "x"
+    )
+    assert "holds a UNet without" in fails("--model", broken_file(file, tmp_path), "--single_file_config", tiny_editor,
+                                           "--lora", lora, "--output_dir", tmp_path / "y")  # fmt: skip
+
+
+def broken_file(file: Path, folder: Path) -> Path:
+    """A file that holds the UNet alone."""
+    kept = {name: value for name, value in load_file(file).items() if name.startswith("model.diffusion_model.")}
+    save_file(kept, folder / "unet-alone.safetensors")
+    return folder / "unet-alone.safetensors"

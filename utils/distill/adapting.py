@@ -74,10 +74,13 @@ class Ingredients:
         return merge_rows(self.unet, self.delta, options, self.base, report)
 
 
-def open_ingredients(recipe: Recipe, token: str | None = None) -> Ingredients:
-    """Find, download and check everything that will be merged. Raises `InputError`."""
+def open_ingredients(recipe: Recipe, token: str | None = None, unpacked: Path | None = None) -> Ingredients:
+    """Find, download and check everything that will be merged. Raises `InputError`.
+
+    unpacked: the folder that was made of an editor in one file (`unpacking`).
+    """
     model = recipe.model
-    editor = find_editor(model.name, model.revision, model.variant, recipe.cache_dir)
+    editor = find_editor(model.name, model.revision, model.variant, recipe.cache_dir, unpacked)
     _require_family(recipe, editor)
     own = locate(replace(model, name=str(editor.folder), subfolder="unet"), "unet")
     shapes = UNetWeights.read_shapes(own)

@@ -6,17 +6,21 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from diffusers import DiffusionPipeline
 
 from utils.distill.weight_sources import snapshot_revision
 from utils.errors import InputError
 from utils.network.load_errors import explaining_load_errors
+from utils.network.loading import load_editor
 from utils.network.models import Configs, require_editor
-from utils.train.checkpoints import remove_whole
+from utils.network.single_file import is_single_file
+from utils.train.checkpoints import UNFINISHED, remove_whole
 
 INDEX = "model_index.json"
 WEIGHTS = (".safetensors", ".bin", ".msgpack", ".ckpt", ".onnx", ".pt")
@@ -44,13 +48,34 @@ class EditorFolder:
         return self.unet_config.get("layers_per_block", 2)
 
 
-def find_editor(name: str, revision: str | None, variant: str | None, cache_dir: str | None) -> EditorFolder:
-    """The editor in a folder, or downloaded from the Hub. Raises `InputError` for what is none."""
-    folder = Path(name)
+@contextmanager
+def unpacking(name: str, config: str | None, cache_dir: str | None, workplace: Path) -> Iterator[Path | None]:
+    """A model in one file as a folder inside `workplace`, for as long as it is needed; of others nothing.
+
+    It is loaded whole, in float32: memory is that of the model, and the folder's size too. config: of what pipeline the
+    file is (utils/network/single_file.py). Raises `InputError`.
+    """
+    if not is_single_file(name):
+        yield None
+        return
+    with TemporaryDirectory(prefix=UNFINISHED, dir=workplace) as folder:
+        load_editor(name, single_file_config=config, cache_dir=cache_dir).save_pretrained(folder)
+        yield Path(folder)
+
+
+def find_editor(
+    name: str, revision: str | None, variant: str | None, cache_dir: str | None, unpacked: Path | None = None
+) -> EditorFolder:
+    """The editor in a folder, or downloaded from the Hub. Raises `InputError` for what is none.
+
+    unpacked: where a single file was made a folder.
+    """
+    folder = unpacked or Path(name)
     if not folder.is_dir():
         if folder.exists() or name.startswith(("/", ".", "~")) or name.count("/") != 1:
             raise InputError(
-                f"--model {name} is no folder: give that of a whole editor in diffusers' format, or its id"
+                f"--model {name} is no folder: give that of a whole editor in diffusers' format, one .safetensors "
+                "file, or an id on the Hub"
             )
         with explaining_load_errors(f"--model {name}"):
             folder = Path(DiffusionPipeline.download(name, revision=revision, variant=variant, cache_dir=cache_dir))
@@ -69,8 +94,8 @@ def _read(folder: Path, place: str, name: str) -> dict:
         return json.loads((folder / place).read_text("utf-8"))
     except FileNotFoundError as error:
         raise InputError(
-            f"--model {name} is no whole editor in diffusers' format: it lacks {place}. A model in one file is loaded "
-            "and saved as a folder first (infer.py says how)"
+            f"--model {name} is no whole editor in diffusers' format: it lacks {place}. A model in one .safetensors "
+            "file is given by the file's own name"
         ) from error
     except (OSError, ValueError) as error:
         raise InputError(f"--model {name}: {place} cannot be read ({error}): copy it again") from error
