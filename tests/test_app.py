@@ -16,7 +16,7 @@ from PIL import Image
 import app
 import demo
 from tests.browser import CHROMIUM, INSTALL, PATIENCE, Server, Visitor, running_chromium
-from tests.runs import REPOSITORY
+from tests.runs import ENVIRONMENT, REPOSITORY
 from utils.edit.editing import edit_images, fit_to_model
 from utils.network.loading import load_editor
 
@@ -29,6 +29,14 @@ def refusal(capsys: pytest.CaptureFixture, *flags: str) -> str:
         app.main(list(flags))
     assert stopped.value.code == 2
     return capsys.readouterr().err
+
+
+def assert_repeats(downloaded: Path, original: Path, model: Path) -> None:
+    """What the app gave is made again to the bit by infer.py, from the file and the picture alone."""
+    flags = [f"--repeat={downloaded}", f"--input={original}", f"--model={model}"]
+    ended = subprocess.run([app.sys.executable, "infer.py", *flags], cwd=REPOSITORY, env=ENVIRONMENT,
+                           capture_output=True, text=True, timeout=PATIENCE / 1000)  # fmt: skip
+    assert ended.returncode == 0 and f"equal to {downloaded} to the bit" in ended.stdout, ended.stdout + ended.stderr
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +145,7 @@ def test_upload_edit_and_slider(visit, tiny_editor):
 
 
 @in_chromium
-def test_enter_edits_and_the_gallery_has_a_seed_each(visit):
+def test_enter_edits_and_the_gallery_has_a_seed_each(visit, tiny_editor, tmp_path):
     visitor = visit()
     visitor.upload(PHOTOS / "coffee.jpg")
     visitor.set("images", 3)
@@ -155,6 +163,9 @@ def test_enter_edits_and_the_gallery_has_a_seed_each(visit):
     visitor.page.keyboard.press("Enter")
     visitor.page.get_by_text(f"picture | seed {seed + 2}").wait_for()
     assert visitor.bytes_of(visitor.pictures_compared[1]) == visitor.bytes_of(shown[2])
+    downloaded = tmp_path / "download.png"
+    downloaded.write_bytes(visitor.bytes_of(shown[2]))
+    assert_repeats(downloaded, PHOTOS / "coffee.jpg", tiny_editor)
     visitor.edit("make it foggy")  # once more: another seed
     assert visitor.number("seed") != seed
 
@@ -370,7 +381,7 @@ def test_the_examples_of_the_api(server, tmp_path):
     assert facts["edits"][0]["seed"] == 3 and edits[0]["image"]["url"].startswith(server.url)
 
 
-def test_the_api_edits_with_two_models_and_refuses_mistakes(server, bad_files):
+def test_the_api_edits_with_two_models_and_refuses_mistakes(server, bad_files, tiny_editor, tmp_path):
     from gradio_client import Client, handle_file
     from gradio_client.exceptions import AppError
 
@@ -382,6 +393,8 @@ def test_the_api_edits_with_two_models_and_refuses_mistakes(server, bad_files):
     assert [(fact["model"], fact["seed"], fact["steps"]) for fact in facts["edits"]] == [
         ("editor", 3, 2), ("editor", 4, 2), ("twin", 3, 4), ("twin", 4, 4)
     ]  # fmt: skip
+    downloaded = Path(shutil.copy(edits[1]["image"], tmp_path / "download.png"))
+    assert_repeats(downloaded, PHOTOS / "raccoon.jpg", tiny_editor)
     assert "instruction=make+it+snowy&model=editor&compare=twin&steps=2&seed=3" in facts["link"]
     for changes in ({"steps": 0}, {"instruction": ""}, {"model": "x"}, {"images": 17}, {"cfg_text": "much"}):
         with pytest.raises(AppError):
