@@ -29,7 +29,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # fmt: off
     add = parser.add_argument_group("the pairs").add_argument
-    add("--data_root", type=Path, required=True, help="folder of the pairs")
+    add("--data_root", type=Path, default=Path("cartoonizer-dataset"), help="folder of the pairs (default "
+        "cartoonizer-dataset)")
     add("--dataset_split", default="train", help="which of its splits, where it has several (default: train)")
     add = parser.add_argument_group("the export").add_argument
     add("--export_dir", type=Path, help="folder to make it in (default: data_root-export, beside it)")
@@ -46,7 +47,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         "known, or whose terms are not")
     add("--language", default="en", help="of the instructions, as ISO 639-1 (default: en)")
     add = parser.add_argument_group("the Hub").add_argument
-    add("--repo_id", required=True, metavar="NAME", help="dataset to publish as: name, or owner/name")
+    add("--repo_id", metavar="NAME", help="dataset to publish as: name, or owner/name (default: the name of "
+        "--data_root)")
     add("--private", action="store_true", help="make it a private dataset")
     add("--no_push", action="store_true", help="make the export and upload nothing")
     add("--hub_token", help="better: `hf auth login` or HF_TOKEN, which leave no trace in the shell")
@@ -65,6 +67,7 @@ def check_flags(args: argparse.Namespace) -> None:
         problems.append(
             f"--export_dir {args.export_dir}: lies in --data_root, whose readers would find every row twice"
         )
+    args.repo_id = args.repo_id or args.data_root.absolute().name
     if not re.fullmatch(r"(?:[\w-][\w.-]*/)?\w[\w.-]{0,95}", args.repo_id) or ".." in args.repo_id:
         problems.append(f"--repo_id {args.repo_id}: must be name or owner/name, of letters, digits, '-', '_' and '.'")
     if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z]+)?", args.language):

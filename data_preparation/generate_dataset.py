@@ -27,6 +27,7 @@ from utils.cli import FlagParser  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
 from utils.quiet import quiet_libraries  # noqa: E402
 
+IMAGENETTE, IMAGENETTE_HUB, IMAGENETTE_SAMPLES = "imagenette", ("frgfm/imagenette", "full_size"), 5000
 BATCHED = ("onnx", "torchhub", "diffusers")
 
 
@@ -34,8 +35,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # fmt: off
     add = parser.add_argument_group("photographs").add_argument
-    add("--dataset_id", required=True, metavar="PHOTOS", help="a folder of photographs (searched with its subfolders), "
-        "a saved dataset, or an id on the Hub")
+    add("--dataset_id", default=IMAGENETTE, metavar="PHOTOS", help="a folder of photographs (searched with its "
+        "subfolders), a saved dataset, or an id on the Hub (default imagenette, of which 5,000 photographs)")
     add("--image_column", metavar="NAME", help="of a dataset (default: image, or the only column of images)")
     add("--config", metavar="NAME", help="configuration of a dataset on the Hub")
     add("--revision", metavar="COMMIT", help="commit, tag or branch of a dataset on the Hub")
@@ -49,8 +50,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         "in the middle; random: a square of half to all of the shorter side, anywhere, mirrored half the time, for few "
         "photographs (default none)")
     add = parser.add_argument_group("tasks").add_argument
-    add("--task", nargs="+", required=True, metavar="TASK[=WEIGHT]", help=f"{', '.join(available_tasks())}; a group "
-        f"({', '.join(GROUPS)}); or your own text file with one phrasing a line. A weight is the share of the rows")
+    add("--task", nargs="+", default=["cartoonize"], metavar="TASK[=WEIGHT]", help=f"{', '.join(available_tasks())}; a "
+        f"group ({', '.join(GROUPS)}); or your own text file with one phrasing a line. A weight is the share of "
+        "the rows (default cartoonize)")
     add("--heldout_phrasings", type=int, default=10, metavar="N", help="of each task, so many last phrasings stay "
         "out of training (default 10; 3 of a task of the toy world)")
     add("--phrasings", choices=("train", "heldout", "both"), default="train", help="which ways of asking the rows "
@@ -74,7 +76,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="of a teacher: cuda, mps or cpu (default: the best there is)")
     add("--dtype", choices=("fp32", "fp16", "bf16"), help="of a diffusers teacher (default fp16 on cuda, else fp32)")
     # fmt: on
-    add_making_flags(parser)
+    add_making_flags(parser, data_root="cartoonizer-dataset")
+    parser.set_defaults(most=sys.maxsize)
     return parser.parse_args(argv)
 
 
@@ -127,6 +130,9 @@ def make_recipe(args: argparse.Namespace, tasks: list[Task]) -> tuple:
     from data_preparation.tasks.recipe import PairRecipe, public_teacher
     from data_preparation.tasks.teachers import TeacherSettings, describe_models
 
+    if args.dataset_id == IMAGENETTE:  # as in instruction-tuned-sd, whose commands name neither
+        args.dataset_id, args.config = IMAGENETTE_HUB[0], args.config or IMAGENETTE_HUB[1]
+        args.most = IMAGENETTE_SAMPLES
     photographs = Photographs(args.dataset_id, args.split, args.image_column, args.config, args.revision)
     found = photographs.open()
     phrasings = {task.phrasings: read_phrasings(task.phrasings, num_heldout(args, task)) for task in tasks}
@@ -135,8 +141,9 @@ def make_recipe(args: argparse.Namespace, tasks: list[Task]) -> tuple:
         read_range(args.teacher_range), output_range, args.teacher_layout, args.teacher_multiple, args.teacher_channels,
         args.teacher_prompt, read_settings(args.teacher_settings), args.device, args.dtype, args.trust_remote_code,
     )  # fmt: skip
+    count = args.max_num_samples or min(len(found), args.most)
     recipe = PairRecipe(
-        photographs, tuple(tasks), phrasings, args.max_num_samples or len(found), args.seed, args.resolution, args.crop,
+        photographs, tuple(tasks), phrasings, count, args.seed, args.resolution, args.crop,
         args.phrasings, args.image_format, args.source_license, args.batch_size, teacher,
     )  # fmt: skip
     uses_model = any(task.teacher.partition(":")[0] in BATCHED for task in tasks)

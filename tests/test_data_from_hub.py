@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -15,7 +16,14 @@ from PIL import Image
 from tests.hub_server import Hub, hub_server
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-CARD = "---\nlicense: cc-by-4.0\n---\nPhotographs of a park.\n"
+CARD = """---
+license: cc-by-4.0
+configs:
+- config_name: full_size
+  data_files: train.parquet
+---
+Photographs of a park.
+"""
 PUSH = """
 import sys
 from huggingface_hub import HfApi
@@ -90,3 +98,19 @@ def test_an_id_that_does_not_exist(hub: Hub, tmp_path: Path):
     result = run(hub, tmp_path, "generate_dataset.py", "--dataset_id", "user/nothing", "--task", "jpeg")
     assert result.returncode == 2 and "user/nothing" in result.stderr and "Traceback" not in result.stderr
     assert not (tmp_path / "made").exists()
+
+
+def test_the_commands_of_instruction_tuned_sd_run_as_they_stand(hub: Hub, tmp_path: Path):
+    """Without a flag Imagenette is taken and cartoonized into cartoonizer-dataset, which the export takes."""
+    kind, park = next((key.split("/")[0], repo) for key, repo in hub.repos.items() if repo.id == "user/park")
+    hub.repos[f"{kind}/frgfm/imagenette"] = replace(park, id="frgfm/imagenette")
+    environment = hub.environment(tmp_path / "cache", token="write-token")
+    for script in ("generate_dataset.py", "export_to_hub.py"):
+        command = [sys.executable, str(REPOSITORY / "data_preparation" / script)]
+        result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    files = next(repo for repo in hub.repos.values() if repo.id == "user/cartoonizer-dataset").files
+    assert "README.md" in files and any(name.startswith("data/train-") for name in files)
+    rows = pq.read_table(tmp_path / "cartoonizer-dataset/data").to_pylist()
+    assert [row["task"] for row in rows] == ["cartoonize"] * 3
+    assert {row["source_dataset"] for row in rows} == {"frgfm/imagenette"}

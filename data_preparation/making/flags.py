@@ -12,12 +12,18 @@ if TYPE_CHECKING:
 IMAGE_FORMATS = ("png", "jpeg", "jpeg100", "webp")
 
 
-def add_making_flags(parser: argparse.ArgumentParser, image_format: str | None = "png") -> None:
-    """The group of flags; without `image_format` (the default of --image_format) the rows hold no images."""
+def add_making_flags(
+    parser: argparse.ArgumentParser, image_format: str | None = "png", data_root: str | None = None
+) -> None:
+    """The group of flags; without `image_format` (the default of --image_format) the rows hold no images.
+
+    data_root: where the rows go by default; without one the flag is required.
+    """
+    default = {"required": True} if data_root is None else {"default": Path(data_root)}
     # fmt: off
     add = parser.add_argument_group("output").add_argument
-    add("--data_root", type=Path, required=True, metavar="FOLDER", help="where the rows go, as parquet files in "
-        "FOLDER/data; the same command again goes on with what is there")
+    add("--data_root", type=Path, metavar="FOLDER", **default, help="where the rows go, as parquet files in "
+        "FOLDER/data; the same command again goes on with what is there" + f" (default {data_root})" * bool(data_root))
     add("--overwrite", action="store_true", help="replace a set of other settings in --data_root")
     if image_format is not None:
         add("--image_format", choices=IMAGE_FORMATS, default=image_format, help="how images are stored: png and webp "
