@@ -28,7 +28,7 @@ demo: $(INSTALLED) ## Train the toy editor on photographs, edit others with it, 
 	$(BIN)/python demo.py
 
 test: $(TESTABLE) ## Run every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --maxprocesses=8 --dist worksteal
 
 lint: $(TESTABLE) ## Check the style with ruff
 	$(BIN)/ruff check .

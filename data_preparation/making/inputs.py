@@ -21,6 +21,7 @@ from data_preparation.making.opening import (
     name_column,
     open_dataset,
     public_name,
+    whole_path,
 )
 from data_preparation.photographs import SUFFIXES, list_photographs, read_metadata
 from utils.dataset.rows import METADATA_NAMES
@@ -41,6 +42,9 @@ class Photographs:
     image_column: str | None = None
     config: str | None = None
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dataset_id", whole_path(self.dataset_id))
 
     def open(self) -> OpenPhotographs:
         """Raises InputError: what is wrong, and what exists."""
@@ -119,6 +123,9 @@ class Captions:
     split: str = "train"
     config: str | None = None
     revision: str | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dataset_id", whole_path(self.dataset_id))
 
     def open(self) -> OpenCaptions:
         """Raises InputError: what is wrong, and what exists."""

@@ -40,6 +40,12 @@ def name_column(rows: datasets.Dataset) -> str | None:
     return next((name for name in NAME_COLUMNS if name in rows.features), None)
 
 
+def whole_path(dataset: str) -> str:
+    """A path from the root on, as a worker may run in another folder; a Hub id as it is."""
+    path = Path(dataset).expanduser()
+    return str(path.absolute()) if path.exists() else dataset
+
+
 def public_name(dataset: str) -> str:
     """A Hub id as it is; of a path the last part alone, as the rest is the user's own."""
     path = Path(dataset).expanduser()
