@@ -15,9 +15,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads that wait for one b
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+import huggingface_hub  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from PIL import Image  # noqa: E402
 
+from tests.hub_server import Hub, hub_server, turn_client  # noqa: E402
 from tests.pairs import make_dataset, make_noise, make_rows  # noqa: E402
 from tests.runs import training_flags  # noqa: E402
 from tests.tiny import make_tiny_sd, make_tiny_sdxl  # noqa: E402
@@ -34,6 +36,22 @@ def leave_no_run_behind() -> Iterator[None]:
     GradientState._reset_state()
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[Hub]:
+    """An empty local Hub."""
+    with hub_server(tmp_path / "hub") as served:
+        yield served
+
+
+@pytest.fixture
+def client(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """This process's client, turned to the server, with no token anywhere and no pauses."""
+    turn_client(monkeypatch, hub.url, tmp_path)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    yield hub
+    huggingface_hub.close_session()
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from data_preparation.exporting.licensing import decide
 from data_preparation.exporting.scrubbing import scrub, scrub_json, scrub_text
 from data_preparation.exporting.splitting import LEFT_OUT, Keys, assign
 from data_preparation.making.rows import make_pair, pair_features
-from tests.hub_server import Hub, Refused, hub_server, turn_client
+from tests.hub_server import Hub, Refused
 from tests.pairs import make_dataset, make_image, make_rows, write_image_folder
 from utils.errors import InputError
 from utils.licences import Licence, hub_id, problems_of_carrying, restrictions_of, strictest, terms_of
@@ -96,21 +96,6 @@ def by_seed(rows: list[dict]) -> dict[int, dict]:
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
     return make_set(tmp_path / "pairs")
-
-
-@pytest.fixture
-def hub(tmp_path: Path):
-    with hub_server(tmp_path / "hub") as served:
-        yield served
-
-
-@pytest.fixture
-def client(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """This process's client, turned to the server, with no token anywhere and no pauses."""
-    turn_client(monkeypatch, hub.url, tmp_path)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    yield hub
-    huggingface_hub.close_session()
 
 
 # --- splits and files -----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import pytest
 from huggingface_hub import HfApi, ModelCard, constants
 from PIL import Image
 
-from tests.hub_server import Hub, Refused, hub_server, turn_client
+from tests.hub_server import Hub, Refused, hub_server
 from utils.errors import InputError
 from utils.hub import check_push_rights, files_to_publish, redact, upload, upload_command
 from utils.train.card import ModelFacts, find_license, write_card
@@ -46,21 +46,6 @@ assert repo_id in snippet and folder not in snippet
 exec(snippet)
 assert Image.open("edited.png").size == (32, 26) and numpy.isfinite(local).all()
 """
-
-
-@pytest.fixture
-def hub(tmp_path: Path):
-    with hub_server(tmp_path / "hub") as served:
-        yield served
-
-
-@pytest.fixture
-def client(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """This process's client, turned to the server, with no token anywhere and no pauses."""
-    turn_client(monkeypatch, hub.url, tmp_path)
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    yield hub
-    huggingface_hub.close_session()
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -9,13 +10,17 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
 import numpy as np
+import psutil
 import pytest
+from PIL import Image
 
+from data_preparation.making import flags, rows
 from data_preparation.making.production import Made, Workers, produce
 from data_preparation.making.rows import make_pair, pair_features
 from data_preparation.making.store import Store
@@ -89,6 +94,14 @@ def _count(item: int) -> int:
     return int(generator.integers(5))
 
 
+def test_every_image_format_of_the_flags_is_written():
+    assert set(flags.IMAGE_FORMATS) == set(rows.IMAGE_FORMATS)
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    for name in flags.IMAGE_FORMATS:
+        stored = np.asarray(Image.open(io.BytesIO(rows.encode_image(pixels, name))).convert("RGB"))
+        assert np.array_equal(stored, pixels) == (name in ("png", "webp")) and stored.shape == pixels.shape
+
+
 def test_processes_make_the_same_bytes(whole, tmp_path):
     summary = produce(Numbers(100), tmp_path / "set", {"what": 1}, items_per_shard=10, workers=Workers(2))
     assert rows_of(tmp_path / "set") == rows_of(whole) and summary.rejected["unlucky"] > 0
@@ -98,6 +111,37 @@ def test_a_lost_process_loses_nothing(whole, tmp_path):
     recipe = Numbers(100, deadly=str(tmp_path / "died"))
     produce(recipe, tmp_path / "set", {"what": 1}, items_per_shard=10, workers=Workers(2))
     assert (tmp_path / "died").exists() and rows_of(tmp_path / "set") == rows_of(whole)
+
+
+def test_workers_go_when_their_parent_is_killed(tmp_path):
+    """They hold models: what stays behind would keep a GPU full."""
+    code = (
+        "import sys; from pathlib import Path; from tests.test_making import Numbers\n"
+        "from data_preparation.making.production import Workers, produce\n"
+        "if __name__ == '__main__': produce(Numbers(1000, pauses=0.2), Path(sys.argv[1]), {}, items_per_shard=10, "
+        "workers=Workers(2))\n"
+    )
+    (tmp_path / "run.py").write_text(code)
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    parent = subprocess.Popen([sys.executable, tmp_path / "run.py", tmp_path / "set"], env=environment,
+                              stderr=subprocess.DEVNULL)  # fmt: skip
+    wait_until(lambda: list((tmp_path / "set/.making").glob("shard-*.parquet")))
+    workers = [child for child in psutil.Process(parent.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    assert len(workers) == 2
+    parent.kill()
+    parent.wait()
+    wait_until(lambda: not any(map(is_alive, workers)))
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def wait_until(holds: Callable[[], object], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, "it never came to be"
+        time.sleep(0.05)
 
 
 def test_an_error_of_a_worker_is_one_message_and_what_stood_is_gone_on_with(whole, tmp_path):

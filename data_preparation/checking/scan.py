@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
+from data_preparation.making.pools import leave_with_parent
 from utils.dataset import pair_measures as measures
 from utils.dataset.findings import Findings
 from utils.dataset.pair_checks import WORKING_SIDE, Inspection, inspect_row
@@ -204,6 +205,7 @@ _work: Callable[[range], Any] | None = None  # of this worker process
 def _start_worker(open_worker: Callable) -> None:
     global _work
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process says so
+    leave_with_parent()
     cv2.setNumThreads(1)
     _work = open_worker()
 

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from data_preparation.exporting.reading import Pairs, embedded
 from data_preparation.exporting.scrubbing import scrub_json, scrub_text
 from data_preparation.exporting.splitting import SPLITS
+from data_preparation.making.pools import leave_with_parent
 from data_preparation.making.rows import IMAGES
 from utils.errors import InputError
 
@@ -72,7 +73,7 @@ def write_shards(pairs: Pairs, shards: Sequence[Shard], folder: Path, num_worker
             yield shard
         return
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(num_workers, len(shards)), mp_context=context) as pool:
+    with ProcessPoolExecutor(min(num_workers, len(shards)), context, leave_with_parent) as pool:
         jobs = {pool.submit(write_shard, pairs, shard, folder): shard for shard in shards}
         try:
             for job in as_completed(jobs):

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from multiprocessing import connection
 from typing import Any
 
 from data_preparation.making.recipe import Recipe, open_recipe
@@ -103,9 +106,16 @@ _worker: dict[str, Any] = {}
 
 def _start_worker(recipe: Recipe, ranks: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    leave_with_parent()
     with ranks.get_lock():
         rank, ranks.value = ranks.value, ranks.value + 1
     _worker.update(recipe=recipe, rank=rank)
+
+
+def leave_with_parent() -> None:
+    """End this worker when its parent is gone, however it went: it would wait for work, and hold a GPU, for ever."""
+    sentinel = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (connection.wait([sentinel]), os._exit(1)), daemon=True).start()
 
 
 def _work(items: range) -> bytes | InputError:
