@@ -18,26 +18,36 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from utils.cli import FlagParser, pick
-from utils.distill.presets import PARTS, PRESETS, describe_presets
-from utils.edit.jobs import Recommended
-from utils.edit.schedulers import SCHEDULERS, SPACINGS
+from utils.editing.jobs import Recommended
+from utils.editing.schedulers import SCHEDULERS, SPACINGS
 from utils.errors import InputError, exit_on_input_error
+from utils.merging.presets import PARTS, PRESETS, describe_presets
 from utils.quiet import hide_progress_bars, quiet_libraries
 
-MEANINGS = {"distilled": "a distilled or fine-tuned model", "base": "what that was trained from", "lora": "a LoRA",
-            "delta": "a difference of weights"}  # fmt: skip
+MEANINGS = {
+    "distilled": "a distilled or fine-tuned model",
+    "base": "what that was trained from",
+    "lora": "a LoRA",
+    "delta": "a difference of weights",
+}
 GRID = [0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0]
 RECOMMENDED = tuple(field.name for field in fields(Recommended))
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    # fmt: off
     parser.add_argument("--list_presets", action="store_true", help="print the known distillations and stop")
-    parser.add_argument("--model", help="the editor, SD or SDXL: a folder in diffusers' format, a Hub id, or one "
-        ".safetensors file, which is loaded whole")
-    parser.add_argument("--single_file_config", metavar="PIPELINE", help="for a --model in one file: a folder or Hub "
-        "id of a pipeline of its family (default: the one on the Hub that diffusers takes it for)")
+    parser.add_argument(
+        "--model",
+        help="the editor, SD or SDXL: a folder in diffusers' format, a Hub id, or one "
+        ".safetensors file, which is loaded whole",
+    )
+    parser.add_argument(
+        "--single_file_config",
+        metavar="PIPELINE",
+        help="for a --model in one file: a folder or Hub "
+        "id of a pipeline of its family (default: the one on the Hub that diffusers takes it for)",
+    )
     for part, meaning in (("revision", "its branch, tag or commit"), ("variant", "of its weight files, such as fp16")):
         parser.add_argument(f"--model_{part}", help=meaning)
     parser.add_argument("--output_dir", help="folder of the new editor")
@@ -45,12 +55,26 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add_sources(parser)
     add = parser.add_argument_group("how to merge").add_argument
     add("--weight", type=float, help="w (default 1, for full SDXL models 0.5)")
-    add("--block_weights", nargs="+", default=[], metavar="REGEX=W", help="multiply w by W for the parameters in whose "
-        "names REGEX is found; the last that is found counts")
-    add("--conv_in", choices=("first_four", "skip"), default="first_four", help="the first convolution: a change of "
-        "four inputs goes on the four of the noise (default), or none")
-    add("--lcm_guidance", type=float, metavar="G", help="fold the guidance embedding of an LCM, at this scale, into a "
-        "bias (default: that of the preset; else it is dropped)")
+    add(
+        "--block_weights",
+        nargs="+",
+        default=[],
+        metavar="REGEX=W",
+        help="multiply w by W for the parameters in whose names REGEX is found; the last that is found counts",
+    )
+    add(
+        "--conv_in",
+        choices=("first_four", "skip"),
+        default="first_four",
+        help="the first convolution: a change of four inputs goes on the four of the noise (default), or none",
+    )
+    add(
+        "--lcm_guidance",
+        type=float,
+        metavar="G",
+        help="fold the guidance embedding of an LCM, at this scale, into a "
+        "bias (default: that of the preset; else it is dropped)",
+    )
     add("--method", choices=("linear", "ties", "dare"), default="linear", help="default linear; ties needs --base")
     add("--density", type=float, help="share of the values kept by ties (default 0.2) and dare (default 0.5)")
     add("--seed", type=int, default=0, help="of dare's choice")
@@ -61,8 +85,12 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     for name in RECOMMENDED:
         group.add_argument(f"--{name}", type=int if name == "steps" else float)
     add = parser.add_argument_group("choosing the weight").add_argument
-    add("--calibrate", type=Path, metavar="PAIRS.jsonl", help='lines of {"image": PATH, "edit": INSTRUCTION}: try '
-        "weights on these and take the knee")
+    add(
+        "--calibrate",
+        type=Path,
+        metavar="PAIRS.jsonl",
+        help='lines of {"image": PATH, "edit": INSTRUCTION}: try weights on these and take the knee',
+    )
     add("--calibrate_weights", type=float, nargs="+", default=GRID, metavar="W", help="the grid (default 0.3 to 1)")
     add("--device", default="auto", help="for --calibrate: cuda, mps or cpu (default: the best there is)")
     add = parser.add_argument_group("publishing").add_argument
@@ -72,7 +100,6 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--hub_token", help="better: `hf auth login` or HF_TOKEN, which leave no trace in the shell")
     add("--accept_license", action="store_true", help="push although a source is non-commercial or bars derivatives")
     add("--cache_dir", help="where downloads are kept")
-    # fmt: on
     return parser.parse_args(argv)
 
 
@@ -154,20 +181,20 @@ def run(args: argparse.Namespace) -> None:
             "warning: bf16 rounds most of a small change away (docs/distillation.md): take fp32 or fp16",
             file=sys.stderr,
         )
-    from utils.distill import adapting  # the heavy imports begin here
-    from utils.distill.adapted_editor import write_editor
-    from utils.distill.calibration import calibrate_recipe, read_pairs
-    from utils.distill.editor_folder import unpacking
-    from utils.distill.recipes import make_recipe
+    from utils.merging import ingredients as opening
+    from utils.merging.calibration import calibrate_recipe, read_pairs
+    from utils.merging.editor_folder import unpacking
+    from utils.merging.editor_writer import write_editor
+    from utils.merging.recipes import make_recipe
 
     hide_progress_bars()
-    recipe, publishing = make_recipe(vars(args)), pick(args, adapting.Publishing)
+    recipe, publishing = make_recipe(vars(args)), pick(args, opening.Publishing)
     pairs = read_pairs(args.calibrate) if args.calibrate else []
-    repo_id = adapting.check_place(recipe, publishing)
+    repo_id = opening.check_place(recipe, publishing)
     with unpacking(args.model, args.single_file_config, args.cache_dir, recipe.output_dir) as unpacked:
-        ingredients = adapting.open_ingredients(recipe, args.hub_token, unpacked)
-        adapting.check_licences(ingredients.licences, publishing)
-        recipe, extras = adapting.settle(recipe, ingredients), {}
+        ingredients = opening.open_ingredients(recipe, args.hub_token, unpacked)
+        opening.check_licences(ingredients.licences, publishing)
+        recipe, extras = opening.settle(recipe, ingredients), {}
         if pairs:
             calibration = calibrate_recipe(recipe, ingredients, pairs, args.calibrate_weights, args.device)
             print(calibration.describe())
@@ -177,7 +204,7 @@ def run(args: argparse.Namespace) -> None:
     print(report.describe())
     print(f"the editor stands in {recipe.output_dir}; weight {recipe.merge.weight:g}", file=sys.stderr)
     if repo_id:
-        print(f"pushed to {adapting.push(recipe, publishing, repo_id)}", file=sys.stderr)
+        print(f"pushed to {opening.push(recipe, publishing, repo_id)}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:

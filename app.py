@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from utils.cli import FlagParser
-from utils.edit.edit_flags import EditorOptions
-from utils.edit.jobs import Recommended
+from utils.editing.flags import EditorOptions
+from utils.editing.jobs import Recommended
 from utils.errors import InputError, exit_on_input_error
 from utils.quiet import hide_progress_bars, quiet_libraries
 
@@ -43,19 +43,35 @@ LIMITS |= {"max_waiting": (0, 30), "resolution": (8, 4096), "server_port": (1, 6
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    # fmt: off
     add = parser.add_argument_group("models").add_argument
-    add("--model", action="append", help="an editor: a folder in diffusers' format, an id on the Hub, or one "
-        ".safetensors file; may repeat, for the menu (default: demo-output/editor, the toy editor of `make demo`)")
-    add("--keep_models", type=int, default=2, metavar="N", help="how many stay in memory (default 2; each is loaded "
-        "when it is first used)")
+    add(
+        "--model",
+        action="append",
+        help="an editor: a folder in diffusers' format, an id on the Hub, or one "
+        ".safetensors file; may repeat, for the menu (default: demo-output/editor, the toy editor of `make demo`)",
+    )
+    add(
+        "--keep_models",
+        type=int,
+        default=2,
+        metavar="N",
+        help="how many stay in memory (default 2; each is loaded when it is first used)",
+    )
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the best there is)")
     add("--dtype", choices=("fp32", "fp16", "bf16"), help="precision (default fp16 on cuda, else fp32)")
-    add("--resolution", type=int, metavar="PIXELS", help="longer side of an edit, about (default 512, for SDXL 1024, "
-        "or what the model was made for if less)")
+    add(
+        "--resolution",
+        type=int,
+        metavar="PIXELS",
+        help="longer side of an edit, about (default 512, for SDXL 1024, or what the model was made for if less)",
+    )
     add = parser.add_argument_group("server").add_argument
-    add("--server_name", default="127.0.0.1", metavar="ADDRESS", help="address to listen on; 0.0.0.0 lets other "
-        "machines in (default 127.0.0.1: this machine alone)")
+    add(
+        "--server_name",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on; 0.0.0.0 lets other machines in (default 127.0.0.1: this machine alone)",
+    )
     add("--server_port", type=int, metavar="PORT", help="port to listen on (default: the first free one from 7860)")
     add("--share", action="store_true", help="a public address through Gradio's servers, open to whoever knows it")
     add = parser.add_argument_group("limits").add_argument
@@ -63,7 +79,6 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--max_megapixels", type=float, default=50, metavar="M", help="largest picture that is decoded (default 50)")
     add("--timeout", type=float, default=600, metavar="SECONDS", help="longest edit, from its turn on (default 600)")
     add("--max_waiting", type=int, default=20, metavar="N", help="edits that may wait while one runs (default 20)")
-    # fmt: on
     return parser.parse_args(argv)
 
 
@@ -88,13 +103,13 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def make_page(args: argparse.Namespace) -> tuple[Any, Any]:
     """The page, and the line of its visitors. No model is loaded yet."""
-    from utils.edit.editors import open_editor
-    from utils.network.loading import choose_device
-    from utils.web.browser import Page
-    from utils.web.browser_runs import Runs
-    from utils.web.shelf import Shelf
+    from utils.editing.editor_setup import open_editor
+    from utils.runtime import choose_device
+    from utils.web.handlers import Runs
+    from utils.web.model_cache import Shelf
+    from utils.web.page import Page
+    from utils.web.request_queue import Turns
     from utils.web.studio import Studio
-    from utils.web.turns import Turns
 
     hide_progress_bars()
     choose_device(args.device, args.dtype)  # a mistake is told now, and not at the first edit
@@ -113,16 +128,22 @@ def make_page(args: argparse.Namespace) -> tuple[Any, Any]:
 def serve(args: argparse.Namespace) -> None:
     """Open the page, and keep it open until Ctrl-C or SIGTERM."""
     blocks, turns = make_page(args)
-    from utils.web.browser import APPEARANCE
+    from utils.web.page import APPEARANCE
 
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
     try:
         _, local, public = blocks.queue(default_concurrency_limit=None).launch(
-            server_name=args.server_name, server_port=args.server_port, share=args.share, quiet=True,
-            prevent_thread_lock=True, max_threads=40, max_file_size=int(args.max_upload_mb * 2**20), **APPEARANCE,
-        )  # fmt: skip
+            server_name=args.server_name,
+            server_port=args.server_port,
+            share=args.share,
+            quiet=True,
+            prevent_thread_lock=True,
+            max_threads=40,
+            max_file_size=int(args.max_upload_mb * 2**20),
+            **APPEARANCE,
+        )
     except OSError as error:
         where = f"--server_name {args.server_name} --server_port {args.server_port or '7860 to 7959'}"
         raise InputError(f"{where} cannot be listened on: {error}. Is the port taken? Choose another one") from error

@@ -22,10 +22,19 @@ SIDE, SEED, CELL = 64, 0, 112
 HELDOUT_PHRASINGS = 3
 KINDS = {"train": "phrasings trained on", "heldout": "phrasings kept out"}
 TRAINING = {
-    "--resolution": SIDE, "--train_batch_size": 16, "--learning_rate": 1.5e-3, "--lr_scheduler": "cosine",
-    "--lr_warmup_steps": 100, "--ema_decay": 0.995, "--seed": SEED, "--logging_steps": 50, "--validation_split": 0.02,
-    "--validation_steps": 1000, "--checkpointing_steps": 1000, "--checkpoints_total_limit": 1,
-}  # fmt: skip
+    "--resolution": SIDE,
+    "--train_batch_size": 16,
+    "--learning_rate": 1.5e-3,
+    "--lr_scheduler": "cosine",
+    "--lr_warmup_steps": 100,
+    "--ema_decay": 0.995,
+    "--seed": SEED,
+    "--logging_steps": 50,
+    "--validation_split": 0.02,
+    "--validation_steps": 1000,
+    "--checkpointing_steps": 1000,
+    "--checkpoints_total_limit": 1,
+}
 EDITING = {
     "--resolution": SIDE,
     "--steps": 10,
@@ -76,10 +85,27 @@ def make_pairs(folder: Path, count: int) -> None:
     """Anew: pairs of a former version may lie there."""
     shutil.rmtree(folder, ignore_errors=True)
     run(
-        sys.executable, "data_preparation/generate_dataset.py", "--dataset_id", PHOTOS, "--split", "train",
-        "--task", "toy", "--data_root", folder, "--max_num_samples", count, "--resolution", SIDE, "--seed", SEED,
-        "--crop", "random", "--heldout_phrasings", HELDOUT_PHRASINGS,
-    )  # fmt: skip
+        sys.executable,
+        "data_preparation/generate_dataset.py",
+        "--dataset_id",
+        PHOTOS,
+        "--split",
+        "train",
+        "--task",
+        "toy",
+        "--data_root",
+        folder,
+        "--max_num_samples",
+        count,
+        "--resolution",
+        SIDE,
+        "--seed",
+        SEED,
+        "--crop",
+        "random",
+        "--heldout_phrasings",
+        HELDOUT_PHRASINGS,
+    )
 
 
 def train(output: Path, steps: int) -> None:
@@ -87,12 +113,33 @@ def train(output: Path, steps: int) -> None:
     shutil.rmtree(output / "editor", ignore_errors=True)
     accelerate = Path(sys.executable).with_name("accelerate")
     run(
-        accelerate, "launch", "--quiet", "--mixed_precision", "no", "--num_processes", 1, "--num_machines", 1,
-        "--dynamo_backend", "no", "--num_cpu_threads_per_process", os.environ["OMP_NUM_THREADS"],
+        accelerate,
+        "launch",
+        "--quiet",
+        "--mixed_precision",
+        "no",
+        "--num_processes",
+        1,
+        "--num_machines",
+        1,
+        "--dynamo_backend",
+        "no",
+        "--num_cpu_threads_per_process",
+        os.environ["OMP_NUM_THREADS"],
         "train_instruct_pix2pix.py",
-        "--pretrained_model_name_or_path", BASE, "--dataset_name", output / "pairs", "--output_dir", output / "editor",
-        "--max_train_steps", steps, "--use_ema", "--cache_latents", "--center_crop", *words_of(TRAINING),
-    )  # fmt: skip
+        "--pretrained_model_name_or_path",
+        BASE,
+        "--dataset_name",
+        output / "pairs",
+        "--output_dir",
+        output / "editor",
+        "--max_train_steps",
+        steps,
+        "--use_ema",
+        "--cache_latents",
+        "--center_crop",
+        *words_of(TRAINING),
+    )
     shutil.copyfile(output / "editor/training_curve.png", output / "training_curve.png")
 
 
@@ -119,7 +166,7 @@ def phrasing_of(task: str, kind: str, index: int) -> str:
 
 def edit(output: Path, heldout: Path) -> None:
     """Edit every held-out photograph by every instruction with infer.py; one process, so that imports are paid once."""
-    from data_preparation.edits import EDITS
+    from data_preparation.toy_edits import EDITS
 
     shutil.rmtree(output / "edits", ignore_errors=True)
     for kind in KINDS:
@@ -138,7 +185,7 @@ def edit(output: Path, heldout: Path) -> None:
 
 def score(output: Path, heldout: Path) -> dict:
     """Compare each edit with the exact results (evaluation/exact_edits.py)."""
-    from data_preparation.edits import EDITS, exact_results
+    from data_preparation.toy_edits import EDITS, exact_results
     from evaluation.exact_edits import judge, mean_scores, read_rgb
 
     scores = {}
@@ -161,7 +208,7 @@ def draw_grid(output: Path, heldout: Path) -> None:
 
     from PIL import Image, ImageDraw
 
-    from data_preparation.edits import EDITS
+    from data_preparation.toy_edits import EDITS
 
     paths, head = sorted(heldout.glob("*.png")), 64
     sheet = Image.new("RGB", ((len(EDITS) + 1) * CELL, head + len(paths) * CELL), "white")

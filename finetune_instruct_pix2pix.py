@@ -13,7 +13,7 @@ import sys
 
 from utils.cli import parse_training_flags, pick
 from utils.errors import exit_on_input_error
-from utils.train.launch import prepare_process
+from utils.training.launch import prepare_process
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,9 +21,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_training_flags(argv, "Fine-tune an InstructPix2Pix editor on your own pairs.", "any")
     with exit_on_input_error():
         prepare_process(argv)
-        from utils.network.models import require_editor
-        from utils.train.settings import Settings
-        from utils.train.training import train_editor
+        from utils.models.stable_diffusion import require_editor
+        from utils.training.assembly import train_editor
+        from utils.training.settings import Settings
 
         return train_editor(pick(args, Settings), check_base=require_editor)
 

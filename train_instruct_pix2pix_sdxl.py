@@ -17,7 +17,7 @@ from functools import partial
 
 from utils.cli import parse_training_flags, pick
 from utils.errors import exit_on_input_error
-from utils.train.launch import prepare_process
+from utils.training.launch import prepare_process
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,9 +27,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     with exit_on_input_error():
         prepare_process(argv)
-        from utils.network.models import require_text_to_image
-        from utils.train.settings import Settings
-        from utils.train.training import train_editor
+        from utils.models.stable_diffusion import require_text_to_image
+        from utils.training.assembly import train_editor
+        from utils.training.settings import Settings
 
         return train_editor(pick(args, Settings), check_base=partial(require_text_to_image, is_sdxl=True))
 

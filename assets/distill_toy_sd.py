@@ -68,9 +68,8 @@ def alpha_sigma(schedule: Schedule, timesteps: torch.Tensor) -> tuple[torch.Tens
 
 @torch.no_grad()
 def teacher_step(
-    teacher: UNet, schedule: Schedule, noisy: torch.Tensor, start: torch.Tensor, end: torch.Tensor,
-    text: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
+    teacher: UNet, schedule: Schedule, noisy: torch.Tensor, start: torch.Tensor, end: torch.Tensor, text: torch.Tensor
+) -> torch.Tensor:
     """One DDIM step of the teacher from timesteps `start` to `end` (B,), without guidance: an editor brings its own."""
     original = predict_original(teacher, schedule, noisy, start, text)
     alpha, sigma = alpha_sigma(schedule, start)

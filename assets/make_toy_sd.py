@@ -33,15 +33,7 @@ from assets.toy_data import (  # noqa: E402
     to_tensor,
     tokenizer_texts,
 )
-from assets.toy_networks import (  # noqa: E402
-    MAX_TOKENS,
-    SIZE,
-    make_scheduler,
-    make_text_encoder,
-    make_tokenizer,
-    make_unet,
-    make_vae,
-)
+from assets.toy_networks import MAX_TOKENS, SIZE, make_scheduler, make_text_encoder, make_tokenizer, make_unet, make_vae  # noqa: E402
 
 
 def save_state(path: Path, **state) -> None:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(ASSETS.parent))
 
 from assets.make_toy_sd import base_batch, base_loss, encode_bank, learning_rate  # noqa: E402
 from assets.toy_data import generator, load_photographs  # noqa: E402
-from data_preparation.edits import EDITS  # noqa: E402
+from data_preparation.toy_edits import EDITS  # noqa: E402
 
 TONES = 3
 INDIGO, CREAM = np.array([0.16, 0.10, 0.42], np.float32), np.array([1.0, 0.93, 0.72], np.float32)

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from assets.toy_networks import SIZE
-from data_preparation.edits import EDITS
 from data_preparation.instructions import read_phrasings
+from data_preparation.toy_edits import EDITS
 
 ASSETS = Path(__file__).resolve().parent
 # How a caption names a style: "styles" by edit, "templates" that join style and subject. The words are those of people,

@@ -51,9 +51,9 @@ def measure(photographs: list, folder: Path, scheduler: str, steps: int, scales:
     import diffusers
     import numpy as np
 
-    from data_preparation.edits import exact_results
+    from data_preparation.toy_edits import exact_results
     from evaluation.exact_edits import judge, mean_scores
-    from utils.network.loading import load_editor
+    from utils.editing.loading import load_editor
 
     pipeline = load_editor(folder)
     scheduler_class = getattr(diffusers, f"{scheduler}Scheduler")

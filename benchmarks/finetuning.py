@@ -23,11 +23,18 @@ sys.path.insert(0, str(REPOSITORY))
 
 SIDE, SEED, TASK = 64, 0, "night vision"
 PHRASINGS = [
-    "Make it look like a night vision camera", "Turn on night vision", "Show it through night vision goggles",
-    "Give it a night vision look", "Make it a night vision image", "Apply a night vision filter",
-    "As seen through night vision", "Convert it to night vision", "Put it in night vision",
-    "Make this a shot from a night vision device", "View it with night vision",
-]  # fmt: skip
+    "Make it look like a night vision camera",
+    "Turn on night vision",
+    "Show it through night vision goggles",
+    "Give it a night vision look",
+    "Make it a night vision image",
+    "Apply a night vision filter",
+    "As seen through night vision",
+    "Convert it to night vision",
+    "Put it in night vision",
+    "Make this a shot from a night vision device",
+    "View it with night vision",
+]
 NUM_HELDOUT = 3
 ADAPTER = {"--lora_rank": 16, "--learning_rate": 3e-3, "--lora_target": "all"}
 WAYS = {
@@ -37,9 +44,13 @@ WAYS = {
     "LoRA, rank 16, all layers, nf4 base": ADAPTER | {"--quantize_base": "nf4"},
 }
 TRAINING = {
-    "--resolution": SIDE, "--train_batch_size": 16, "--lr_scheduler": "cosine", "--lr_warmup_steps": 20,
-    "--seed": SEED, "--report_to": "none",
-}  # fmt: skip
+    "--resolution": SIDE,
+    "--train_batch_size": 16,
+    "--lr_scheduler": "cosine",
+    "--lr_warmup_steps": 20,
+    "--seed": SEED,
+    "--report_to": "none",
+}
 EDITING = {
     "--resolution": SIDE,
     "--steps": 10,
@@ -103,10 +114,19 @@ def train(args: argparse.Namespace, folder: Path, flags: dict) -> dict:
     shutil.rmtree(folder, ignore_errors=True)
     started = time.monotonic()
     run(
-        "finetune_instruct_pix2pix.py", "--pretrained_model_name_or_path", args.demo / "editor", "--train_data_dir",
-        args.output / "pairs", "--output_dir", folder, "--max_train_steps", args.steps, "--cache_latents",
-        "--center_crop", *words_of(TRAINING | flags),
-    )  # fmt: skip
+        "finetune_instruct_pix2pix.py",
+        "--pretrained_model_name_or_path",
+        args.demo / "editor",
+        "--train_data_dir",
+        args.output / "pairs",
+        "--output_dir",
+        folder,
+        "--max_train_steps",
+        args.steps,
+        "--cache_latents",
+        "--center_crop",
+        *words_of(TRAINING | flags),
+    )
     minutes = (time.monotonic() - started) / 60
     adapter = folder / "pytorch_lora_weights.safetensors"
     file = adapter if adapter.exists() else folder / "unet/diffusion_pytorch_model.safetensors"
@@ -124,8 +144,8 @@ def count_trained(file: Path) -> int:
 
 def score(args: argparse.Namespace, flags: dict, folder: Path | None = None) -> dict:
     """Accuracy and PSNR on the new instruction, in phrasings trained on and kept out, and accuracy on the old ten."""
-    from data_preparation.edits import EDITS, exact_results
     from data_preparation.instructions import read_phrasings
+    from data_preparation.toy_edits import EDITS, exact_results
     from evaluation.exact_edits import judge, mean_scores, read_rgb
 
     prompts = {task: read_phrasings(f"toy/{task}")[0][0] for task in EDITS}
@@ -147,8 +167,18 @@ def edit(args: argparse.Namespace, flags: dict, folder: Path | None, name: str, 
     model = ["--model", folder if folder and "--lora_rank" not in flags else args.demo / "editor"]
     adapter = ["--lora", folder] if "--lora_rank" in flags else []
     shutil.rmtree(target, ignore_errors=True)
-    run("infer.py", *model, *adapter, "--input", args.demo / "heldout", "--output", target, "--edit", prompt,
-        *words_of(EDITING))  # fmt: skip
+    run(
+        "infer.py",
+        *model,
+        *adapter,
+        "--input",
+        args.demo / "heldout",
+        "--output",
+        target,
+        "--edit",
+        prompt,
+        *words_of(EDITING),
+    )
     return target
 
 
@@ -164,8 +194,10 @@ def words_of(flags: dict) -> list[object]:
 
 
 def print_table(rows: dict[str, dict]) -> None:
-    print("| way | parameters trained | stored | minutes | new instruction: accuracy, PSNR | in phrasings kept out | "
-          "the ten old ones: accuracy |\n|---|---|---|---|---|---|---|")  # fmt: skip
+    print(
+        "| way | parameters trained | stored | minutes | new instruction: accuracy, PSNR | in phrasings kept out | "
+        "the ten old ones: accuracy |\n|---|---|---|---|---|---|---|"
+    )
     for name, row in rows.items():
         new, kept_out = (f"{row[key]['accuracy']:.2f}, {row[key]['psnr']:.1f} dB" for key in ("new", "new, kept out"))
         cost = f"{row['trained']:,} | {row['stored_mb']:.1f} MB | {row['minutes']:.1f}"

@@ -32,19 +32,14 @@ logging.getLogger("torchao").setLevel(logging.ERROR)
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from diffusers import (  # noqa: E402
-    AutoencoderKL,
-    DDIMScheduler,
-    StableDiffusionInstructPix2PixPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel  # noqa: E402
 from PIL import Image  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
 
 from tests.tiny import make_tokenizer  # noqa: E402
-from utils.edit.editing import edit_pixels  # noqa: E402
-from utils.edit.schedulers import choose_scheduler  # noqa: E402
-from utils.network.loading import load_editor  # noqa: E402
+from utils.editing.edit_images import edit_pixels  # noqa: E402
+from utils.editing.loading import load_editor  # noqa: E402
+from utils.editing.schedulers import choose_scheduler  # noqa: E402
 
 PROMPT = "make it winter"
 WIDTHS = {"reduced": (64, 128, 256, 256), "sd15": (320, 640, 1280, 1280)}
@@ -87,21 +82,38 @@ def make_pipeline(size: str, device: str, dtype: torch.dtype) -> StableDiffusion
     shape = dict(hidden_size=768, num_attention_heads=12, intermediate_size=3072) | TEXT[size]
     config = CLIPTextConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **shape)
     unet = UNet2DConditionModel(
-        in_channels=8, cross_attention_dim=768, attention_head_dim=8, layers_per_block=2,
-        block_out_channels=WIDTHS[size], sample_size=RESOLUTION[size] // 8,
-    )  # fmt: skip
+        in_channels=8,
+        cross_attention_dim=768,
+        attention_head_dim=8,
+        layers_per_block=2,
+        block_out_channels=WIDTHS[size],
+        sample_size=RESOLUTION[size] // 8,
+    )
     vae = AutoencoderKL(
-        block_out_channels=VAE_WIDTHS[size], layers_per_block=2, norm_num_groups=16 if size == "reduced" else 32,
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-    )  # fmt: skip
+        block_out_channels=VAE_WIDTHS[size],
+        layers_per_block=2,
+        norm_num_groups=16 if size == "reduced" else 32,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+    )
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
         steps_offset=1,
-    )  # fmt: skip
+    )
     pipeline = StableDiffusionInstructPix2PixPipeline(
-        vae=vae.eval(), text_encoder=CLIPTextModel(config).eval(), tokenizer=tokenizer, unet=unet.eval(),
-        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        vae=vae.eval(),
+        text_encoder=CLIPTextModel(config).eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
     return pipeline.to(device, dtype)
 
 
@@ -127,17 +139,28 @@ def edit_by_diffusers(pipeline: Any, image: Image.Image, case: Case) -> torch.Te
     """(3, H, W) in [0, 1]"""
     size = dict(height=image.height, width=image.width) if hasattr(pipeline, "text_encoder_2") else {}
     edited = pipeline(
-        PROMPT, image=image, num_inference_steps=case.steps, guidance_scale=case.guidance_scale, output_type="np",
-        image_guidance_scale=case.image_guidance_scale, generator=torch.Generator().manual_seed(0), **size,
-    ).images  # fmt: skip
+        PROMPT,
+        image=image,
+        num_inference_steps=case.steps,
+        guidance_scale=case.guidance_scale,
+        output_type="np",
+        image_guidance_scale=case.image_guidance_scale,
+        generator=torch.Generator().manual_seed(0),
+        **size,
+    ).images
     return torch.from_numpy(edited)[0].permute(2, 0, 1)
 
 
 def edit_by_ours(pipeline: Any, image: Image.Image, case: Case) -> torch.Tensor:
     return edit_pixels(
-        pipeline, [image], [PROMPT], seeds=[0], num_inference_steps=case.steps, guidance_scale=case.guidance_scale,
+        pipeline,
+        [image],
+        [PROMPT],
+        seeds=[0],
+        num_inference_steps=case.steps,
+        guidance_scale=case.guidance_scale,
         image_guidance_scale=case.image_guidance_scale,
-    )[0][0]  # fmt: skip
+    )[0][0]
 
 
 def compare(pipeline: Any, image: Image.Image, case: Case, repeats: int) -> dict[str, Any]:
@@ -153,8 +176,9 @@ def compare(pipeline: Any, image: Image.Image, case: Case, repeats: int) -> dict
         counted = measured[1:]  # the first warms up
         figures[name] = {
             "seconds": statistics.median(run.seconds for run in counted),
-            "computing": statistics.median(run.computing for run in counted), "rows": counted[0].rows,
-        }  # fmt: skip
+            "computing": statistics.median(run.computing for run in counted),
+            "rows": counted[0].rows,
+        }
     ours, stock = runs["ours"][0].pixels, runs["diffusers"][0].pixels
     figures["max_difference"] = float((ours - stock).abs().max())
     return figures
@@ -169,10 +193,15 @@ def show(results: list[dict[str, Any]], on_gpu: bool) -> str:
     for result in results:
         case, stock, ours = Case(**result["case"]), result["diffusers"], result["ours"]
         cells = [
-            case.steps, case.scheduler, f"{case.guidance_scale:g}, {case.image_guidance_scale:g}", stock["rows"],
-            ours["rows"], f"{stock['seconds']:.2f}", f"{ours['seconds']:.2f}",
+            case.steps,
+            case.scheduler,
+            f"{case.guidance_scale:g}, {case.image_guidance_scale:g}",
+            stock["rows"],
+            ours["rows"],
+            f"{stock['seconds']:.2f}",
+            f"{ours['seconds']:.2f}",
             f"{stock['seconds'] / ours['seconds']:.2f}",
-        ]  # fmt: skip
+        ]
         cells += [] if on_gpu else [f"{stock['computing'] / ours['computing']:.2f}"]
         lines.append("| " + " | ".join(map(str, [*cells, f"{result['max_difference']:.1e}"])) + " |")
     return "\n".join(lines)

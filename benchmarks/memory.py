@@ -20,25 +20,9 @@ import torch  # noqa: E402
 
 from benchmarks.memory_count import StepCount  # noqa: E402
 from benchmarks.memory_ladder import CACHED, LADDER, Configuration, Surroundings, estimate  # noqa: E402
-from benchmarks.memory_models import (  # noqa: E402
-    KINDS,
-    TEXT_PARAMETERS,
-    UNETS,
-    count_unet,
-    count_vae_encoding,
-    weigh,
-    weigh_vae,
-)
-from benchmarks.memory_tables import (  # noqa: E402
-    NOTES,
-    TITLES,
-    Row,
-    blocks_table,
-    counts_table,
-    fits_table,
-    totals_table,
-)
-from utils.train.activation_memory import list_blocks  # noqa: E402
+from benchmarks.memory_models import KINDS, TEXT_PARAMETERS, UNETS, count_unet, count_vae_encoding, weigh, weigh_vae  # noqa: E402
+from benchmarks.memory_tables import NOTES, TITLES, Row, blocks_table, counts_table, fits_table, totals_table  # noqa: E402
+from utils.training.gradient_checkpointing import list_blocks  # noqa: E402
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs/pictures/memory.png"
 VAE_DTYPES = {"sd15": torch.bfloat16, "sdxl": torch.float32}  # the defaults of --vae_precision under bf16
@@ -59,9 +43,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--plot", type=Path, nargs="?", const=PICTURE, metavar="FILE", help=f"draw the ladder (into {PICTURE.name})"
     )
     parser.add_argument(
-        "--measure", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+        "--measure",
+        action=argparse.BooleanOptionalAction,
+        default=torch.cuda.is_available(),
         help="take real steps on the GPU too; by default where there is one",
-    )  # fmt: skip
+    )
     args = parser.parse_args(argv)
     if args.measure and not torch.cuda.is_available():
         parser.error("--measure needs a CUDA GPU, and PyTorch finds none: drop the flag")

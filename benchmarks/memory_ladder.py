@@ -33,25 +33,34 @@ class Configuration:
 EMA_ON_CPU = "--use_ema --ema_device cpu"
 FUSED = "--fused_backward --max_grad_norm 0"
 LADDER = (
-    Configuration(
-        "diffusers' example", "--use_ema --gradient_checkpointing", "fp32", "adamw", ema="gpu", is_peer=True,
-    ),
+    Configuration("diffusers' example", "--use_ema --gradient_checkpointing", "fp32", "adamw", ema="gpu", is_peer=True),
     Configuration("full, float32, 8-bit Adam", f"--optimizer adamw8bit {EMA_ON_CPU}", "fp32", "adamw8bit", ema="cpu"),
     Configuration(
-        "full, float32, Adafactor, fused", f"--optimizer adafactor {FUSED} {EMA_ON_CPU}", "fp32", "adafactor",
-        ema="cpu", is_fused=True,
+        "full, float32, Adafactor, fused",
+        f"--optimizer adafactor {FUSED} {EMA_ON_CPU}",
+        "fp32",
+        "adafactor",
+        ema="cpu",
+        is_fused=True,
     ),
     Configuration(
-        "full, bf16, 8-bit Adam", f"--weights_dtype bf16 --optimizer adamw8bit {EMA_ON_CPU}", "bf16", "adamw8bit",
+        "full, bf16, 8-bit Adam",
+        f"--weights_dtype bf16 --optimizer adamw8bit {EMA_ON_CPU}",
+        "bf16",
+        "adamw8bit",
         ema="cpu",
     ),
     Configuration(
-        "full, bf16, 8-bit Adam, fused", f"--weights_dtype bf16 --optimizer adamw8bit {FUSED} {EMA_ON_CPU}", "bf16",
-        "adamw8bit", ema="cpu", is_fused=True,
+        "full, bf16, 8-bit Adam, fused",
+        f"--weights_dtype bf16 --optimizer adamw8bit {FUSED} {EMA_ON_CPU}",
+        "bf16",
+        "adamw8bit",
+        ema="cpu",
+        is_fused=True,
     ),
     Configuration("LoRA r16, bf16 base", "--lora_rank 16", "lora", "adamw"),
     Configuration("LoRA r16, nf4 base", "--lora_rank 16 --quantize_base nf4", "lora", "adamw", is_nf4=True),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,9 @@ import torch
 
 from benchmarks.memory_ladder import Configuration, Surroundings
 from benchmarks.memory_models import make_step, make_unet, make_vae
-from utils.train.activation_memory import checkpoint_blocks
-from utils.train.averaging import MovingAverage
-from utils.train.optimization import OptimizationOptions, make_optimizer
+from utils.training.ema import MovingAverage
+from utils.training.gradient_checkpointing import checkpoint_blocks
+from utils.training.optimizers import OptimizationOptions, make_optimizer
 
 NUM_STEPS = 3  # the optimizer's state comes with the first
 

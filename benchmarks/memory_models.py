@@ -13,29 +13,42 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.memory_count import StepCount, count_peak, count_saved, count_step, like_cuda
-from utils.network.adapters import AdapterOptions, add_adapter, cast_frozen
-from utils.train.activation_memory import checkpoint_blocks
+from utils.models.adapters import AdapterOptions, add_adapter, cast_frozen
+from utils.training.gradient_checkpointing import checkpoint_blocks
 
 KINDS = ("fp32", "bf16", "lora")  # what is trained: all in float32, all in bfloat16, an adapter beside a bf16 base
 PROMPT_TOKENS, PIXELS_PER_LATENT = 77, 8
 NF4_BLOCK, NF4_OUTER_BLOCK = 64, 256  # a byte of scale for 64 weights, a float32 for 256 scales
 UNETS = {
     "sd15": dict(
-        in_channels=8, cross_attention_dim=768, attention_head_dim=8, layers_per_block=2,
+        in_channels=8,
+        cross_attention_dim=768,
+        attention_head_dim=8,
+        layers_per_block=2,
         block_out_channels=(320, 640, 1280, 1280),
     ),
     "sdxl": dict(
-        in_channels=8, cross_attention_dim=2048, attention_head_dim=(5, 10, 20), layers_per_block=2,
-        block_out_channels=(320, 640, 1280), transformer_layers_per_block=(1, 2, 10), use_linear_projection=True,
+        in_channels=8,
+        cross_attention_dim=2048,
+        attention_head_dim=(5, 10, 20),
+        layers_per_block=2,
+        block_out_channels=(320, 640, 1280),
+        transformer_layers_per_block=(1, 2, 10),
+        use_linear_projection=True,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), addition_embed_type="text_time",
-        addition_time_embed_dim=256, projection_class_embeddings_input_dim=2816,
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816,
     ),
-}  # fmt: skip
+}
 VAE = dict(
-    block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
-    down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-)  # fmt: skip
+    block_out_channels=(128, 256, 512, 512),
+    layers_per_block=2,
+    latent_channels=4,
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+)
 CLIP_L, CLIP_BIG_G = 123_060_480, 694_659_840  # parameters
 TEXT_PARAMETERS = {"sd15": CLIP_L, "sdxl": CLIP_L + CLIP_BIG_G}
 
@@ -65,7 +78,7 @@ def make_unet(config: dict, kind: str, quantize_on: torch.device | None = None) 
             parameter.data = parameter.data.bfloat16()
     elif kind == "lora":
         if quantize_on is not None:
-            from utils.network.quantization import quantize_linears  # slow, and counting has no use for it
+            from utils.models.quantization import quantize_linears
 
             quantize_linears(unet, "nf4", quantize_on, torch.bfloat16)
         add_adapter(unet, AdapterOptions(lora_rank=16), train_conv_in=True)

@@ -44,9 +44,13 @@ def plot_ladder(rows: list[Row], path: Path, batch_size: int) -> None:
     chosen = {model: choose_rows(rows, model) for model in models}
     heights = [len(bars) for bars in chosen.values()]
     figure, axes = pyplot.subplots(
-        len(models), 1, figsize=(11, 1.6 + 0.36 * sum(heights) + 0.7 * len(models)), squeeze=False,
-        gridspec_kw={"height_ratios": heights}, layout="constrained",
-    )  # fmt: skip
+        len(models),
+        1,
+        figsize=(11, 1.6 + 0.36 * sum(heights) + 0.7 * len(models)),
+        squeeze=False,
+        gridspec_kw={"height_ratios": heights},
+        layout="constrained",
+    )
     for axis, (model, bars) in zip(axes[:, 0], chosen.items(), strict=True):
         draw_bars(axis, bars)
         title = f"{TITLES.get(model, model)} at {bars[0].resolution} pixels, batch {batch_size}"
@@ -67,16 +71,26 @@ def draw_bars(axis: Axes, bars: list[Row]) -> None:
         axis.barh(range(len(bars)), widths, left=starts, color=colour, label=label, height=0.72, zorder=2)
         starts = [start + width for start, width in zip(starts, widths, strict=True)]
     axis.barh(
-        range(len(bars)), MARGIN, left=starts, color=MARGIN_COLOUR, height=0.72, zorder=2,
+        range(len(bars)),
+        MARGIN,
+        left=starts,
+        color=MARGIN_COLOUR,
+        height=0.72,
+        zorder=2,
         label=f"margin assumed ({MARGIN:.0f} GB)",
-    )  # fmt: skip
+    )
     right = max(starts) + MARGIN
     limit = next((card for card in CARDS if card >= right), right) * 1.06
     for place, (row, end) in enumerate(zip(bars, starts, strict=True)):
         axis.text(
-            end + MARGIN + limit * 0.006, place, in_gb(row.memory.total), va="center", fontsize=9, zorder=4,
+            end + MARGIN + limit * 0.006,
+            place,
+            in_gb(row.memory.total),
+            va="center",
+            fontsize=9,
+            zorder=4,
             bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
-        )  # fmt: skip
+        )
     cards = [card for card in CARDS if card <= limit]
     for card in cards:
         name = f"{card} GB" if card == cards[-1] else str(card)

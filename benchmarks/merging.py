@@ -9,7 +9,7 @@ only swapping could give back, `resident` has the mapped pages of files too, whi
 
     naive   three `UNet2DConditionModel.from_pretrained`, a loop over the state dicts, `save_pretrained`
     mmap    three `safetensors.torch.load_file`, which map, a loop, `save_file`
-    ours    utils/distill/adapted_editor.py: rows read, added and written one after the other
+    ours    utils/merging/editor_writer.py: rows read, added and written one after the other
 """
 
 from __future__ import annotations
@@ -33,26 +33,36 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from utils.distill.adapted_editor import write_unet
-from utils.distill.adapting import Recipe, open_ingredients
-from utils.distill.delta_merging import MergeOptions, MergeReport
-from utils.distill.tensor_files import DTYPES, split_rows, write_safetensors
-from utils.distill.weight_sources import WeightSource
+from utils.merging.editor_writer import write_unet
+from utils.merging.ingredients import Recipe, open_ingredients
+from utils.merging.merge import MergeOptions, MergeReport
+from utils.merging.weight_sources import WeightSource
+from utils.runtime import DTYPES
+from utils.weight_files import split_rows, write_safetensors
 
 # The configurations of stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0, where they differ from the defaults.
 CONFIGS = {
     "sd15": {"cross_attention_dim": 768, "sample_size": 64},
     "sdxl": {
-        "addition_embed_type": "text_time", "addition_time_embed_dim": 256, "attention_head_dim": [5, 10, 20],
-        "block_out_channels": [320, 640, 1280], "cross_attention_dim": 2048, "sample_size": 128,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "attention_head_dim": [5, 10, 20],
+        "block_out_channels": [320, 640, 1280],
+        "cross_attention_dim": 2048,
+        "sample_size": 128,
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-        "projection_class_embeddings_input_dim": 2816, "transformer_layers_per_block": [1, 2, 10],
+        "projection_class_embeddings_input_dim": 2816,
+        "transformer_layers_per_block": [1, 2, 10],
         "use_linear_projection": True,
     },
-    "tiny": {"block_out_channels": [32, 64], "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
-             "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"], "cross_attention_dim": 32},
-}  # fmt: skip
+    "tiny": {
+        "block_out_channels": [32, 64],
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
+        "cross_attention_dim": 32,
+    },
+}
 FILE = "diffusion_pytorch_model.safetensors"
 WEIGHT = 0.5
 
@@ -110,17 +120,17 @@ def add_all(editor: dict, fast: dict, slow: dict) -> None:
 def merge_ours(folder: Path, dtype: torch.dtype) -> None:
     sources = {"distilled": "fast", "base": "slow"}
     recipe = Recipe(
-        WeightSource("--model", str(folder / "editor")), folder,
-        {role: WeightSource(f"--{role}", str(folder / name)) for role, name in sources.items()}, MergeOptions(WEIGHT),
+        WeightSource("--model", str(folder / "editor")),
+        folder,
+        {role: WeightSource(f"--{role}", str(folder / name)) for role, name in sources.items()},
+        MergeOptions(WEIGHT),
         dtype=next(name for name, kind in DTYPES.items() if kind == dtype),
-    )  # fmt: skip
+    )
     (folder / "ours").mkdir()
     write_unet(folder / "ours" / FILE, recipe, open_ingredients(recipe), MergeReport())
 
 
-WAYS: dict[str, Callable[[Path, torch.dtype], None]] = {
-    "naive": merge_naive, "mmap": merge_mapped, "ours": merge_ours,
-}  # fmt: skip
+WAYS: dict[str, Callable[[Path, torch.dtype], None]] = {"naive": merge_naive, "mmap": merge_mapped, "ours": merge_ours}
 
 
 def measure(way: str, folder: Path, dtype: torch.dtype) -> dict[str, float]:
@@ -191,8 +201,10 @@ def main() -> None:
         f"torch {torch.__version__}"
     )
     for way, result in results.items():
-        print(f"{way:<6} {result['seconds']:7.1f} s  anonymous {result['anonymous']:7.0f} MiB  resident "
-              f"{result['resident']:7.0f} MiB")  # fmt: skip
+        print(
+            f"{way:<6} {result['seconds']:7.1f} s  anonymous {result['anonymous']:7.0f} MiB  resident "
+            f"{result['resident']:7.0f} MiB"
+        )
     for way in set(flags.ways) - {"ours"} if "ours" in flags.ways else ():
         ours, other = results["ours"], results[way]
         print(f"ours / {way}: " + ", ".join(f"{name} {ours[name] / max(other[name], 1e-9):.3f}" for name in ours))

@@ -35,7 +35,7 @@ def main() -> None:
     from PIL import Image
 
     from assets.style_toy_sd import woodcut
-    from utils.network.loading import load_editor
+    from utils.editing.loading import load_editor
 
     photographs = read_photographs(args.demo)
     rows, labels, first = [], [], None
@@ -67,7 +67,7 @@ def score(edits: dict[str, list], photographs: list) -> dict[str, float]:
     import numpy as np
 
     from assets.style_toy_sd import woodcut
-    from data_preparation.edits import exact_results
+    from data_preparation.toy_edits import exact_results
     from evaluation.exact_edits import judge, mean_scores
 
     scores = []

@@ -16,8 +16,20 @@ CELL = 128
 def adapt(editor: Path, source: Path, weight: float, folder: Path) -> Path:
     """Run adapt_distill.py as its users do: the folder of editor + weight (source - toy base)."""
     if not (folder / "model_index.json").exists():
-        command = [sys.executable, "adapt_distill.py", "--model", editor, "--distilled", source, "--base",
-                   REPOSITORY / "assets/toy-sd", "--weight", weight, "--output_dir", folder]  # fmt: skip
+        command = [
+            sys.executable,
+            "adapt_distill.py",
+            "--model",
+            editor,
+            "--distilled",
+            source,
+            "--base",
+            REPOSITORY / "assets/toy-sd",
+            "--weight",
+            weight,
+            "--output_dir",
+            folder,
+        ]
         if code := subprocess.run([str(word) for word in command], cwd=REPOSITORY).returncode:
             raise SystemExit(code)
     return folder
@@ -32,23 +44,28 @@ def edit_photographs(
     pipeline: Any, photographs: list[Image.Image], steps: int, scales: tuple[float, float]
 ) -> dict[str, list[Image.Image]]:
     """The edits of every photograph by each of the ten instructions (its first phrasing), seed 0, by task."""
-    from data_preparation.edits import EDITS
     from data_preparation.instructions import read_phrasings
-    from utils.edit.editing import edit_images
+    from data_preparation.toy_edits import EDITS
+    from utils.editing.edit_images import edit_images
 
     count = len(photographs)
     return {
         task: edit_images(
-            pipeline, photographs, [read_phrasings(f"toy/{task}")[0][0]] * count, seeds=[0] * count,
-            num_inference_steps=steps, guidance_scale=scales[0], image_guidance_scale=scales[1],
+            pipeline,
+            photographs,
+            [read_phrasings(f"toy/{task}")[0][0]] * count,
+            seeds=[0] * count,
+            num_inference_steps=steps,
+            guidance_scale=scales[0],
+            image_guidance_scale=scales[1],
         )
         for task in EDITS
-    }  # fmt: skip
+    }
 
 
 def save_sheet(rows: list[list[Image.Image]], labels: list[str], path: Path) -> None:
     """One labelled row of pictures for each way."""
-    from utils.showing import draw_grid
+    from utils.contact_sheets import draw_grid
 
     path.parent.mkdir(parents=True, exist_ok=True)
     draw_grid(rows, labels, CELL).save(path)

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    # fmt: off
     parser.add_argument("dataset", metavar="DATASET", help="Hub id or folder of a dataset")
     add = parser.add_argument_group("data").add_argument
     add("--dataset_split", default="train", metavar="SPLIT", help="split to check (default train)")
@@ -40,21 +39,34 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--max_rows", type=int, metavar="N", help="check only so many rows, drawn at random, the same each time")
     add("--cache_dir", metavar="FOLDER", help="where downloaded datasets are kept")
     add = parser.add_argument_group("checks").add_argument
-    add("--against", action="append", default=[], metavar="OTHER", help="Hub id or folder of a dataset, such as the "
-        "one to test on, of which no image may occur; may repeat")
+    add(
+        "--against",
+        action="append",
+        default=[],
+        metavar="OTHER",
+        help="Hub id or folder of a dataset, such as the one to test on, of which no image may occur; may repeat",
+    )
     add("--against_split", default="train", metavar="SPLIT", help="its split (default train)")
-    add("--tokenizer", metavar="FOLDER", help="count tokens by this tokenizer, such as the tokenizer folder of the "
-        "model to train (default: an estimate)")
+    add(
+        "--tokenizer",
+        metavar="FOLDER",
+        help="count tokens by this tokenizer, such as the tokenizer folder of the "
+        "model to train (default: an estimate)",
+    )
     add = parser.add_argument_group("output").add_argument
     add("--report_dir", type=Path, metavar="FOLDER", help="write report.html, with pictures, and report.json there")
-    add("--fix", type=Path, metavar="FOLDER", help="write a copy without the rows that have errors or are there twice, "
-        "as parquet files in FOLDER/data")
+    add(
+        "--fix",
+        type=Path,
+        metavar="FOLDER",
+        help="write a copy without the rows that have errors or are there twice, as parquet files in FOLDER/data",
+    )
     add("--fix_swapped", action="store_true", help="with --fix: exchange the images of swapped pairs, and keep them")
     add("--fix_shifts", action="store_true", help="with --fix: cut shifted pairs to what both images show")
     add("--overwrite", action="store_true", help="replace another dataset in the folder of --fix")
-    parser.add_argument("--num_workers", type=int, default=0, metavar="N", help="processes that check rows (default 0: "
-        "this one)")
-    # fmt: on
+    parser.add_argument(
+        "--num_workers", type=int, default=0, metavar="N", help="processes that check rows (default 0: this one)"
+    )
     return parser.parse_args(argv)
 
 
@@ -109,9 +121,13 @@ def run(args: argparse.Namespace) -> int:
         from data_preparation.checking.cleaning import clean
 
         summary = clean(
-            diagnosis, args.fix, fix_swapped=args.fix_swapped, fix_shifts=args.fix_shifts,
-            num_workers=args.num_workers, overwrite=args.overwrite,
-        )  # fmt: skip
+            diagnosis,
+            args.fix,
+            fix_swapped=args.fix_swapped,
+            fix_shifts=args.fix_shifts,
+            num_workers=args.num_workers,
+            overwrite=args.overwrite,
+        )
         print(summary.describe(args.fix))
     return int(any(diagnosis.findings.kinds("error")))
 

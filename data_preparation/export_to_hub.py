@@ -27,32 +27,49 @@ SMALLEST_SHARD = 1000
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    # fmt: off
     add = parser.add_argument_group("the pairs").add_argument
-    add("--data_root", type=Path, default=Path("cartoonizer-dataset"), help="folder of the pairs (default "
-        "cartoonizer-dataset)")
+    add(
+        "--data_root",
+        type=Path,
+        default=Path("cartoonizer-dataset"),
+        help="folder of the pairs (default cartoonizer-dataset)",
+    )
     add("--dataset_split", default="train", help="which of its splits, where it has several (default: train)")
     add = parser.add_argument_group("the export").add_argument
     add("--export_dir", type=Path, help="folder to make it in (default: data_root-export, beside it)")
-    add("--split", default="90,5,5", metavar="T,V,T", help="percent of train, validation and test, counted in rows; "
-        "all rows of one source image go to one side (default: 90,5,5)")
+    add(
+        "--split",
+        default="90,5,5",
+        metavar="T,V,T",
+        help="percent of train, validation and test, counted in rows; "
+        "all rows of one source image go to one side (default: 90,5,5)",
+    )
     add("--seed", type=int, default=0, help="of the split")
     add("--max_shard_size", default="500MB", metavar="SIZE", help="of one parquet file, about (default: 500MB)")
     add("--num_workers", type=int, default=0, help="processes that write files; the files are the same for any number")
     add("--overwrite", action="store_true", help="replace an export of other rows or settings, once this is complete")
     add = parser.add_argument_group("the card").add_argument
-    add("--license", metavar="ID", help="the Hub's id of a licence, no more permissive than any source's, or other "
-        "(default: that of the strictest source)")
-    add("--accept_unknown_license", action="store_true", help="you vouch for sources and models whose licence is not "
-        "known, or whose terms are not")
+    add(
+        "--license",
+        metavar="ID",
+        help="the Hub's id of a licence, no more permissive than any source's, or other "
+        "(default: that of the strictest source)",
+    )
+    add(
+        "--accept_unknown_license",
+        action="store_true",
+        help="you vouch for sources and models whose licence is not known, or whose terms are not",
+    )
     add("--language", default="en", help="of the instructions, as ISO 639-1 (default: en)")
     add = parser.add_argument_group("the Hub").add_argument
-    add("--repo_id", metavar="NAME", help="dataset to publish as: name, or owner/name (default: the name of "
-        "--data_root)")
+    add(
+        "--repo_id",
+        metavar="NAME",
+        help="dataset to publish as: name, or owner/name (default: the name of --data_root)",
+    )
     add("--private", action="store_true", help="make it a private dataset")
     add("--no_push", action="store_true", help="make the export and upload nothing")
     add("--hub_token", help="better: `hf auth login` or HF_TOKEN, which leave no trace in the shell")
-    # fmt: on
     return parser.parse_args(argv)
 
 

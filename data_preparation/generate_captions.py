@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_preparation.captions.flags import add_model_flags, model_problems, pick_sampling, pick_source  # noqa: E402
-from data_preparation.making.flags import add_making_flags, making_problems, pick_workers  # noqa: E402
+from data_preparation.generation.flags import add_making_flags, making_problems, pick_workers  # noqa: E402
 from utils.cli import FlagParser  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
 from utils.quiet import quiet_libraries  # noqa: E402
@@ -31,26 +31,49 @@ LEDGER = "usage.jsonl"
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    # fmt: off
     add = parser.add_argument_group("captions").add_argument
-    add("--captions", required=True, metavar="SOURCE", help="a .txt (a caption in each line), .jsonl, .json, .csv or "
-        ".parquet file, a folder of such or of a saved dataset, or the id of a dataset on the Hub")
+    add(
+        "--captions",
+        required=True,
+        metavar="SOURCE",
+        help="a .txt (a caption in each line), .jsonl, .json, .csv or "
+        ".parquet file, a folder of such or of a saved dataset, or the id of a dataset on the Hub",
+    )
     add("--caption_column", metavar="NAME", help="column of the captions (default: caption, text, TEXT, prompt, ...)")
     add("--split", default="train", help="of the dataset (default train)")
     add("--config", metavar="NAME", help="configuration of a dataset that has several")
     add("--dataset_revision", metavar="REVISION", help="branch, tag or commit of a dataset on the Hub")
     add("--num_samples", type=int, metavar="N", help="triples that are wanted (default: of all captions)")
-    add("--edits_per_caption", type=int, default=1, metavar="N", help="different edits of each caption, at most "
-        "(default 1)")
-    add("--tries", type=int, default=3, metavar="N", help="questions for each edit until an answer can be used "
-        "(default 3, as the original)")
-    add("--items_per_shard", type=int, default=100, metavar="N", help="captions that are made and saved together; "
-        "what is made between two is lost when the run is killed (default 100)")
+    add(
+        "--edits_per_caption",
+        type=int,
+        default=1,
+        metavar="N",
+        help="different edits of each caption, at most (default 1)",
+    )
+    add(
+        "--tries",
+        type=int,
+        default=3,
+        metavar="N",
+        help="questions for each edit until an answer can be used (default 3, as the original)",
+    )
+    add(
+        "--items_per_shard",
+        type=int,
+        default=100,
+        metavar="N",
+        help="captions that are made and saved together; "
+        "what is made between two is lost when the run is killed (default 100)",
+    )
     add_model_flags(parser)
     add_making_flags(parser, image_format=None)
-    parser.add_argument("--jsonl", action=argparse.BooleanOptionalAction, default=True, help="also write "
-        "prompts.jsonl, the original's file, when all is there (default: yes)")
-    # fmt: on
+    parser.add_argument(
+        "--jsonl",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also write prompts.jsonl, the original's file, when all is there (default: yes)",
+    )
     return parser.parse_args(argv)
 
 
@@ -75,8 +98,8 @@ def generate(args: argparse.Namespace) -> str:
     from data_preparation.captions.prompt_files import write_prompts
     from data_preparation.captions.prompts import digest_prompts
     from data_preparation.captions.recipe import TripleRecipe
-    from data_preparation.making.inputs import Captions
-    from data_preparation.making.production import produce
+    from data_preparation.generation.inputs import Captions
+    from data_preparation.generation.runner import produce
 
     root = args.data_root.absolute()
     captions = Captions(args.captions, args.caption_column, args.split, args.config, args.dataset_revision)
@@ -84,20 +107,43 @@ def generate(args: argparse.Namespace) -> str:
     ledger = Ledger(root / LEDGER)
     before = ledger.read().requests
     recipe = TripleRecipe(
-        len(opened), captions, pick_source(args, args.num_workers), sampling, args.seed, args.edits_per_caption,
-        args.tries, args.moderation, root / LEDGER,
-    )  # fmt: skip
+        len(opened),
+        captions,
+        pick_source(args, args.num_workers),
+        sampling,
+        args.seed,
+        args.edits_per_caption,
+        args.tries,
+        args.moderation,
+        root / LEDGER,
+    )
     settings: dict[str, Any] = dict(
-        captions=opened.digest, caption_column=opened.column, model=args.model, revision=args.revision,
-        server=bool(args.base_url), structure=args.structure, sampling=vars(sampling), seed=args.seed,
-        edits_per_caption=args.edits_per_caption, tries=args.tries, moderation=digest_moderation(args.moderation),
-        dtype=args.dtype, batch_size=args.batch_size, prompts=digest_prompts(),
-    )  # fmt: skip
+        captions=opened.digest,
+        caption_column=opened.column,
+        model=args.model,
+        revision=args.revision,
+        server=bool(args.base_url),
+        structure=args.structure,
+        sampling=vars(sampling),
+        seed=args.seed,
+        edits_per_caption=args.edits_per_caption,
+        tries=args.tries,
+        moderation=digest_moderation(args.moderation),
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        prompts=digest_prompts(),
+    )
     summary = produce(
-        recipe, args.data_root, settings, items_per_shard=args.items_per_shard, max_rows=args.num_samples,
-        workers=pick_workers(args, needs_gpu=not args.base_url and args.device != "cpu"), unit="triple",
-        overwrite=args.overwrite, note=lambda: describe_cost(ledger.read(), args.price_in, args.price_out),
-    )  # fmt: skip
+        recipe,
+        args.data_root,
+        settings,
+        items_per_shard=args.items_per_shard,
+        max_rows=args.num_samples,
+        workers=pick_workers(args, needs_gpu=not args.base_url and args.device != "cpu"),
+        unit="triple",
+        overwrite=args.overwrite,
+        note=lambda: describe_cost(ledger.read(), args.price_in, args.price_out),
+    )
     said = [summary.describe(args.data_root, "triple")]
     if args.jsonl:
         said.append(f"  the same as lines of JSON: {write_prompts(args.data_root)}")

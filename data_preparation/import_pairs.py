@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_preparation.generation.flags import add_making_flags, making_problems, pick_workers  # noqa: E402
 from data_preparation.instructions import available_tasks, read_phrasings  # noqa: E402
-from data_preparation.making.flags import add_making_flags, making_problems, pick_workers  # noqa: E402
 from utils.cli import FlagParser  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
 
@@ -33,51 +33,79 @@ if TYPE_CHECKING:
 FORMATS = ("folders", "seeds", "dataset", "table")
 # Which formats a flag speaks of; given for another, it is refused.
 OF_FORMAT = {
-    "edited_dir": ("folders",), "edit_prompt": ("folders",), "prompts": ("folders",), "task": ("folders",),
-    "samples_per_prompt": ("seeds",), "dataset_split": ("dataset",), "dataset_config_name": ("dataset",),
-    "streaming": ("dataset",), "inverse": ("dataset",), "image_root": ("table",),
-    "original_image_column": ("dataset", "table"), "edit_prompt_column": ("dataset", "table"),
+    "edited_dir": ("folders",),
+    "edit_prompt": ("folders",),
+    "prompts": ("folders",),
+    "task": ("folders",),
+    "samples_per_prompt": ("seeds",),
+    "dataset_split": ("dataset",),
+    "dataset_config_name": ("dataset",),
+    "streaming": ("dataset",),
+    "inverse": ("dataset",),
+    "image_root": ("table",),
+    "original_image_column": ("dataset", "table"),
+    "edit_prompt_column": ("dataset", "table"),
     "edited_image_column": ("dataset", "table"),
-}  # fmt: skip
+}
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    # fmt: off
     add = parser.add_argument_group("source").add_argument
     add("--source", required=True, help="a folder, a table's file, or the Hub id of a dataset")
     add("--format", choices=FORMATS, help="what it is (default: found out by looking)")
     add("--max_num_samples", type=int, metavar="N", help="take so many, drawn by the seed (of a stream the first)")
-    add("--all_prompts", action="store_true", help="of several ways to ask for an edit, make a row of each (default: "
-        "one is drawn)")
+    add(
+        "--all_prompts",
+        action="store_true",
+        help="of several ways to ask for an edit, make a row of each (default: one is drawn)",
+    )
     add("--source_license", metavar="NAME", help="licence to note in each row (default: what the source's card says)")
     add = parser.add_argument_group("two folders").add_argument
     add("--edited_dir", type=Path, metavar="FOLDER", help="folder of the edited pictures, with the originals' names")
     add("--edit_prompt", nargs="+", metavar="TEXT", help="instruction of every pair; of several, one is drawn for each")
-    add("--prompts", type=Path, metavar="FILE", help=".txt (a name, a tab and the instruction in each line), .csv or "
-        ".jsonl with a name and an instruction (default: prompts.txt, .csv or .jsonl in --source)")
+    add(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help=".txt (a name, a tab and the instruction in each line), .csv or "
+        ".jsonl with a name and an instruction (default: prompts.txt, .csv or .jsonl in --source)",
+    )
     add("--task", help=f"draw the instructions of this task, or lines of a .txt file: {', '.join(available_tasks())}")
-    add("--heldout_phrasings", type=int, default=10, metavar="N", help="of which so many last ones stay out of "
-        "training (default 10)")
+    add(
+        "--heldout_phrasings",
+        type=int,
+        default=10,
+        metavar="N",
+        help="of which so many last ones stay out of training (default 10)",
+    )
     add = parser.add_argument_group("the original InstructPix2Pix's files").add_argument
     add("--samples_per_prompt", type=int, metavar="N", help="pairs of each prompt, best direction first (default: all)")
     add = parser.add_argument_group("dataset and table").add_argument
     add("--dataset_split", metavar="SPLIT", help="split to take (default train)")
     add("--dataset_config_name", metavar="NAME", help="configuration, where there are several")
     add("--streaming", action="store_true", help="read it as a stream, without storing it")
-    add("--inverse", action="store_true", help="also the swapped pair, with the instruction of column inverse_edit "
-        "(UCSC-VLAA/HQ-Edit)")
-    for role, what in (("original_image", "image before the edit"), ("edit_prompt", "instruction"),
-                       ("edited_image", "image after the edit")):
+    add(
+        "--inverse",
+        action="store_true",
+        help="also the swapped pair, with the instruction of column inverse_edit (UCSC-VLAA/HQ-Edit)",
+    )
+    for role, what in (
+        ("original_image", "image before the edit"),
+        ("edit_prompt", "instruction"),
+        ("edited_image", "image after the edit"),
+    ):
         add(f"--{role}_column", metavar="NAME", help=f"column of the {what} (default: known for published datasets)")
     add = parser.add_argument_group("table").add_argument
-    add("--image_root", metavar="FOLDER", help="folder or address that paths are relative to (default: the "
-        "table's folder)")
+    add(
+        "--image_root",
+        metavar="FOLDER",
+        help="folder or address that paths are relative to (default: the table's folder)",
+    )
     add("--download_mb", type=float, default=50, metavar="MB", help="largest picture that is fetched (default 50)")
     add("--download_timeout", type=float, default=30, metavar="SECONDS", help="longest that one may take (default 30)")
     add("--download_retries", type=int, default=2, metavar="N", help="further attempts after a failure (default 2)")
     add("--download_threads", type=int, default=16, metavar="N", help="pictures fetched at a time (default 16)")
-    # fmt: on
     add_making_flags(parser)
     return parser.parse_args(argv)
 
@@ -86,9 +114,14 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raise one InputError with everything that can be told from the flags alone."""
     problems = making_problems(args)
     ranges = {
-        "max_num_samples": 1, "samples_per_prompt": 1, "download_mb": 0.001, "download_timeout": 0.1,
-        "download_retries": 0, "download_threads": 1, "heldout_phrasings": 0,
-    }  # fmt: skip
+        "max_num_samples": 1,
+        "samples_per_prompt": 1,
+        "download_mb": 0.001,
+        "download_timeout": 0.1,
+        "download_retries": 0,
+        "download_threads": 1,
+        "heldout_phrasings": 0,
+    }
     for flag, least in ranges.items():
         value = getattr(args, flag)
         if value is not None and not least <= value <= 2**31:
@@ -126,7 +159,7 @@ def format_problems(args: argparse.Namespace, format_name: str) -> list[str]:
 
 def open_source(args: argparse.Namespace, format_name: str, place: Path | str) -> Source:
     """The source of a format, looked at."""
-    from utils.dataset.columns import Columns
+    from utils.data.columns import Columns
 
     columns = Columns(args.original_image_column, args.edit_prompt_column, args.edited_image_column)
     if format_name == "folders":
@@ -156,7 +189,7 @@ def open_source(args: argparse.Namespace, format_name: str, place: Path | str) -
 
 def provenance_of(args: argparse.Namespace, place: Path | str) -> dict[str, Any]:
     """What every row says of where it comes from: never a path of this machine."""
-    from data_preparation.making.opening import find_license, public_name
+    from data_preparation.generation.opening import find_license, public_name
 
     name, license_name = public_name(str(place)), args.source_license or find_license(str(place), None)
     if license_name is None:
@@ -167,9 +200,9 @@ def provenance_of(args: argparse.Namespace, place: Path | str) -> dict[str, Any]
 
 def run(args: argparse.Namespace) -> None:
     check_flags(args)
+    from data_preparation.generation.runner import produce
     from data_preparation.importing.detect import find_format
     from data_preparation.importing.pairs import PairRecipe
-    from data_preparation.making.production import produce
     from utils.quiet import quiet_libraries
 
     quiet_libraries()

@@ -22,18 +22,26 @@ from utils.errors import InputError, exit_on_input_error  # noqa: E402
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    # fmt: off
     add = parser.add_argument_group("files").add_argument
     add("--input", type=Path, required=True, metavar="FILE", help="triples, or a folder of generate_captions.py")
-    add("--output", type=Path, required=True, metavar="FILE", help="file to write; with --validation_split also "
-        "NAME-validation.jsonl beside it")
+    add(
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="file to write; with --validation_split also NAME-validation.jsonl beside it",
+    )
     add("--overwrite", action="store_true", help="replace files that are there")
     add = parser.add_argument_group("how").add_argument
     add("--format", choices=("legacy", "chat"), default="chat", help="(default chat)")
-    add("--validation_split", type=float, default=0.0, metavar="SHARE", help="of the captions, kept out of training "
-        "(default 0)")
+    add(
+        "--validation_split",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="of the captions, kept out of training (default 0)",
+    )
     add("--seed", type=int, default=0, help="of that split (default 0)")
-    # fmt: on
     return parser.parse_args(argv)
 
 

@@ -28,12 +28,14 @@ from utils.quiet import quiet_libraries  # noqa: E402
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add_model_flags(parser)
-    # fmt: off
     add = parser.add_argument_group("page").add_argument
-    add("--server_name", default="127.0.0.1", metavar="ADDRESS", help="address to listen on; 0.0.0.0 lets other "
-        "machines in (default 127.0.0.1: this machine alone)")
+    add(
+        "--server_name",
+        default="127.0.0.1",
+        metavar="ADDRESS",
+        help="address to listen on; 0.0.0.0 lets other machines in (default 127.0.0.1: this machine alone)",
+    )
     add("--server_port", type=int, metavar="PORT", help="port to listen on (default: the first free one from 7860)")
-    # fmt: on
     # A page must not wait for minutes before it says what is wrong.
     parser.set_defaults(retries=2, timeout=60.0)
     return parser.parse_args(argv)
@@ -65,9 +67,12 @@ def serve(args: argparse.Namespace) -> None:
         signal.signal(number, lambda *_: stopped.set())
     try:
         _, local, _ = blocks.queue().launch(
-            server_name=args.server_name, server_port=args.server_port, quiet=True, prevent_thread_lock=True,
+            server_name=args.server_name,
+            server_port=args.server_port,
+            quiet=True,
+            prevent_thread_lock=True,
             **APPEARANCE,
-        )  # fmt: skip
+        )
     except OSError as error:
         where = f"--server_name {args.server_name} --server_port {args.server_port or '7860 to 7959'}"
         raise InputError(f"{where} cannot be listened on: {error}. Is the port taken? Choose another one") from error

@@ -11,8 +11,8 @@ from diffusers import (
     StableDiffusionXLInstructPix2PixPipeline,
 )
 
-from utils.network.adapters import AdapterOptions, add_adapter
-from utils.network.models import widen_conv_in
+from utils.models.adapters import AdapterOptions, add_adapter
+from utils.models.stable_diffusion import widen_conv_in
 
 PLAIN, DORA = AdapterOptions(lora_rank=4, lora_alpha=8), AdapterOptions(lora_rank=4, use_dora=True)
 EDITORS = {"sd": StableDiffusionInstructPix2PixPipeline, "sdxl": StableDiffusionXLInstructPix2PixPipeline}

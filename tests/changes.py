@@ -11,17 +11,29 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from utils.distill.adapting import Recipe, open_ingredients
-from utils.distill.delta_merging import MergeOptions, MergeReport
-from utils.distill.weight_sources import WeightSource
+from utils.merging.ingredients import Recipe, open_ingredients
+from utils.merging.merge import MergeOptions, MergeReport
+from utils.merging.weight_sources import WeightSource
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
 # What LCM-LoRA trains: attention, projections, feed-forward, and the convolutions of the residual blocks.
 TARGETS = [
-    "to_q", "to_k", "to_v", "to_out.0", "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2",
-    "conv_shortcut", "downsamplers.0.conv", "upsamplers.0.conv", "time_emb_proj",
-]  # fmt: skip
+    "to_q",
+    "to_k",
+    "to_v",
+    "to_out.0",
+    "proj_in",
+    "proj_out",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
+    "time_emb_proj",
+]
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
@@ -34,9 +46,12 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
 
 
 def merge(
-    editor: Path, options: MergeOptions, report: MergeReport | None = None, scale: float | None = None,
+    editor: Path,
+    options: MergeOptions,
+    report: MergeReport | None = None,
+    scale: float | None = None,
     **sources: Path | WeightSource,
-) -> dict[str, torch.Tensor]:  # fmt: skip
+) -> dict[str, torch.Tensor]:
     """The merged UNet in float32, by the code of adapt_distill.py. sources: role -> folder or file."""
     named = {
         role: source if isinstance(source, WeightSource) else WeightSource(f"--{role}", str(source))

@@ -23,8 +23,8 @@ from tests.hub_server import Hub, hub_server, turn_client  # noqa: E402
 from tests.pairs import make_dataset, make_noise, make_rows  # noqa: E402
 from tests.runs import training_flags  # noqa: E402
 from tests.tiny import make_tiny_sd, make_tiny_sdxl  # noqa: E402
-from utils.edit.editing import Editor  # noqa: E402
-from utils.network.loading import load_editor  # noqa: E402
+from utils.editing.edit_images import Editor  # noqa: E402
+from utils.editing.loading import load_editor  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

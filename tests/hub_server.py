@@ -34,11 +34,7 @@ from huggingface_hub import constants
 from tests import xet_storage
 
 # token -> (account, role); the roles are those of the real Hub's whoami.
-TOKENS = {
-    "write-token": ("user", "write"),
-    "read-token": ("user", "read"),
-    "other-token": ("other", "write"),
-}
+TOKENS = {"write-token": ("user", "write"), "read-token": ("user", "read"), "other-token": ("other", "write")}
 ORGANIZATIONS = {"user": ["team"], "other": []}
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt", ".png", ".jpg", ".parquet", ".arrow", ".zip", ".tar")
 XET_TOKEN = "token-of-the-storage"

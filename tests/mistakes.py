@@ -38,7 +38,7 @@ def fails_early(flags: list[str], *words: str, script: Script = train_instruct_p
     """Ends with 2 and nothing but one message, before a model is loaded; every file in output_dir stands unharmed."""
     stood = read_files(output_dir_of(flags))
     refusal = AssertionError("a model was loaded")
-    with mock.patch("utils.train.training.load_stable_diffusion", side_effect=refusal):
+    with mock.patch("utils.training.assembly.load_stable_diffusion", side_effect=refusal):
         code, seen = run_here(flags, script)
     assert code == 2 and seen.startswith("error: "), seen
     _check_message(seen, words)

@@ -11,26 +11,48 @@ from safetensors.torch import save_file
 
 UNET = "model.diffusion_model."
 RESNET = {
-    "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
-    "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
-}  # fmt: skip
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
 ENDS = {
-    "conv_in": "input_blocks.0.0", "conv_norm_out": "out.0", "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0", "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0", "add_embedding.linear_2": "label_emb.0.2",
-}  # fmt: skip
+    "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
 VAE = {
-    "mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2", "mid_block.attentions.0": "mid.attn_1",
-    "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out",
-    "conv_shortcut": "nin_shortcut", "conv_norm_out": "norm_out",
-    "downsamplers.0.conv": "downsample.conv", "upsamplers.0.conv": "upsample.conv",
-}  # fmt: skip
+    "mid_block.resnets.0": "mid.block_1",
+    "mid_block.resnets.1": "mid.block_2",
+    "mid_block.attentions.0": "mid.attn_1",
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+    "conv_shortcut": "nin_shortcut",
+    "conv_norm_out": "norm_out",
+    "downsamplers.0.conv": "downsample.conv",
+    "upsamplers.0.conv": "upsample.conv",
+}
 OPEN_CLIP = {
     "text_model.embeddings.position_embedding.weight": "positional_embedding",
-    "text_model.embeddings.token_embedding": "token_embedding", "text_model.final_layer_norm": "ln_final",
-    "text_model.encoder.layers": "transformer.resblocks", "layer_norm1": "ln_1", "layer_norm2": "ln_2",
-    "fc1": "c_fc", "fc2": "c_proj", "self_attn": "attn", "text_projection.weight": "text_projection",
-}  # fmt: skip
+    "text_model.embeddings.token_embedding": "token_embedding",
+    "text_model.final_layer_norm": "ln_final",
+    "text_model.encoder.layers": "transformer.resblocks",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "fc1": "c_fc",
+    "fc2": "c_proj",
+    "self_attn": "attn",
+    "text_projection.weight": "text_projection",
+}
 
 
 def unet_name(name: str, layers: int) -> str:

@@ -9,8 +9,8 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from utils.dataset.columns import OURS
-from utils.dataset.sources import Source
+from utils.data.columns import OURS
+from utils.data.sources import Source
 
 
 def make_image(index: int, size: tuple[int, int] = (40, 48)) -> Image.Image:

@@ -19,9 +19,16 @@ WEIGHTS, ADAPTER = "diffusion_pytorch_model.safetensors", "pytorch_lora_weights.
 def training_flags(base: Path, pairs: Path, output_dir: Path, *flags: str) -> list[str]:
     """Flags of a short run on tiny data; later flags win over earlier ones."""
     return [
-        f"--pretrained_model_name_or_path={base}", f"--dataset_name={pairs}", f"--output_dir={output_dir}",
-        "--resolution=32", "--train_batch_size=2", "--max_train_steps=4", "--seed=3", "--max_bad_rows=0.5", *flags,
-    ]  # fmt: skip
+        f"--pretrained_model_name_or_path={base}",
+        f"--dataset_name={pairs}",
+        f"--output_dir={output_dir}",
+        "--resolution=32",
+        "--train_batch_size=2",
+        "--max_train_steps=4",
+        "--seed=3",
+        "--max_bad_rows=0.5",
+        *flags,
+    ]
 
 
 def start(script: str, flags: list[str], launcher: tuple[str, ...] = (), log: Path | None = None) -> subprocess.Popen:

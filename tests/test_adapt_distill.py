@@ -34,14 +34,14 @@ from tests.original_names import write_single_file
 from tests.pairs import make_noise
 from tests.runs import ENVIRONMENT, REPOSITORY
 from tests.tiny import make_tiny_sd, make_tiny_sdxl
-from utils.distill.calibration import Scores, choose_weight
-from utils.distill.delta_merging import MergeOptions
-from utils.distill.presets import PRESETS, describe_presets
-from utils.distill.recipes import make_recipe
-from utils.edit.schedulers import choose_scheduler
+from utils.editing.loading import load_editor
+from utils.editing.schedulers import choose_scheduler
 from utils.licences import restrictions_of
-from utils.network.loading import load_editor
-from utils.network.single_file import SUFFIXES
+from utils.merging.calibration import Scores, choose_weight
+from utils.merging.merge import MergeOptions
+from utils.merging.presets import PRESETS, describe_presets
+from utils.merging.recipes import make_recipe
+from utils.models.single_file import SUFFIXES
 
 BASES = {"sd1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
 
@@ -86,9 +86,7 @@ def edit(folder: Path, **settings: float) -> np.ndarray:
     pipeline.set_progress_bar_config(disable=True)
     image = make_noise((32, 32))
     settings |= {"height": 32, "width": 32} if "XL" in type(pipeline).__name__ else {}
-    return pipeline(
-        "make it red", image=image, generator=torch.manual_seed(0), output_type="np", **settings
-    ).images  # fmt: skip
+    return pipeline("make it red", image=image, generator=torch.manual_seed(0), output_type="np", **settings).images
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
@@ -101,7 +99,7 @@ def test_makes_a_whole_editor(
     distilled, out = make(tmp_path / "distilled", seed=7), tmp_path / "fast"
     said = succeeds(
         "--model", editor, "--distilled", distilled, "--base", base, "--output_dir", out, "--scheduler=lcm", "--steps=5"
-    )  # fmt: skip
+    )
     weight = 1.0 if family == "sd" else 0.5  # the reference's advice for full SDXL models
     merged, expected = weights_in(out), merge(editor, MergeOptions(weight), distilled=distilled, base=base)
     assert all(torch.equal(merged[name], value) for name, value in expected.items()) and len(merged) == len(expected)
@@ -112,8 +110,10 @@ def test_makes_a_whole_editor(
     recommended = adapted["recommended"]
     assert recommended["steps"] == 5 and recommended["scheduler"] == "LCMScheduler" and adapted["weight"] == weight
     assert [(source["role"], source["name"]) for source in adapted["sources"]] == [
-        ("editor", editor.name), ("distilled", "distilled"), ("base", base.name)
-    ]  # fmt: skip
+        ("editor", editor.name),
+        ("distilled", "distilled"),
+        ("base", base.name),
+    ]
     edited = edit(out, num_inference_steps=recommended["steps"], guidance_scale=recommended["guidance_scale"])
     assert np.isfinite(edited).all()
     for file in ("vae/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors"):
@@ -125,9 +125,18 @@ def test_makes_a_whole_editor(
     assert str(tmp_path) not in card + json.dumps(adapted), "where the models lay is their owner's affair"
     assert f"{stock.__name__}.from_pretrained" in card and "num_inference_steps=5" in card
     assert {path.name for path in out.iterdir()} <= {
-        "README.md", "adapted.json", "report.json", "model_index.json", "scheduler", "unet", "vae", "text_encoder",
-        "text_encoder_2", "tokenizer", "tokenizer_2",
-    }  # fmt: skip
+        "README.md",
+        "adapted.json",
+        "report.json",
+        "model_index.json",
+        "scheduler",
+        "unet",
+        "vae",
+        "text_encoder",
+        "text_encoder_2",
+        "tokenizer",
+        "tokenizer_2",
+    }
 
 
 def test_the_code_of_the_card_runs(tiny_editor: Path, lora: Path, tmp_path: Path) -> None:
@@ -147,9 +156,13 @@ def test_style_keeps_the_editor_as_it_runs(tiny_editor: Path, tiny_base: Path, t
     succeeds("--model", tiny_editor, "--distilled", style, "--base", tiny_base, "--output_dir", tmp_path / "out")
     recommended = json.loads((tmp_path / "out" / "adapted.json").read_text())["recommended"]
     assert recommended == {
-        "steps": 20, "guidance_scale": 7.5, "image_guidance_scale": 1.5, "eta": 0.0, "scheduler": "DDIMScheduler",
+        "steps": 20,
+        "guidance_scale": 7.5,
+        "image_guidance_scale": 1.5,
+        "eta": 0.0,
+        "scheduler": "DDIMScheduler",
         "scheduler_settings": {},
-    }  # fmt: skip
+    }
     assert (tmp_path / "out" / "scheduler" / "scheduler_config.json").samefile(
         tiny_editor / "scheduler" / "scheduler_config.json"
     )
@@ -237,8 +250,13 @@ def test_a_preset_from_the_hub(tiny_editor: Path, lora: Path, tmp_path: Path) ->
         serve_folder(hub, "latent-consistency/lcm-lora-sdv1-5", tmp_path / "card")
         serve_folder(hub, "user/editor", tiny_editor)
         environment = hub.environment(tmp_path / "cache") | {"OMP_NUM_THREADS": "1"}
-        process = subprocess.run([sys.executable, "adapt_distill.py", *flags], cwd=REPOSITORY, env=environment,
-                                 capture_output=True, text=True)  # fmt: skip
+        process = subprocess.run(
+            [sys.executable, "adapt_distill.py", *flags],
+            cwd=REPOSITORY,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
     assert process.returncode == 0, process.stderr
     adapted = json.loads((out / "adapted.json").read_text())
     assert [len(source["revision"]) for source in adapted["sources"]] == [40, 40]
@@ -266,8 +284,16 @@ def test_pushing_needs_the_licences_leave(
     restricted.mkdir()
     (restricted / LORA).write_bytes((lora / LORA).read_bytes())
     (restricted / "README.md").write_text("---\nlicense: cc-by-nc-nd-4.0\n---\n")
-    flags = ["--model", tiny_editor, "--lora", restricted, "--output_dir", tmp_path / "out", "--push_to_hub",
-             "--hub_model_id=user/fast"]  # fmt: skip
+    flags = [
+        "--model",
+        tiny_editor,
+        "--lora",
+        restricted,
+        "--output_dir",
+        tmp_path / "out",
+        "--push_to_hub",
+        "--hub_model_id=user/fast",
+    ]
     assert "needs a login" in fails(*flags)
     with hub_server(tmp_path / "hub") as hub:
         turn_downloads(monkeypatch, hub.url, tmp_path)
@@ -308,8 +334,12 @@ def test_its_own_result_is_replaced(tiny_editor: Path, lora: Path, tmp_path: Pat
         (tmp_path / "out" / name).write_text("of the former run")
     succeeds(*flags, "--weight=0.75")
     assert {path.name for path in (tmp_path / "out").glob("*.*")} == {
-        "README.md", "adapted.json", "model_index.json", "report.json", "my notes.txt"
-    }  # fmt: skip
+        "README.md",
+        "adapted.json",
+        "model_index.json",
+        "report.json",
+        "my notes.txt",
+    }
     (tmp_path / "out" / "model_index.json").unlink()
     (tmp_path / "out" / ".unfinished-editor").mkdir()
     assert "will be replaced" in succeeds(*flags, "--weight=0.25")
@@ -319,12 +349,12 @@ def test_its_own_result_is_replaced(tiny_editor: Path, lora: Path, tmp_path: Pat
 
 
 SLOW = """
-import sys, time, utils.distill.delta_merging, adapt_distill
-merge_rows = utils.distill.delta_merging._merge
+import sys, time, utils.merging.merge, adapt_distill
+merge_rows = utils.merging.merge._merge
 def slowly(*given):
     time.sleep(0.02)
     return merge_rows(*given)
-utils.distill.delta_merging._merge = slowly
+utils.merging.merge._merge = slowly
 adapt_distill.main(sys.argv[1:])
 """
 
@@ -333,8 +363,13 @@ def test_a_kill_leaves_no_half_editor(tiny_editor: Path, lora: Path, tmp_path: P
     """kill -9 in the middle of the weights; the same command then makes the whole editor."""
     out = tmp_path / "out"
     flags = ["--model", str(tiny_editor), "--lora", str(lora), "--output_dir", str(out)]
-    process = subprocess.Popen([sys.executable, "-c", SLOW, *flags], cwd=REPOSITORY, env=ENVIRONMENT,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, *flags],
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     deadline = time.monotonic() + 90
     while not list(out.glob(".unfinished-editor/unet/.*.safetensors")):
         assert process.poll() is None and time.monotonic() < deadline
@@ -357,7 +392,7 @@ def test_a_full_disk(tiny_editor: Path, lora: Path, tmp_path: Path, monkeypatch:
     def refuse(*given: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("utils.distill.adapted_editor.write_safetensors", refuse)
+    monkeypatch.setattr("utils.merging.editor_writer.write_safetensors", refuse)
     assert "could not be written (a full disk?)" in fails(*flags)
     assert read_files(tmp_path / "out") == {}
 
@@ -394,9 +429,11 @@ def test_calibrate(tiny_editor: Path, tiny_base: Path, tmp_path: Path) -> None:
 def test_the_knee() -> None:
     """Nearest to no distance, the same direction and the same colours; of equals the smaller weight."""
     scores = [
-        Scores(0.3, 1.0, 0.3, 0.9, 0.6), Scores(0.5, 0.5, 0.2, 0.8, 1.0), Scores(0.7, 0.45, 0.2, 0.4, 1.1),
+        Scores(0.3, 1.0, 0.3, 0.9, 0.6),
+        Scores(0.5, 0.5, 0.2, 0.8, 1.0),
+        Scores(0.7, 0.45, 0.2, 0.4, 1.1),
         Scores(1.0, 0.9, 0.3, 0.1, 1.9),
-    ]  # fmt: skip
+    ]
     assert choose_weight(scores) == 0.5
     assert choose_weight([Scores(weight, 1.0, 1.0, 0.5, 1.0) for weight in (0.6, 0.4, 0.8)]) == 0.4
 
@@ -475,8 +512,16 @@ def test_an_editor_in_one_file(tiny_editor: Path, lora: Path, tmp_path: Path) ->
     assert "--single_file_config is for a --model in one file" in fails(
         "--model", tiny_editor, "--single_file_config", tiny_editor, "--lora", lora, "--output_dir", tmp_path / "x"
     )
-    assert "holds a UNet without" in fails("--model", broken_file(file, tmp_path), "--single_file_config", tiny_editor,
-                                           "--lora", lora, "--output_dir", tmp_path / "y")  # fmt: skip
+    assert "holds a UNet without" in fails(
+        "--model",
+        broken_file(file, tmp_path),
+        "--single_file_config",
+        tiny_editor,
+        "--lora",
+        lora,
+        "--output_dir",
+        tmp_path / "y",
+    )
 
 
 def broken_file(file: Path, folder: Path) -> Path:

@@ -48,19 +48,25 @@ def load_by_the_card(adapter: Path, base: Path, folder: Path):
 def edit_with(pipeline) -> np.ndarray:
     size = dict(height=32, width=32) if isinstance(pipeline, StableDiffusionXLInstructPix2PixPipeline) else {}
     return pipeline(
-        "red", image=make_image(1, (32, 32)), num_inference_steps=3, generator=torch.manual_seed(0), output_type="np",
+        "red",
+        image=make_image(1, (32, 32)),
+        num_inference_steps=3,
+        generator=torch.manual_seed(0),
+        output_type="np",
         **size,
-    ).images[0]  # fmt: skip
+    ).images[0]
 
 
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--lora_rank=4",), ("--lora_rank=4", "--lora_alpha=8", "--use_dora", "--lora_target=all", "--use_ema"),
-        ("--lora_rank=2", "--quantize_base=nf4", "--lora_dropout=0.1"), ("--lora_rank=2", "--quantize_base=int8"),
+        ("--lora_rank=4",),
+        ("--lora_rank=4", "--lora_alpha=8", "--use_dora", "--lora_target=all", "--use_ema"),
+        ("--lora_rank=2", "--quantize_base=nf4", "--lora_dropout=0.1"),
+        ("--lora_rank=2", "--quantize_base=int8"),
     ],
     ids=lambda flags: " ".join(flags),
-)  # fmt: skip
+)
 @pytest.mark.parametrize(
     ("script", "model"),
     [(TRAIN, "tiny_base"), (FINETUNE, "tiny_editor"), (TRAIN_SDXL, "tiny_sdxl"), (FINETUNE, "tiny_sdxl_editor")],
@@ -95,8 +101,16 @@ def test_the_averaged_adapter_is_published_and_the_best_is_kept(tiny_base, pairs
     assert (checkpoint / "unet" / ADAPTER).stat().st_size < (tiny_base / "unet" / WEIGHTS).stat().st_size
     picture = tmp_path / "picture.png"
     make_image(3).save(picture)
-    flags = ("--lora_rank=4", "--validation_split=0.3", "--save_best", "--validation_steps=1", "--validation_prompt=r",
-             f"--val_image_url={picture}", "--num_validation_images=1", *SMALL)  # fmt: skip
+    flags = (
+        "--lora_rank=4",
+        "--validation_split=0.3",
+        "--save_best",
+        "--validation_steps=1",
+        "--validation_prompt=r",
+        f"--val_image_url={picture}",
+        "--num_validation_images=1",
+        *SMALL,
+    )
     assert TRAIN(training_flags(tiny_base, pairs, tmp_path / "best", *flags)) == 0
     assert weights_of(tmp_path / "best") == weights_of(tmp_path / "best/checkpoint-best/unet")
     assert (tmp_path / "best/validation/step-2.png").exists()
@@ -104,8 +118,16 @@ def test_the_averaged_adapter_is_published_and_the_best_is_kept(tiny_base, pairs
 
 @pytest.mark.slow
 def test_an_adapter_is_pushed_without_the_rest(tiny_sdxl, pairs, tmp_path):
-    flags = training_flags(tiny_sdxl, pairs, tmp_path / "my-lora", "--lora_rank=4", "--push_to_hub",
-                           "--hub_token=write-token", "--max_train_steps=2", "--checkpointing_steps=1")  # fmt: skip
+    flags = training_flags(
+        tiny_sdxl,
+        pairs,
+        tmp_path / "my-lora",
+        "--lora_rank=4",
+        "--push_to_hub",
+        "--hub_token=write-token",
+        "--max_train_steps=2",
+        "--checkpointing_steps=1",
+    )
     with hub_server(tmp_path / "hub") as hub:
         environment = ENVIRONMENT | hub.environment(tmp_path / "home")
         command = [sys.executable, "train_instruct_pix2pix_sdxl.py", *flags]
@@ -122,13 +144,16 @@ def test_an_adapter_is_pushed_without_the_rest(tiny_sdxl, pairs, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--optimizer=adamw8bit",), ("--optimizer=adafactor", "--adafactor_scale_parameter"),
-        ("--optimizer=prodigy", "--learning_rate=1"), ("--optimizer=schedulefree_adamw", "--validation_split=0.2"),
-        ("--fused_backward", "--max_grad_norm=0", "--optimizer=adafactor"), ("--use_ema", "--ema_device=cpu"),
+        ("--optimizer=adamw8bit",),
+        ("--optimizer=adafactor", "--adafactor_scale_parameter"),
+        ("--optimizer=prodigy", "--learning_rate=1"),
+        ("--optimizer=schedulefree_adamw", "--validation_split=0.2"),
+        ("--fused_backward", "--max_grad_norm=0", "--optimizer=adafactor"),
+        ("--use_ema", "--ema_device=cpu"),
         ("--gradient_checkpointing_blocks", "mid_block", "up_blocks.0"),
     ],
     ids=lambda flags: " ".join(flags),
-)  # fmt: skip
+)
 def test_optimizers_and_small_memory_train_what_loads(tiny_base, pairs, tmp_path, flags, adapter):
     merged = ("--merge_adapter",) if adapter else ()
     assert TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", *SMALL, *adapter, *merged, *flags)) == 0
@@ -161,12 +186,14 @@ def test_fused_and_ordinary_training_end_alike(tiny_base, pairs, tmp_path):
         (("--lora_rank=4", "--lora_dropout=1"), ("--lora_dropout is 1.0",)),
         (("--lora_rank=4", "--lora_alpha=0"), ("--lora_alpha is 0", "above 0")),
         (("--lora_rank=4", "--prediction_type=v_prediction"), ("--prediction_type", "--merge_adapter")),
-        (("--ema_device=cpu",), ("--ema_device", "--use_ema")), (("--vae_variant=fp16",), ("--vae_variant",)),
+        (("--ema_device=cpu",), ("--ema_device", "--use_ema")),
+        (("--vae_variant=fp16",), ("--vae_variant",)),
         (("--fused_backward",), ("--fused_backward", "--max_grad_norm 0")),
         (("--fused_backward", "--max_grad_norm=0", "--gradient_accumulation_steps=2"), ("accumulation_steps is 2",)),
         (("--weights_dtype=bf16",), ("--weights_dtype bf16 needs --mixed_precision bf16",)),
         (("--weights_dtype=bf16", "--mixed_precision=bf16", "--lora_rank=4"), ("--weights_dtype bf16", "adapter")),
-        (("--optimizer=prodigy",), ("--learning_rate 1",)), (("--optimizer=paged_adamw8bit",), ("no GPU",)),
+        (("--optimizer=prodigy",), ("--learning_rate 1",)),
+        (("--optimizer=paged_adamw8bit",), ("no GPU",)),
         (("--optimizer=schedulefree_adamw", "--use_ema"), ("drop --use_ema",)),
         (("--optimizer=adafactor", "--use_8bit_adam"), ("--use_8bit_adam",)),
         (("--gradient_checkpointing_blocks", "down_blocks.7"), ("down_blocks.7", "mid_block")),
@@ -174,7 +201,7 @@ def test_fused_and_ordinary_training_end_alike(tiny_base, pairs, tmp_path):
         (("--single_file_config=somewhere",), ("--single_file_config", ".safetensors")),
     ],
     ids=lambda value: " ".join(value) if str(value[0]).startswith("--") else "",
-)  # fmt: skip
+)
 def test_what_cannot_work_is_refused_by_name(flags, words, tiny_base, pairs, tmp_path):
     fails_early(training_flags(tiny_base, pairs, tmp_path / "out", "--report_to=none", *flags), *words)
 

@@ -20,10 +20,10 @@ from torch import nn
 from tests.pairs import make_noise
 from tests.tiny import make_components, make_sdxl_components
 from utils.errors import InputError
-from utils.network.adapters import AdapterOptions, add_adapter, cast_frozen, has_adapter, merge_adapter, read_adapter
-from utils.network.adapters import save_adapter as save
-from utils.network.models import widen_conv_in
-from utils.network.quantization import quantize_linears
+from utils.models.adapters import AdapterOptions, add_adapter, cast_frozen, has_adapter, merge_adapter, read_adapter
+from utils.models.adapters import save_adapter as save
+from utils.models.quantization import quantize_linears
+from utils.models.stable_diffusion import widen_conv_in
 
 TOY = Path(__file__).parent.parent / "assets" / "toy-sd"
 FOLDERS = {("sd", 4): "tiny_base", ("sd", 8): "tiny_editor", ("sdxl", 4): "tiny_sdxl", ("sdxl", 8): "tiny_sdxl_editor"}

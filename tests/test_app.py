@@ -17,8 +17,8 @@ import app
 import demo
 from tests.browser import CHROMIUM, INSTALL, PATIENCE, Server, Visitor, running_chromium
 from tests.runs import ENVIRONMENT, REPOSITORY
-from utils.edit.editing import edit_images, fit_to_model
-from utils.network.loading import load_editor
+from utils.editing.edit_images import edit_images, fit_to_model
+from utils.editing.loading import load_editor
 
 PHOTOS = REPOSITORY / "assets/photos"
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason=INSTALL)
@@ -34,8 +34,14 @@ def refusal(capsys: pytest.CaptureFixture, *flags: str) -> str:
 def assert_repeats(downloaded: Path, original: Path, model: Path) -> None:
     """What the app gave is made again to the bit by infer.py, from the file and the picture alone."""
     flags = [f"--repeat={downloaded}", f"--input={original}", f"--model={model}"]
-    ended = subprocess.run([app.sys.executable, "infer.py", *flags], cwd=REPOSITORY, env=ENVIRONMENT,
-                           capture_output=True, text=True, timeout=PATIENCE / 1000)  # fmt: skip
+    ended = subprocess.run(
+        [app.sys.executable, "infer.py", *flags],
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE / 1000,
+    )
     assert ended.returncode == 0 and f"equal to {downloaded} to the bit" in ended.stdout, ended.stdout + ended.stderr
 
 
@@ -335,15 +341,26 @@ def test_everything_can_be_reached_by_the_tab_key(visit):
     reached = []
     for _ in range(60):
         visitor.page.keyboard.press("Tab")
-        reached.append(visitor.page.evaluate(
-            "['run', 'stop', 'example', 'reset', 'comparison', 'gallery', 'link', 'images', 'steps', 'cfg_text',"
-            " 'cfg_image', 'seed', 'new_seed', 'new_guidance']"
-            ".find(id => document.getElementById(id)?.contains(document.activeElement))"
-        ))  # fmt: skip
+        reached.append(
+            visitor.page.evaluate(
+                "['run', 'stop', 'example', 'reset', 'comparison', 'gallery', 'link', 'images', 'steps', 'cfg_text',"
+                " 'cfg_image', 'seed', 'new_seed', 'new_guidance']"
+                ".find(id => document.getElementById(id)?.contains(document.activeElement))"
+            )
+        )
     order = list(dict.fromkeys(name for name in reached if name))
     assert order[:4] == ["run", "example", "reset", "comparison"]  # nothing runs: there is nothing to stop
-    assert order[4:] == ["gallery", "link", "images", "steps", "cfg_text", "cfg_image", "seed", "new_seed",
-                         "new_guidance"]  # fmt: skip
+    assert order[4:] == [
+        "gallery",
+        "link",
+        "images",
+        "steps",
+        "cfg_text",
+        "cfg_image",
+        "seed",
+        "new_seed",
+        "new_guidance",
+    ]
 
 
 @in_chromium
@@ -391,8 +408,11 @@ def test_the_api_edits_with_two_models_and_refuses_mistakes(server, bad_files, t
     edits, facts = client.predict(photo, **settings, api_name="/edit")
     assert [Path(edit["image"]).suffix for edit in edits] == [".png"] * 4
     assert [(fact["model"], fact["seed"], fact["steps"]) for fact in facts["edits"]] == [
-        ("editor", 3, 2), ("editor", 4, 2), ("twin", 3, 4), ("twin", 4, 4)
-    ]  # fmt: skip
+        ("editor", 3, 2),
+        ("editor", 4, 2),
+        ("twin", 3, 4),
+        ("twin", 4, 4),
+    ]
     downloaded = Path(shutil.copy(edits[1]["image"], tmp_path / "download.png"))
     assert_repeats(downloaded, PHOTOS / "raccoon.jpg", tiny_editor)
     assert "instruction=make+it+snowy&model=editor&compare=twin&steps=2&seed=3" in facts["link"]

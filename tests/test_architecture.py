@@ -9,7 +9,7 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 PREPARATION = REPOSITORY / "data_preparation"
-MODULES = {"instructions", "photographs", "edits"}  # of data_preparation itself, which are no scripts
+MODULES = {"instructions", "photographs", "toy_edits"}  # of data_preparation itself, which are no scripts
 DATA_SCRIPTS = sorted(path for path in PREPARATION.glob("[a-z]*.py") if path.stem not in MODULES)
 SCRIPTS = [*sorted(REPOSITORY.glob("*.py")), *DATA_SCRIPTS]
 UTILS = sorted((REPOSITORY / "utils").rglob("*.py"))
@@ -19,6 +19,14 @@ ABOVE_UTILS = {path.stem for path in REPOSITORY.glob("*.py")} | {
     "benchmarks",
     "tests",
 }
+
+GROUPS = ["", "models", "data", "checks", "editing", "training", "merging", "web"]  # in the order of imports
+
+
+def group_of(module: str) -> str:
+    """The folder of utils/ that a module is in; "" for a flat file."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in GROUPS else ""
 
 
 def imports_of(path: Path, only_top: bool = False) -> set[str]:
@@ -51,9 +59,26 @@ def test_parts_of_data_preparation_import_no_script(path):
     assert not imports_of(path) & {f"data_preparation.{script.stem}" for script in DATA_SCRIPTS}
 
 
+def rank_of(module: str) -> int:
+    """0 for the flat files of utils, then the position of the group; merging and web share the last."""
+    parts = module.split(".")
+    if len(parts) < 3 and parts[-1] not in GROUPS:
+        return 0
+    return min(GROUPS.index(parts[1]) + 1, GROUPS.index("merging") + 1)
+
+
+@pytest.mark.parametrize("path", UTILS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_groups_of_utils_import_only_earlier_groups(path):
+    """Flat files < models < data < checks < editing < training < merging and web, which do not know each other."""
+    own = group_of(".".join(path.relative_to(REPOSITORY).with_suffix("").parts))
+    used = {group_of(name) for name in imports_of(path) if name.split(".")[0] == "utils"}
+    allowed = set(GROUPS[: GROUPS.index(own) + 1]) - ({"merging"} if own == "web" else set())
+    assert used <= allowed
+
+
 def test_utils_have_no_cycle():
     graph = {".".join(path.relative_to(REPOSITORY).with_suffix("").parts): imports_of(path) for path in UTILS}
-    assert "utils.train.loop" in graph
+    assert "utils.training.loop" in graph
     graph = {module: {name for name in names if name in graph} for module, names in graph.items()}
     while free := {module for module, names in graph.items() if not names}:
         graph = {module: names - free for module, names in graph.items() if module not in free}

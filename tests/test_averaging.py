@@ -8,8 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 
-from utils.train import averaging
-from utils.train.averaging import MovingAverage
+from utils.training.ema import MovingAverage
 
 PLACES = pytest.mark.parametrize("device", [None, "cpu"], ids=["in the step", "by a thread"])
 
@@ -62,7 +61,7 @@ def test_the_thread_computes_the_same_bits(dtype: torch.dtype) -> None:
 
 def test_chunks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = follow(MovingAverage(make_model(torch.bfloat16), 0.9), make_model(torch.bfloat16))
-    monkeypatch.setattr(averaging, "CHUNK_BYTES", 1)
+    monkeypatch.setattr("utils.training.ema.CHUNK_BYTES", 1)  # "CHUNK_BYTES", 1)
     single = follow(MovingAverage(make_model(torch.bfloat16), 0.9), make_model(torch.bfloat16))
     assert all(torch.equal(whole[name], single[name]) for name in whole)
 

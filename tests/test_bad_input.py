@@ -54,10 +54,11 @@ FLAG_MISTAKES = {
     "prompt without picture": ("--validation_prompt=sepia", "--val_image_url", "--validation_prompt", "both"),
     "two pictures, three prompts": (
         "--val_image_url=a --val_image_url=b --validation_prompt=1 --validation_prompt=2 --validation_prompt=3",
-        "2 --val_image_url", "3 --validation_prompt",
+        "2 --val_image_url",
+        "3 --validation_prompt",
     ),
     "two datasets": ("--train_data_dir=a", "--dataset_name", "--train_data_dir", "exactly one"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("mistake", FLAG_MISTAKES.values(), ids=FLAG_MISTAKES)
@@ -171,7 +172,7 @@ def test_without_a_gpu(flags: list[str], no_gpu: None, extra: str, words: tuple[
 def test_precision_of_the_launcher(
     flags: list[str], no_gpu: None, monkeypatch: pytest.MonkeyPatch, precision: str, words: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr("utils.train.launch.follow_the_launcher", lambda: None)
+    monkeypatch.setattr("utils.training.launch.follow_the_launcher", lambda: None)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     fails_early(flags, *words)
 

@@ -144,7 +144,7 @@ def test_no_space_for_the_editor(flags: list[str]) -> None:
 
 
 def test_no_space_left_during_training(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("utils.train.loop.append_log", lambda folder, _: full_disk(folder / "training_log.jsonl"))
+    monkeypatch.setattr("utils.training.loop.append_log", lambda folder, _: full_disk(folder / "training_log.jsonl"))
     fails_late(flags, "training_log.jsonl could not be written: No space left", "Make room")
 
 

@@ -58,41 +58,57 @@ def renamed(old: str, new: str) -> datasets.Dataset:
 
 COLUMN_MISTAKES = {
     "missing column": (
-        lambda: make_dataset(make_rows(4)).remove_columns("edited_image"), "",
+        lambda: make_dataset(make_rows(4)).remove_columns("edited_image"),
+        "",
         ("--edited_image_column", "original_image (image), edit_prompt (string)"),
     ),
     "unknown names": (
-        lambda: renamed("edit_prompt", "what"), "", ("not known", "--edit_prompt_column", "what (string)"),
+        lambda: renamed("edit_prompt", "what"),
+        "",
+        ("not known", "--edit_prompt_column", "what (string)"),
     ),
     "wrong name by flag": (
-        lambda: make_dataset(make_rows(4)), "--edit_prompt_column=promt", ("no column 'promt'", "edit_prompt (string)"),
+        lambda: make_dataset(make_rows(4)),
+        "--edit_prompt_column=promt",
+        ("no column 'promt'", "edit_prompt (string)"),
     ),
     "image and prompt swapped": (
-        lambda: make_dataset(make_rows(4)), "--original_image_column=edit_prompt --edit_prompt_column=original_image",
+        lambda: make_dataset(make_rows(4)),
+        "--original_image_column=edit_prompt --edit_prompt_column=original_image",
         ("--original_image_column: column 'edit_prompt' holds string", "--edit_prompt_column: column 'original_image'"),
     ),
     "one column twice": (
-        lambda: make_dataset(make_rows(4)), "--original_image_column=edited_image", ("both name 'edited_image'",),
+        lambda: make_dataset(make_rows(4)),
+        "--original_image_column=edited_image",
+        ("both name 'edited_image'",),
     ),
     "text in an image column": (
-        lambda: plain(original_image=["a"] * 4, edit_prompt=["b"] * 4, edited_image=["c"] * 4), "",
+        lambda: plain(original_image=["a"] * 4, edit_prompt=["b"] * 4, edited_image=["c"] * 4),
+        "",
         ("--original_image_column: column 'original_image' holds string", "an image is needed"),
     ),
     "integers as prompts": (
-        lambda: make_dataset(make_rows(4) | {"edit_prompt": [1, 2, 3, 4]}), "",
+        lambda: make_dataset(make_rows(4) | {"edit_prompt": [1, 2, 3, 4]}),
+        "",
         ("--edit_prompt_column: column 'edit_prompt' holds int64", "a string"),
     ),
     "no rows": (lambda: make_dataset(make_rows(1)).select([]), "", ("has no rows",)),
     "unknown split": (
-        lambda: make_dataset(make_rows(4)), "--dataset_split=test", ("--dataset_split 'test'", "its splits: train"),
+        lambda: make_dataset(make_rows(4)),
+        "--dataset_split=test",
+        ("--dataset_split 'test'", "its splits: train"),
     ),
     "unknown configuration": (
-        lambda: make_dataset(make_rows(4)), "--dataset_config_name=small", ("--dataset_config_name small", "no config"),
+        lambda: make_dataset(make_rows(4)),
+        "--dataset_config_name=small",
+        ("--dataset_config_name small", "no config"),
     ),
     "one row to hold out": (
-        lambda: make_dataset(make_rows(1)), "--validation_split=0.5", ("--validation_split", "two rows"),
+        lambda: make_dataset(make_rows(1)),
+        "--validation_split=0.5",
+        ("--validation_split", "two rows"),
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("make, extra, words", COLUMN_MISTAKES.values(), ids=COLUMN_MISTAKES)
@@ -119,10 +135,7 @@ def test_dataset_that_is_not_there(flags_on: Callable, data: str, words: tuple[s
 
 @pytest.mark.parametrize(
     "content, words",
-    [
-        (b"PAR1 and no more", ("cannot open", "Either the file is corrupted")),
-        (b"", ("cannot open", "0 bytes")),
-    ],
+    [(b"PAR1 and no more", ("cannot open", "Either the file is corrupted")), (b"", ("cannot open", "0 bytes"))],
     ids=["cut off", "0 bytes"],
 )
 def test_damaged_parquet(flags_on: Callable, tmp_path: Path, content: bytes, words: tuple[str, ...]) -> None:
@@ -290,10 +303,8 @@ MIX_MISTAKES = {
     "missing name": ("datasets: [{split: train}]", ("datasets[0]", "`name` is missing")),
     "negative weight": ("datasets: [{name: pairs, weight: -1}]", ("weight is -1", "above 0")),
     "missing datasets": ("datasets: [{name: /no/a}, {name: /no/b}]", ("datasets[0]", "/no/a", "datasets[1]", "/no/b")),
-    "unknown column": (
-        "datasets: [{name: pairs, edit_prompt_column: what}]", ("datasets[0]", "no column 'what'"),
-    ),
-}  # fmt: skip
+    "unknown column": ("datasets: [{name: pairs, edit_prompt_column: what}]", ("datasets[0]", "no column 'what'")),
+}
 
 
 @pytest.mark.parametrize("text, words", MIX_MISTAKES.values(), ids=MIX_MISTAKES)

@@ -38,10 +38,16 @@ def learn_by_heart(texts: list[str], tokenizer: PreTrainedTokenizerFast, steps: 
     """A Llama of 2 layers that continues each text as it goes on."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=4096, eos_token_id=tokenizer.eos_token_id, bos_token_id=None,
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=4096,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
         pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
+    )
     model = LlamaForCausalLM(config)
     batch = tokenizer([text + tokenizer.eos_token for text in texts], return_tensors="pt", padding=True)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
@@ -80,9 +86,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags_of(folder: Path, data_root: Path, *flags: str) -> list[str]:
     return [
-        f"--captions={folder}/captions.txt", f"--data_root={data_root}", f"--model={folder}/model", "--device=cpu",
-        "--num_examples=0", "--items_per_shard=2", "--max_tokens=160", "--temperature=0.2", *flags,
-    ]  # fmt: skip
+        f"--captions={folder}/captions.txt",
+        f"--data_root={data_root}",
+        f"--model={folder}/model",
+        "--device=cpu",
+        "--num_examples=0",
+        "--items_per_shard=2",
+        "--max_tokens=160",
+        "--temperature=0.2",
+        *flags,
+    ]
 
 
 def rows_of(data_root: Path) -> list[dict]:
@@ -102,9 +115,13 @@ def test_from_finetuning_file_to_triples(folder, tmp_path, kind):
 def test_as_a_process(folder, tmp_path):
     command = [sys.executable, "data_preparation/generate_captions.py", *flags_of(folder, tmp_path / "out")]
     ended = subprocess.run(
-        [*command, "--format=legacy", "--num_samples=2"], cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True,
-        text=True, timeout=120,
-    )  # fmt: skip
+        [*command, "--format=legacy", "--num_samples=2"],
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert ended.returncode == 0, ended.stderr
     assert "holds 2 triples" in ended.stdout and "Warning" not in ended.stderr
 

@@ -33,10 +33,19 @@ def triples(tmp_path: Path) -> Path:
     """Good lines, and one of each kind that is left out."""
     good = [row(f"caption {number}", key=("caption", "input")[number % 2]) for number in range(40)]
     bad = [
-        "nonsense", "[1]", json.dumps({"caption": "a", "edit": "b"}), row("x", edit=""), row("snow", output="Snow!"),
-        row("a\n##\nb"), row("a", edit="b %% c"), row("a", output="b\nEND of it"), row("CAPTION 1."),
-        row("a", edit="b " * 40), json.dumps({"caption": "a", "edit": 1, "output": "b"}), "",
-    ]  # fmt: skip
+        "nonsense",
+        "[1]",
+        json.dumps({"caption": "a", "edit": "b"}),
+        row("x", edit=""),
+        row("snow", output="Snow!"),
+        row("a\n##\nb"),
+        row("a", edit="b %% c"),
+        row("a", output="b\nEND of it"),
+        row("CAPTION 1."),
+        row("a", edit="b " * 40),
+        json.dumps({"caption": "a", "edit": 1, "output": "b"}),
+        "",
+    ]
     path = tmp_path / "triples.jsonl"
     path.write_text("\n".join(good + bad))
     return path
@@ -47,13 +56,21 @@ def test_lines_to_finetune_on(triples, tmp_path, capsys):
     assert prepare_for_finetuning.main([*flags, "--format=legacy"]) == 0
     said = capsys.readouterr().out
     for reason, lines in (
-        ("delimiter inside the text", "46, 47, 48"), ("no JSON", "41"), ("no JSON object", "42"), ("missing key", "43"),
-        ("empty", "44"), ("output equal to caption", "45"), ("duplicate", "49"), ("edit too long", "50"),
+        ("delimiter inside the text", "46, 47, 48"),
+        ("no JSON", "41"),
+        ("no JSON object", "42"),
+        ("missing key", "43"),
+        ("empty", "44"),
+        ("output equal to caption", "45"),
+        ("duplicate", "49"),
+        ("edit too long", "50"),
         ("not text", "51"),
-    ):  # fmt: skip
+    ):
         assert re.search(rf"left out, {reason}: \d+ \(line {lines}\)", said), reason
-    parts = [[json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
-             for name in ("out.jsonl", "out-validation.jsonl")]  # fmt: skip
+    parts = [
+        [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
+        for name in ("out.jsonl", "out-validation.jsonl")
+    ]
     assert len(parts[0]) + len(parts[1]) == 40 and 4 <= len(parts[1]) <= 18
     for line in parts[0]:
         caption = line["prompt"].removesuffix("\n##\n")
@@ -105,9 +122,12 @@ def page(tmp_path_factory: pytest.TempPathFactory):
         free.close()
         flags = [f"--base_url={server.url}", "--model=echo", f"--server_port={port}", "--retry_wait=0.01"]
         process = subprocess.Popen(
-            [sys.executable, SCRIPT, *flags], cwd=REPOSITORY, env=ENVIRONMENT | {"OPENAI_API_KEY": KEY},
-            stdout=log.open("wb"), stderr=subprocess.STDOUT,
-        )  # fmt: skip
+            [sys.executable, SCRIPT, *flags],
+            cwd=REPOSITORY,
+            env=ENVIRONMENT | {"OPENAI_API_KEY": KEY},
+            stdout=log.open("wb"),
+            stderr=subprocess.STDOUT,
+        )
         url = f"http://127.0.0.1:{port}/"
         for _ in range(PATIENCE // 200):
             if f"open {url}" in log.read_text():

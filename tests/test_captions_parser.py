@@ -28,9 +28,16 @@ BOAT = "a boat on a lake"
 GOOD = Triple(BOAT, "make it winter", "a boat on a frozen lake")
 ANSWER = json.dumps({"edit": GOOD.edit, "output": GOOD.output})
 REASONS = {
-    "empty", "no JSON", "cut off", "missing key", "not text", "output equal to caption", "edit too long",
-    "output too long", "no delimiter",
-}  # fmt: skip
+    "empty",
+    "no JSON",
+    "cut off",
+    "missing key",
+    "not text",
+    "output equal to caption",
+    "edit too long",
+    "output too long",
+    "no delimiter",
+}
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,11 @@ from data_preparation.captions.triples import PROMPT_END
 from tests.chat_server import Fault, chat_server, speak
 from tests.runs import ENVIRONMENT, REPOSITORY
 
-CAPTIONS = [f"{thing} {place}" for thing in ("a boat", "a cat", "an old man", "two trees") for place in
-            ("on a lake", "in a street", "at the harbour", "under a bridge", "in a garden")]  # fmt: skip
+CAPTIONS = [
+    f"{thing} {place}"
+    for thing in ("a boat", "a cat", "an old man", "two trees")
+    for place in ("on a lake", "in a street", "at the harbour", "under a bridge", "in a garden")
+]
 KEY = "sk-test-0123456789abcdefghij"
 SCRIPT = "data_preparation/generate_captions.py"
 
@@ -40,9 +43,15 @@ def server(monkeypatch: pytest.MonkeyPatch):
 
 def flags_of(captions: Path, url: str, data_root: Path, *flags: str) -> list[str]:
     return [
-        f"--captions={captions}", f"--data_root={data_root}", f"--base_url={url}", "--model=echo",
-        "--items_per_shard=4", "--retry_wait=0.01", "--timeout=5", *flags,
-    ]  # fmt: skip
+        f"--captions={captions}",
+        f"--data_root={data_root}",
+        f"--base_url={url}",
+        "--model=echo",
+        "--items_per_shard=4",
+        "--retry_wait=0.01",
+        "--timeout=5",
+        *flags,
+    ]
 
 
 def generate(captions: Path, server, data_root: Path, *flags: str) -> list[dict]:
@@ -68,8 +77,9 @@ def test_rows_and_prompts(captions, server, tmp_path, capsys):
     assert [row["caption"] for row in rows] != CAPTIONS  # in the order that the seed draws
     for row in rows:
         assert json.loads(speak(row["caption"], {"seed": row["seed"]})) == {
-            "edit": row["edit"], "output": row["output"]
-        }  # fmt: skip
+            "edit": row["edit"],
+            "output": row["output"],
+        }
         assert CAPTIONS[int(row["source"])] == row["caption"] and row["source_dataset"] == "captions.txt"
         assert json.loads(row["model"]) == {"id": "echo", "revision": "echo-2026-01"}
         assert json.loads(row["settings"])["structure"] == "json_schema"
@@ -79,8 +89,10 @@ def test_rows_and_prompts(captions, server, tmp_path, capsys):
     body = server.answered()[1]
     assert body["response_format"]["json_schema"]["strict"] and 0 <= body["seed"] < 2**31
     said = capsys.readouterr().out
-    tokens = [sum(json.loads(line)[name] for line in (tmp_path / "out/usage.jsonl").read_text().splitlines())
-              for name in ("requests", "tokens_in", "tokens_out")]  # fmt: skip
+    tokens = [
+        sum(json.loads(line)[name] for line in (tmp_path / "out/usage.jsonl").read_text().splitlines())
+        for name in ("requests", "tokens_in", "tokens_out")
+    ]
     assert tokens[0] == len(server.requests) == 21
     assert f"{tokens[1]:,} tokens in and {tokens[2]:,} out, cost {(tokens[1] * 0.5 + tokens[2] * 2) / 1e6:.4f}" in said
     assert generate(captions, server, tmp_path / "out") == rows and len(server.requests) == 21  # nothing is asked again
@@ -106,10 +118,19 @@ def test_faults_of_every_kind_change_no_row(captions, server, tmp_path):
     rows = generate(captions, server, tmp_path / "calm")
     begun = len(server.requests)
     faults = [
-        Fault("status", 429, {"Retry-After": "0.3"}), Fault("status", 500), Fault("status", 503), Fault("garbage"),
-        Fault("garbage", body=b"<html>busy</html>"), Fault("garbage", body=b'{"choices": [{}]}'), Fault("no choices"),
-        Fault("cut"), Fault("gone"), Fault("slow", body=0.8), Fault("status", 429), Fault("garbage", body=b"[1]"),
-    ]  # fmt: skip
+        Fault("status", 429, {"Retry-After": "0.3"}),
+        Fault("status", 500),
+        Fault("status", 503),
+        Fault("garbage"),
+        Fault("garbage", body=b"<html>busy</html>"),
+        Fault("garbage", body=b'{"choices": [{}]}'),
+        Fault("no choices"),
+        Fault("cut"),
+        Fault("gone"),
+        Fault("slow", body=0.8),
+        Fault("status", 429),
+        Fault("garbage", body=b"[1]"),
+    ]
 
     def say(caption: str, body: dict) -> str:
         if len(server.requests) == begun + 1:  # after the first question, which no other thread shares
@@ -180,8 +201,10 @@ def test_legacy_as_the_original_asks(captions, server, tmp_path):
     body = server.answered("/v1/completions")[-1]
     wanted = dict(temperature=0.7, max_tokens=256, top_p=1.0, frequency_penalty=0.1, presence_penalty=0, stop=["\nEND"])
     assert len(rows) == 20 and {name: body[name] for name in wanted} == wanted
-    assert body["prompt"].endswith(PROMPT_END) and body["prompt"].removesuffix(PROMPT_END) in ["a boat on a lake",
-                                                                                              *CAPTIONS]  # fmt: skip
+    assert body["prompt"].endswith(PROMPT_END) and body["prompt"].removesuffix(PROMPT_END) in [
+        "a boat on a lake",
+        *CAPTIONS,
+    ]
     assert "messages" not in body and "response_format" not in body
     server.finish_reason = "length"
     with pytest.raises(SystemExit):  # all cut off
@@ -190,11 +213,14 @@ def test_legacy_as_the_original_asks(captions, server, tmp_path):
 
 def test_duplicates_by_words_and_by_url(server, tmp_path, capsys):
     rows = [
-        {"TEXT": "A boat, on a lake!", "URL": "http://a/1.jpg"}, {"TEXT": "a boat on a lake", "URL": "http://a/2.jpg"},
-        {"TEXT": "a cat", "URL": "http://a/3.jpg"}, {"TEXT": "a sleeping cat", "URL": "http://a/3.jpg"},
-        {"TEXT": " ", "URL": "http://a/4.jpg"}, {"TEXT": "word " * 100, "URL": "http://a/5.jpg"},
+        {"TEXT": "A boat, on a lake!", "URL": "http://a/1.jpg"},
+        {"TEXT": "a boat on a lake", "URL": "http://a/2.jpg"},
+        {"TEXT": "a cat", "URL": "http://a/3.jpg"},
+        {"TEXT": "a sleeping cat", "URL": "http://a/3.jpg"},
+        {"TEXT": " ", "URL": "http://a/4.jpg"},
+        {"TEXT": "word " * 100, "URL": "http://a/5.jpg"},
         {"TEXT": "a dog", "URL": None},
-    ]  # fmt: skip
+    ]
     source = tmp_path / "captions.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = generate(source, server, tmp_path / "out", "--caption_column=TEXT")
@@ -297,13 +323,29 @@ def test_what_cannot_pass_is_told_at_once(captions, server, tmp_path, capsys):
 
 def test_all_mistakes_in_the_flags_at_once(tmp_path, capsys):
     message = refusal(
-        capsys, "--captions=./nowhere.txt", f"--data_root={tmp_path}/out", "--model=m", "--base_url=ftp://x",
-        "--num_samples=0", "--temperature=nan", "--batch_size=4", "--moderation=python:x", "--concurrency=0",
-        "--format=legacy", "--structure=json_object",
-    )  # fmt: skip
-    for word in ("--captions ./nowhere.txt", "ftp://x", "--num_samples 0", "--temperature nan",
-                 "--batch_size is for a model on", "--moderation python:x", "--concurrency 0",
-                 "--structure json_object"):  # fmt: skip
+        capsys,
+        "--captions=./nowhere.txt",
+        f"--data_root={tmp_path}/out",
+        "--model=m",
+        "--base_url=ftp://x",
+        "--num_samples=0",
+        "--temperature=nan",
+        "--batch_size=4",
+        "--moderation=python:x",
+        "--concurrency=0",
+        "--format=legacy",
+        "--structure=json_object",
+    )
+    for word in (
+        "--captions ./nowhere.txt",
+        "ftp://x",
+        "--num_samples 0",
+        "--temperature nan",
+        "--batch_size is for a model on",
+        "--moderation python:x",
+        "--concurrency 0",
+        "--structure json_object",
+    ):
         assert word in message
     assert not (tmp_path / "out").exists()
     secret = find_url_problem("https://user:secret@host/v1")
@@ -360,5 +402,8 @@ def test_killed_twenty_times(captions, server, tmp_path):
     lines = (tmp_path / "out/prompts.jsonl").read_text().splitlines()
     assert [json.loads(line)["edit"] for line in lines] == [row["edit"] for row in rows]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "data", "manifest.json", "prompts.jsonl", "usage.jsonl"
-    ]  # fmt: skip
+        "data",
+        "manifest.json",
+        "prompts.jsonl",
+        "usage.jsonl",
+    ]

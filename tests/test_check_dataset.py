@@ -14,9 +14,9 @@ from PIL import Image
 
 from data_preparation import check_dataset
 from data_preparation.checking.similarity import find_exchanged, group_hashes, hash_distance, near_pairs
-from data_preparation.edits import EDITS
-from data_preparation.making.rows import make_pair, pair_features
+from data_preparation.generation.pair_rows import make_pair, pair_features
 from data_preparation.tasks.degradations import DEGRADATIONS
+from data_preparation.toy_edits import EDITS
 from tests.browser import CHROMIUM, INSTALL, running_chromium
 from tests.pairs import save_pairs
 from tests.runs import ENVIRONMENT, REPOSITORY, training_flags
@@ -24,9 +24,27 @@ from tests.test_pair_checks import encoded, photograph
 from train_instruct_pix2pix import main as train
 
 NAMES = (
-    "coffee", "city_1", "garden_2", "quay_3", "cat", "apartment_1", "hotel_2", "meadow_3", "park_1", "workshop_1",
-    "desert_1", "palace_1", "raccoon", "savanna_1", "lab_1", "courtyard_2", "bridge_1", "pines_2", "arsenal_1", "sky_1",
-)  # fmt: skip
+    "coffee",
+    "city_1",
+    "garden_2",
+    "quay_3",
+    "cat",
+    "apartment_1",
+    "hotel_2",
+    "meadow_3",
+    "park_1",
+    "workshop_1",
+    "desert_1",
+    "palace_1",
+    "raccoon",
+    "savanna_1",
+    "lab_1",
+    "courtyard_2",
+    "bridge_1",
+    "pines_2",
+    "arsenal_1",
+    "sky_1",
+)
 EVIL = '<script>document.title = "taken over"</script><img src=x onerror="alert(1)">'
 
 
@@ -40,10 +58,20 @@ def good_rows() -> list[dict]:
             edited = EDITS[task](image)
         else:
             original = DEGRADATIONS[task](image, np.random.default_rng(number))[0]
-        rows.append(make_pair(
-            original, f"apply {task}", edited, task=task, source=f"{name}.jpg", seed=number,
-            original_prompt="before", edited_prompt="after", settings={"strength": number}, scores={"clip_sim_0": 0.5},
-        ))  # fmt: skip
+        rows.append(
+            make_pair(
+                original,
+                f"apply {task}",
+                edited,
+                task=task,
+                source=f"{name}.jpg",
+                seed=number,
+                original_prompt="before",
+                edited_prompt="after",
+                settings={"strength": number},
+                scores={"clip_sim_0": 0.5},
+            )
+        )
     return rows
 
 
@@ -78,10 +106,21 @@ def plant(rows: list[dict]) -> dict[str, list[int]]:
     files = [encoded(np.asarray(image), "JPEG", quality=85)["bytes"] for image in (again, edited)]
     rows.append(make_pair(files[0], rows[12]["edit_prompt"], files[1], task=rows[12]["task"]))
     return {
-        "unreadable": [0], "misaligned": [1], "identical": [2], "no_prompt": [3], "blank": [4], "aspect": [5],
-        "long_prompt": [7], "tiny": [8], "direction": [9], "swapped": [11, 17], "duplicate": [20],
-        "exchanged": [21, 22], "near_duplicate": [23], "same_source": [20, 22, 23],
-    }  # fmt: skip
+        "unreadable": [0],
+        "misaligned": [1],
+        "identical": [2],
+        "no_prompt": [3],
+        "blank": [4],
+        "aspect": [5],
+        "long_prompt": [7],
+        "tiny": [8],
+        "direction": [9],
+        "swapped": [11, 17],
+        "duplicate": [20],
+        "exchanged": [21, 22],
+        "near_duplicate": [23],
+        "same_source": [20, 22, 23],
+    }
 
 
 @pytest.fixture(scope="module")
@@ -224,8 +263,15 @@ def test_other_layouts_are_read(kind, tmp_path):
         for name in ("src_img", "edited_img"):
             rows = rows.cast_column(name, datasets.Image())
         rows.save_to_disk(str(folder))
-    names = [] if kind != "saved" else ["--original_image_column=src_img", "--edit_prompt_column=edited_prompt_list",
-                                        "--edited_image_column=edited_img"]  # fmt: skip
+    names = (
+        []
+        if kind != "saved"
+        else [
+            "--original_image_column=src_img",
+            "--edit_prompt_column=edited_prompt_list",
+            "--edited_image_column=edited_img",
+        ]
+    )
     code, report = check(folder, tmp_path / "report", "--fix", str(tmp_path / "fixed"), *names)
     assert code == 1 and report["findings"]["no_prompt"]["rows"] == [1]
     _, fixed = check(tmp_path / "fixed", tmp_path / "after")

@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from tests.published import IMAGE, SHAPES, TEXT
-from utils.dataset.columns import KNOWN, Columns, resolve_columns
+from utils.data.columns import KNOWN, Columns, resolve_columns
 from utils.errors import InputError
 
 PUBLISHED = {name: shape.features for name, shape in SHAPES.items()}

@@ -13,9 +13,9 @@ from diffusers import (
     StableDiffusionXLInstructPix2PixPipeline,
 )
 
-from utils.dataset.draws import sample_draws
-from utils.network import conditioning
-from utils.network.conditioning import (
+from utils.data.draws import sample_draws
+from utils.models import conditioning
+from utils.models.conditioning import (
     PromptEmbeds,
     PromptEncoder,
     added_conditions,

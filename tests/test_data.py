@@ -19,12 +19,12 @@ import torch
 from PIL import Image
 
 from tests.pairs import encode, make_image, make_rows, make_source
-from utils.dataset.columns import OURS
-from utils.dataset.data import BadRowLimit, check_first_rows, make_loader
-from utils.dataset.draws import DrawOrder, sample_draws
-from utils.dataset.geometry import Geometry
-from utils.dataset.samples import choose_prompt
-from utils.dataset.sources import Source
+from utils.data.batches import BadRowLimit, check_first_rows, make_loader
+from utils.data.columns import OURS
+from utils.data.draws import DrawOrder, sample_draws
+from utils.data.geometry import Geometry
+from utils.data.samples import choose_prompt
+from utils.data.sources import Source
 from utils.errors import InputError
 
 GEOMETRY = Geometry(32, random_flip=True)
@@ -164,8 +164,8 @@ def test_torchs_own_generator_is_left_alone() -> None:
 STOPPED_RUN = """
 import signal
 from tests.pairs import make_source
-from utils.dataset.data import make_loader
-from utils.dataset.geometry import Geometry
+from utils.data.batches import make_loader
+from utils.data.geometry import Geometry
 
 signal.signal(signal.SIGTERM, lambda *_: None)
 signal.signal(signal.SIGINT, lambda *_: None)
@@ -180,9 +180,13 @@ print(sum(len(next(batches)["rows"]) for _ in range(20)))
 def test_workers_outlive_a_launchers_signals_and_leave_with_their_parent() -> None:
     """A launcher signals the whole process group; the step in hand must still get its batch. Then nothing lingers."""
     run = subprocess.Popen(
-        [sys.executable, "-c", STOPPED_RUN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, "-c", STOPPED_RUN],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
     while len(children.read_text().split()) < 2 and run.poll() is None:
         time.sleep(0.1)

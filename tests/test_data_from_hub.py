@@ -65,8 +65,9 @@ def rows_of(tmp_path: Path) -> list[dict]:
 
 
 def test_photographs_of_a_hub_dataset(hub: Hub, tmp_path: Path):
-    result = run(hub, tmp_path, "generate_dataset.py", "--dataset_id", "user/park", "--task", "jpeg",
-                 "--num_workers", "2")  # fmt: skip
+    result = run(
+        hub, tmp_path, "generate_dataset.py", "--dataset_id", "user/park", "--task", "jpeg", "--num_workers", "2"
+    )
     assert result.returncode == 0, result.stderr
     rows = rows_of(tmp_path)
     assert sorted(row["source"] for row in rows) == ["b", "g", "r"]
@@ -85,8 +86,19 @@ def test_captions_of_a_hub_dataset(hub: Hub, tmp_path: Path):
     from tests.chat_server import chat_server
 
     with chat_server() as served:
-        result = run(hub, tmp_path, "generate_captions.py", "--captions", "user/park", "--caption_column", "words",
-                     "--base_url", served.url, "--model", "echo")  # fmt: skip
+        result = run(
+            hub,
+            tmp_path,
+            "generate_captions.py",
+            "--captions",
+            "user/park",
+            "--caption_column",
+            "words",
+            "--base_url",
+            served.url,
+            "--model",
+            "echo",
+        )
     assert result.returncode == 0, result.stderr
     rows = rows_of(tmp_path)
     assert sorted(row["caption"] for row in rows) == ["a blue bench", "a green bench", "a red bench"]

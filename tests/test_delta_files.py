@@ -15,10 +15,10 @@ from tests.changes import load_unet, merge, weights_in
 from tests.hub_files import serve_folder, turn_downloads
 from tests.hub_server import hub_server
 from tests.runs import ENVIRONMENT, REPOSITORY
-from utils.distill.delta_merging import MergeOptions
-from utils.distill.tensor_files import TensorFiles, split_rows, write_safetensors
-from utils.distill.weight_sources import WeightSource, locate
 from utils.errors import InputError
+from utils.merging.merge import MergeOptions
+from utils.merging.weight_sources import WeightSource, locate
+from utils.weight_files import TensorFiles, split_rows, write_safetensors
 
 SHA = 40
 
@@ -116,9 +116,12 @@ def test_a_shard_that_is_missing_is_named(tiny_base: Path, tmp_path: Path) -> No
 def test_what_is_written_is_what_safetensors_reads(tmp_path: Path) -> None:
     """In several dtypes, piece by piece, with an empty and a zero-dimensional tensor."""
     tensors = {
-        "a.weight": torch.randn(7, 3, 2), "b": torch.randn(5).half(), "c": torch.tensor(3.0).bfloat16(),
-        "d": torch.zeros(0, 4), "e": torch.arange(6),
-    }  # fmt: skip
+        "a.weight": torch.randn(7, 3, 2),
+        "b": torch.randn(5).half(),
+        "c": torch.tensor(3.0).bfloat16(),
+        "d": torch.zeros(0, 4),
+        "e": torch.arange(6),
+    }
     kinds = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
     pieces = [
         (name, value if rows == slice(None) else value[rows])
@@ -147,10 +150,10 @@ MEASURE = """
 import sys
 from pathlib import Path
 import torch
-from utils.distill.adapted_editor import write_unet
-from utils.distill.adapting import Recipe, open_ingredients
-from utils.distill.delta_merging import MergeOptions, MergeReport
-from utils.distill.weight_sources import WeightSource
+from utils.merging.editor_writer import write_unet
+from utils.merging.ingredients import Recipe, open_ingredients
+from utils.merging.merge import MergeOptions, MergeReport
+from utils.merging.weight_sources import WeightSource
 
 def peak():  # of this process alone: resource's ru_maxrss begins with what the parent took when it forked
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

@@ -7,11 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import (
-    DiffusionPipeline,
-    LatentConsistencyModelPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from tests.changes import (
@@ -28,10 +24,10 @@ from tests.changes import (
 )
 from tests.original_names import original_weights, unet_weights, write_single_file
 from tests.tiny import make_tiny_sd, make_tiny_sdxl
-from utils.distill.delta_merging import MergeOptions, MergeReport
-from utils.distill.delta_methods import add_dare, add_ties, make_generator, trim
-from utils.distill.deltas import embed_guidance
 from utils.errors import InputError
+from utils.merging.deltas import embed_guidance
+from utils.merging.merge import MergeOptions, MergeReport
+from utils.merging.methods import add_dare, add_ties, make_generator, trim
 
 Weights = dict[str, torch.Tensor]
 
@@ -116,9 +112,9 @@ def test_rows_do_not_matter(editor: Path, base: Path, distilled: Path, monkeypat
     for options in (MergeOptions(0.5), MergeOptions(1.0, method="ties", density=0.3)):
         whole = merge(editor, options, distilled=distilled, base=base)
         with monkeypatch.context() as patch:
-            patch.setattr("utils.distill.tensor_files.WINDOW", 100)
+            patch.setattr("utils.weight_files.WINDOW", 100)
             patch.setattr(
-                "utils.distill.delta_merging.split_rows", lambda shape: (slice(i, i + 3) for i in range(0, shape[0], 3))
+                "utils.merging.merge.split_rows", lambda shape: (slice(i, i + 3) for i in range(0, shape[0], 3))
             )
             pieces = merge(editor, options, distilled=distilled, base=base)
         assert all(torch.equal(whole[name], pieces[name]) for name in whole)
@@ -187,8 +183,10 @@ def test_lora(editor: Path, base: Path, family: str, spelling: str, tmp_path: Pa
         if spelling == "kohya-sgm":
             kept = load_unet(base)
             pairs = zip(kept.state_dict(), unet_weights(kept), strict=True)
-            names = {ours.removesuffix(".weight"): theirs.removeprefix("model.diffusion_model.").removesuffix(".weight")
-                     for ours, theirs in pairs}  # fmt: skip
+            names = {
+                ours.removesuffix(".weight"): theirs.removeprefix("model.diffusion_model.").removesuffix(".weight")
+                for ours, theirs in pairs
+            }
         file = save_kohya_lora(tmp_path / "kohya.safetensors", layers, 6.0, names)
     report = MergeReport()
     merged = merge(editor, MergeOptions(0.8), report, lora=file)
@@ -240,9 +238,15 @@ def test_settings_of_peft_count(tiny_editor: Path, tiny_base: Path, tmp_path: Pa
 
     unet = load_unet(tiny_base)
     unet.add_adapter(
-        LoraConfig(r=4, lora_alpha=2, target_modules=["to_q", "conv1"], rank_pattern={"conv1": 2},
-                   alpha_pattern={"mid_block.*to_q": 7.0}, use_rslora=True)
-    )  # fmt: skip
+        LoraConfig(
+            r=4,
+            lora_alpha=2,
+            target_modules=["to_q", "conv1"],
+            rank_pattern={"conv1": 2},
+            alpha_pattern={"mid_block.*to_q": 7.0},
+            use_rslora=True,
+        )
+    )
     for name, value in unet.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(value)

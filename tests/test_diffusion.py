@@ -14,7 +14,7 @@ from diffusers import (
 )
 
 from utils.errors import InputError
-from utils.network.diffusion import (
+from utils.models.noise_schedules import (
     ObjectiveOptions,
     make_noise_schedule,
     make_published_scheduler,
@@ -27,9 +27,13 @@ from utils.network.diffusion import (
 
 # As Stable Diffusion 1.x and 2.x publish it.
 PUBLISHED = dict(
-    beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000,
-    steps_offset=1, set_alpha_to_one=False,
-)  # fmt: skip
+    beta_start=0.00085,
+    beta_end=0.012,
+    beta_schedule="scaled_linear",
+    num_train_timesteps=1000,
+    steps_offset=1,
+    set_alpha_to_one=False,
+)
 ZERO_SNR = ObjectiveOptions(prediction_type="v_prediction", rescale_betas_zero_snr=True)
 
 

@@ -16,11 +16,11 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from utils.edit.editing import edit_images, edit_pixels, fit_image, native_resolution, size_multiple
-from utils.edit.encodings import Encodings
+from utils.editing.edit_images import edit_images, edit_pixels, fit_image, native_resolution, size_multiple
+from utils.editing.encodings import Encodings
+from utils.editing.loading import load_editor
 from utils.errors import InputError
-from utils.network.conditioning import PromptEncoder
-from utils.network.loading import load_editor
+from utils.models.conditioning import PromptEncoder
 
 TRAILING = dict(timestep_spacing="trailing")
 SCHEDULERS = {
@@ -258,8 +258,15 @@ def test_under_autocast_with_frozen_parts_in_half_precision(tiny_editor: Path, p
 def make_safety_checker(liked: Image.Image, disliked: Image.Image):
     """A real safety checker of random weights, and its processor, that objects to pictures like `disliked` alone."""
     torch.manual_seed(0)
-    vision = dict(hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2, image_size=30,
-                  patch_size=3, projection_dim=64)  # fmt: skip
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=37,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        image_size=30,
+        patch_size=3,
+        projection_dim=64,
+    )
     checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=64)).eval()
     processor = CLIPImageProcessor(size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30})
     with torch.no_grad():

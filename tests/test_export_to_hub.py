@@ -22,7 +22,7 @@ from data_preparation.export_to_hub import main
 from data_preparation.exporting.licensing import decide
 from data_preparation.exporting.scrubbing import scrub, scrub_json, scrub_text
 from data_preparation.exporting.splitting import LEFT_OUT, Keys, assign
-from data_preparation.making.rows import make_pair, pair_features
+from data_preparation.generation.pair_rows import make_pair, pair_features
 from tests.hub_server import Hub, Refused
 from tests.pairs import make_dataset, make_image, make_rows, write_image_folder
 from utils.errors import InputError
@@ -44,10 +44,15 @@ def make_set(folder: Path, num_rows: int = 60, num_sources: int = 20, group: int
         pixels = np.asarray(make_image(source, (24, 32)))
         task = list(PROMPTS)[index % 2]
         values = dict(
-            task=task, phrasing="heldout" if index % 10 == 9 else "train", source=f"photo {source}.jpg",
-            source_dataset="someone/photos", source_license="cc-by-4.0", seed=index,
-            settings={"gain": index / 10, "kind": "soft"}, scores={"clip_sim_dir": index / 100},
-        )  # fmt: skip
+            task=task,
+            phrasing="heldout" if index % 10 == 9 else "train",
+            source=f"photo {source}.jpg",
+            source_dataset="someone/photos",
+            source_license="cc-by-4.0",
+            seed=index,
+            settings={"gain": index / 10, "kind": "soft"},
+            scores={"clip_sim_dir": index / 100},
+        )
         values |= {name: value(index) for name, value in changes.items()}
         rows.append(make_pair(pixels, PROMPTS[task], 255 - pixels if index % 2 else pixels // 2, **values))
     (folder / "data").mkdir(parents=True)
@@ -178,8 +183,12 @@ def test_other_datasets_of_pairs(kind: str, tmp_path: Path):
         lines = [dict(zip(paths, row, strict=True)) for row in zip(*paths.values(), strict=True)]
         (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
     elif kind == "known":
-        rows = {"input_image": rows["original_image"], "edit_prompt": rows["edit_prompt"], "extra": list(range(12)),
-                "edited_image": rows["edited_image"]}  # fmt: skip
+        rows = {
+            "input_image": rows["original_image"],
+            "edit_prompt": rows["edit_prompt"],
+            "extra": list(range(12)),
+            "edited_image": rows["edited_image"],
+        }
         make_dataset(rows, "input_image").save_to_disk(str(folder))
     elif kind == "saved":
         make_dataset(rows).save_to_disk(str(folder))
@@ -277,18 +286,28 @@ def test_another_export_is_replaced_only_when_asked(pairs: Path, capsys):
 @pytest.mark.parametrize(
     ("carried", "source", "is_allowed"),
     [
-        ("mit", "cc0-1.0", True), ("mit", "Public domain", True), ("mit", "apache-2.0", True),
+        ("mit", "cc0-1.0", True),
+        ("mit", "Public domain", True),
+        ("mit", "apache-2.0", True),
         ("mit", "cc-by-4.0", True),
-        ("cc0-1.0", "cc-by-4.0", False), ("mit", "cc-by-nc-4.0", False), ("cc-by-4.0", "cc-by-nc-4.0", False),
-        ("cc-by-nc-4.0", "cc-by-nc-4.0", True), ("cc-by-nc-4.0", "cc-by-4.0", True), ("mit", "cc-by-sa-4.0", False),
-        ("cc-by-sa-4.0", "cc-by-sa-3.0", True), ("cc-by-nc-sa-4.0", "cc-by-sa-4.0", False),
-        ("cc-by-sa-4.0", "gpl-3.0", False), ("mit", "CC BY-NC-ND 4.0", False),
+        ("cc0-1.0", "cc-by-4.0", False),
+        ("mit", "cc-by-nc-4.0", False),
+        ("cc-by-4.0", "cc-by-nc-4.0", False),
+        ("cc-by-nc-4.0", "cc-by-nc-4.0", True),
+        ("cc-by-nc-4.0", "cc-by-4.0", True),
+        ("mit", "cc-by-sa-4.0", False),
+        ("cc-by-sa-4.0", "cc-by-sa-3.0", True),
+        ("cc-by-nc-sa-4.0", "cc-by-sa-4.0", False),
+        ("cc-by-sa-4.0", "gpl-3.0", False),
+        ("mit", "CC BY-NC-ND 4.0", False),
         ("cc-by-nc-4.0", "cc-by-nc-nd-4.0", False),
-        ("mit", "creativeml-openrail-m", False), ("openrail", "creativeml-openrail-m", True),
-        ("cc-by-4.0", "some research licence", False), ("cc-by-nc-4.0", "some research licence", True),
+        ("mit", "creativeml-openrail-m", False),
+        ("openrail", "creativeml-openrail-m", True),
+        ("cc-by-4.0", "some research licence", False),
+        ("cc-by-nc-4.0", "some research licence", True),
         ("mit", "nobody knows", True),
     ],
-)  # fmt: skip
+)
 def test_what_a_licence_may_not_drop(carried: str, source: str, is_allowed: bool):
     problems = problems_of_carrying(carried, [Licence("someone/photos", source, ())])
     assert bool(problems) != is_allowed
@@ -298,11 +317,15 @@ def test_what_a_licence_may_not_drop(carried: str, source: str, is_allowed: bool
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (["mit", "cc-by-nc-4.0", "cc0-1.0"], "cc-by-nc-4.0"), (["cc-by-4.0", "cc-by-sa-4.0"], "cc-by-sa-4.0"),
-        (["cc-by-nc-4.0", "cc-by-sa-4.0"], None), (["cc-by-nc-4.0", "creativeml-openrail-m"], None),
-        (["Public domain"], "cc0-1.0"), (["unheard of"], None), (["cc by 4.0", "cc-by-nc-sa-4.0"], "cc-by-nc-sa-4.0"),
+        (["mit", "cc-by-nc-4.0", "cc0-1.0"], "cc-by-nc-4.0"),
+        (["cc-by-4.0", "cc-by-sa-4.0"], "cc-by-sa-4.0"),
+        (["cc-by-nc-4.0", "cc-by-sa-4.0"], None),
+        (["cc-by-nc-4.0", "creativeml-openrail-m"], None),
+        (["Public domain"], "cc0-1.0"),
+        (["unheard of"], None),
+        (["cc by 4.0", "cc-by-nc-sa-4.0"], "cc-by-nc-sa-4.0"),
     ],
-)  # fmt: skip
+)
 def test_strictest(names: list[str], expected: str | None):
     assert strictest([Licence(name, name, ()) for name in names]) == expected
 
@@ -327,7 +350,7 @@ def test_names_of_licences():
         (None, ["--accept_unknown_license"], ["no source has a known licence", "--license"]),
         ("cc-by-4.0", ["--license=my-own"], ["--license my-own", "cc-by-nc-4.0", "other"]),
     ],
-)  # fmt: skip
+)
 def test_a_licence_that_permits_too_much_is_refused(licence, flags, words, tmp_path: Path, capsys):
     pairs = make_set(tmp_path / "pairs", source_license=lambda row: licence)
     message = refused(capsys, pairs, "--no_push", *flags)
@@ -344,7 +367,7 @@ def test_a_licence_that_permits_too_much_is_refused(licence, flags, words, tmp_p
         (None, ["--license=mit", "--accept_unknown_license"], {"license": "mit"}),
         (None, ["--license=other"], {"license": "other", "license_name": "see-each-row"}),
     ],
-)  # fmt: skip
+)
 def test_what_the_card_says_of_the_licence(licence, flags, fields, tmp_path: Path):
     pairs = make_set(tmp_path / "pairs", 30, source_license=lambda row: licence)
     front, text = read_card(run(pairs, "--no_push", *flags))
@@ -392,9 +415,15 @@ def test_the_card_tells_what_the_rows_say(tmp_path: Path):
     numbers = (np.mean(scores), min(scores), *np.percentile(scores, (5, 50, 95)))
     assert f"| {count} | " + " | ".join(f"{number:.3f}" for number in numbers) in text
     for words in (
-        "| identical | 3 |", "invert \\| the colours", "| `some/base` | `abc123` |", "darker | gain | 0.1 to",
-        'load_dataset("user/my-pairs"', "--dataset_name=user/my-pairs", "| dataset_id | `photos` |", "assets/grid.jpg",
-    ):  # fmt: skip
+        "| identical | 3 |",
+        "invert \\| the colours",
+        "| `some/base` | `abc123` |",
+        "darker | gain | 0.1 to",
+        'load_dataset("user/my-pairs"',
+        "--dataset_name=user/my-pairs",
+        "| dataset_id | `photos` |",
+        "assets/grid.jpg",
+    ):
         assert words in text, words
     with Image.open(export / "assets" / "grid.jpg") as grid:
         assert grid.width > 900 and grid.height > 700
@@ -403,11 +432,13 @@ def test_the_card_tells_what_the_rows_say(tmp_path: Path):
 def test_nothing_private_gets_out(tmp_path: Path):
     """Paths of this machine, its user and tokens: neither in the card, nor in a row, nor in the record."""
     pairs = make_set(
-        tmp_path / "pairs", source=lambda row: f"/home/anna/photos/{row % 20}.jpg", source_license=lambda row: "mit",
+        tmp_path / "pairs",
+        source=lambda row: f"/home/anna/photos/{row % 20}.jpg",
+        source_license=lambda row: "mit",
         source_dataset=lambda row: "/home/anna/photos",
         settings=lambda row: {"file": "C:\\Users\\anna\\lut.cube", "n": row},
         models=lambda row: [{"id": "/home/anna/models/editor", "revision": SECRET}],
-    )  # fmt: skip
+    )
     for content in files_of(run(pairs, "--no_push", "--license=mit", "--accept_unknown_license")).values():
         assert not [word for word in (b"anna", SECRET.encode(), str(tmp_path).encode()) if word in content]
 
@@ -415,11 +446,18 @@ def test_nothing_private_gets_out(tmp_path: Path):
 @pytest.mark.parametrize(
     ("text", "clean"),
     [
-        ("/home/anna/a b.jpg", "a b.jpg"), ("~/x/y.png", "y.png"), ("photos/1.jpg", "photos/1.jpg"), ("a/b", "a/b"),
-        ("file:///srv/x/y", "y"), ("https://site.org/a/b.jpg", "https://site.org/a/b.jpg"), ("and/or", "and/or"),
-        ("C:\\Users\\anna\\a.png", "a.png"), ("read from /srv/data/x.csv, then", "read from x.csv, then"), ("", ""),
+        ("/home/anna/a b.jpg", "a b.jpg"),
+        ("~/x/y.png", "y.png"),
+        ("photos/1.jpg", "photos/1.jpg"),
+        ("a/b", "a/b"),
+        ("file:///srv/x/y", "y"),
+        ("https://site.org/a/b.jpg", "https://site.org/a/b.jpg"),
+        ("and/or", "and/or"),
+        ("C:\\Users\\anna\\a.png", "a.png"),
+        ("read from /srv/data/x.csv, then", "read from x.csv, then"),
+        ("", ""),
     ],
-)  # fmt: skip
+)
 def test_scrubbing(text: str, clean: str):
     assert scrub_text(text) == clean
     assert scrub({"a": [text], "my_token": "x"}) == {"a": [clean], "my_token": "HIDDEN"}
@@ -432,14 +470,18 @@ def test_scrubbing(text: str, clean: str):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--split=80,10"], ["--split 80,10", "sum to 100"]), (["--split=0,50,50"], ["nothing to train on"]),
-        (["--max_shard_size=big"], ["--max_shard_size big", "500MB"]), (["--seed=-1"], ["--seed -1"]),
-        (["--num_workers=-2"], ["--num_workers -2"]), (["--language=english please"], ["--language"]),
-        (["--private"], ["--private", "--no_push"]), (["--repo_id=a/b/c"], ["--repo_id a/b/c", "owner/name"]),
+        (["--split=80,10"], ["--split 80,10", "sum to 100"]),
+        (["--split=0,50,50"], ["nothing to train on"]),
+        (["--max_shard_size=big"], ["--max_shard_size big", "500MB"]),
+        (["--seed=-1"], ["--seed -1"]),
+        (["--num_workers=-2"], ["--num_workers -2"]),
+        (["--language=english please"], ["--language"]),
+        (["--private"], ["--private", "--no_push"]),
+        (["--repo_id=a/b/c"], ["--repo_id a/b/c", "owner/name"]),
         (["--data_root=nowhere"], ["--data_root nowhere", "no such folder"]),
         (["--split=1", "--seed=-1", "--max_shard_size=1"], ["--split 1", "--seed -1", "--max_shard_size 1"]),
     ],
-)  # fmt: skip
+)
 def test_wrong_flags_are_told_together(flags, words, pairs: Path, capsys):
     message = refused(capsys, pairs, "--no_push", *flags)
     assert all(word in message for word in words), message
@@ -506,8 +548,17 @@ def load_back(hub: Hub, tmp_path: Path, repo_id: str) -> dict[str, list[dict]]:
 def test_a_private_dataset_by_the_script_and_back_by_load_dataset(xet: bool, hub: Hub, pairs: Path, tmp_path: Path):
     """As a process, by the Hub's storage and by plain HTTP: rows come back to the byte, and the token is nowhere."""
     environment = hub.environment(tmp_path / "cache", token="write-token", xet=xet)
-    command = [sys.executable, SCRIPT, "--data_root", str(pairs), "--repo_id", "my-pairs", "--private",
-               "--max_shard_size=8KB", "--split=80,10,10"]  # fmt: skip
+    command = [
+        sys.executable,
+        SCRIPT,
+        "--data_root",
+        str(pairs),
+        "--repo_id",
+        "my-pairs",
+        "--private",
+        "--max_shard_size=8KB",
+        "--split=80,10,10",
+    ]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert f"published: {hub.url}/datasets/user/my-pairs" in result.stdout
@@ -529,7 +580,7 @@ def test_a_private_dataset_by_the_script_and_back_by_load_dataset(xet: bool, hub
         ("write-token", "other/pairs", [], ["belongs to user", "--repo_id under user or team"]),
         ("write-token", "user/public", ["--private"], ["--private was given", "public"]),
     ],
-)  # fmt: skip
+)
 def test_no_right_to_push_is_told_before_the_work(token, repo_id, flags, words, client: Hub, pairs: Path, capsys):
     huggingface_hub.HfApi(token="write-token").create_repo("user/public", repo_type="dataset")
     login = [f"--hub_token={token}"] if token else []
@@ -609,8 +660,7 @@ def test_a_second_version_takes_the_place_of_the_first(client: Hub, pairs: Path,
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("at", "count", "xet"),
-    [("/lfs/", 3, False), ("/xet/v1/shards", 1, True), ("/commit/", 2, True)],
+    ("at", "count", "xet"), [("/lfs/", 3, False), ("/xet/v1/shards", 1, True), ("/commit/", 2, True)]
 )
 def test_killed_while_uploading_the_same_command_goes_on(at, count, xet, hub: Hub, pairs: Path, tmp_path: Path):
     seen = []

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from data_preparation import generate_dataset
-from data_preparation.edits import EDITS, exact_results
 from data_preparation.instructions import read_phrasings
 from data_preparation.photographs import fit_picture, read_photograph
 from data_preparation.tasks.plan import LOW_LEVEL
+from data_preparation.toy_edits import EDITS, exact_results
 from tests.killing import rows_of, survive
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,8 +86,21 @@ def test_every_photograph_comes_up_once_before_one_comes_up_twice(tmp_path):
     sources = [row["source"] for row in rows]
     count = len(list(PHOTOS.glob("*.jpg")))
     assert len(set(sources[:count])) == count and sources[:count] != sorted(sources[:count])
-    assert len(generate(tmp_path / "one-each", "--task", "identity", "--split", "all", "--overwrite",
-                        "--max_num_samples", str(count))) == count  # fmt: skip
+    assert (
+        len(
+            generate(
+                tmp_path / "one-each",
+                "--task",
+                "identity",
+                "--split",
+                "all",
+                "--overwrite",
+                "--max_num_samples",
+                str(count),
+            )
+        )
+        == count
+    )
 
 
 def test_same_seed_same_rows_and_a_longer_set_begins_with_them(tmp_path):
@@ -107,7 +120,9 @@ def test_splits_share_no_photograph_and_phrasings_are_kept_apart(tmp_path):
     assert {split[row["source"]] for row in train} == {"train"}
     assert {split[row["source"]] for row in heldout} == {"heldout"}
     assert {row["phrasing"] for row in train} == {"train"} and {row["phrasing"] for row in heldout} == {
-        "train", "heldout"}  # fmt: skip
+        "train",
+        "heldout",
+    }
     for row in heldout:
         assert row["edit_prompt"] in read_phrasings(f"toy/{row['task']}", 3)[row["phrasing"] == "heldout"]
 
@@ -123,8 +138,17 @@ def test_photographs_may_lie_in_a_dataset(kind, tmp_path):
     else:
         (tmp_path / "photos").mkdir()
         rows.to_parquet(str(tmp_path / "photos/train.parquet"))
-    made = generate(tmp_path / "pairs", "--dataset_id", str(tmp_path / "photos"), "--max_num_samples", "2",
-                    "--task", "colorize", "--source_license", "cc-by-4.0")  # fmt: skip
+    made = generate(
+        tmp_path / "pairs",
+        "--dataset_id",
+        str(tmp_path / "photos"),
+        "--max_num_samples",
+        "2",
+        "--task",
+        "colorize",
+        "--source_license",
+        "cc-by-4.0",
+    )
     assert {row["source"] for row in made} == {"the cat", "the astronaut"}
     assert {row["source_license"] for row in made} == {"cc-by-4.0"}
     cat = next(row for row in made if row["source"] == "the cat")
@@ -134,10 +158,19 @@ def test_photographs_may_lie_in_a_dataset(kind, tmp_path):
 def test_the_view_is_kept_unless_a_crop_is_asked_for(tmp_path):
     Image.new("RGB", (300, 200), "red").save(tmp_path / "wide.png")
     shapes = {
-        crop: generate(tmp_path / crop, "--dataset_id", str(tmp_path / "wide.png").rsplit("/", 1)[0], "--crop", crop,
-                       "--max_num_samples", "1", "--resolution", "128")[0]["edited_image"].shape[:2]
+        crop: generate(
+            tmp_path / crop,
+            "--dataset_id",
+            str(tmp_path / "wide.png").rsplit("/", 1)[0],
+            "--crop",
+            crop,
+            "--max_num_samples",
+            "1",
+            "--resolution",
+            "128",
+        )[0]["edited_image"].shape[:2]
         for crop in ("none", "square")
-    }  # fmt: skip
+    }
     assert shapes == {"none": (128, 192), "square": (128, 128)}
 
 
@@ -189,11 +222,31 @@ def test_another_run_goes_on_or_is_refused(tmp_path, capsys):
 
 
 def test_all_mistakes_in_flags_are_told_at_once(tmp_path):
-    flags = ["--task", "paint", "sepia=-1", "--resolution", "65", "--max_num_samples", "0", "--seed", "-1",
-             "--teacher_range", "1", "--teacher", "onnx:nowhere.onnx"]  # fmt: skip
+    flags = [
+        "--task",
+        "paint",
+        "sepia=-1",
+        "--resolution",
+        "65",
+        "--max_num_samples",
+        "0",
+        "--seed",
+        "-1",
+        "--teacher_range",
+        "1",
+        "--teacher",
+        "onnx:nowhere.onnx",
+    ]
     message = refused(tmp_path / "pairs", *flags)
-    for part in ("--task paint: unknown", "--task sepia=-1", "--resolution 65", "--max_num_samples 0", "--seed -1",
-                 "--teacher_range 1", "there is no file nowhere.onnx"):  # fmt: skip
+    for part in (
+        "--task paint: unknown",
+        "--task sepia=-1",
+        "--resolution 65",
+        "--max_num_samples 0",
+        "--seed -1",
+        "--teacher_range 1",
+        "there is no file nowhere.onnx",
+    ):
         assert part in message
     assert "there is no folder" in refused(tmp_path / "pairs", "--task", "jpeg", photos=tmp_path / "nowhere")
 

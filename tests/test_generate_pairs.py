@@ -20,8 +20,8 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 
 from data_preparation.generate_pairs import main
-from data_preparation.making.inputs import Captions
-from data_preparation.making.rows import pair_features
+from data_preparation.generation.inputs import Captions
+from data_preparation.generation.pair_rows import pair_features
 from data_preparation.pairs.candidates import CaptionJob, Drawn, Kept, plan_batches, trim
 from data_preparation.pairs.clip_filter import find_fault, similarity_of
 from data_preparation.pairs.models import ModelChoice, load_clip, load_pipeline, resolve
@@ -61,11 +61,19 @@ def make_clip(folder: Path, side: int = 32) -> Path:
 def save_preprocessing(folder: Path, side: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     settings = dict(
-        image_processor_type="CLIPImageProcessor", size={"shortest_edge": side}, do_resize=True, do_rescale=True,
-        crop_size={"height": side, "width": side}, do_center_crop=True, do_normalize=True, do_convert_rgb=True,
-        resample=3, rescale_factor=1 / 255, image_mean=[0.48145466, 0.4578275, 0.40821073],
+        image_processor_type="CLIPImageProcessor",
+        size={"shortest_edge": side},
+        do_resize=True,
+        do_rescale=True,
+        crop_size={"height": side, "width": side},
+        do_center_crop=True,
+        do_normalize=True,
+        do_convert_rgb=True,
+        resample=3,
+        rescale_factor=1 / 255,
+        image_mean=[0.48145466, 0.4578275, 0.40821073],
         image_std=[0.26862954, 0.26130258, 0.27577711],
-    )  # fmt: skip
+    )
     (folder / "preprocessor_config.json").write_text(json.dumps(settings))
 
 
@@ -95,9 +103,12 @@ def captions(tmp_path_factory) -> Path:
 @pytest.fixture
 def flags(captions, clip, tiny_base, tmp_path) -> list[str]:
     return [
-        f"--prompts={captions}", f"--data_root={tmp_path / 'pairs'}", f"--model={tiny_base}", f"--clip_model={clip}",
+        f"--prompts={captions}",
+        f"--data_root={tmp_path / 'pairs'}",
+        f"--model={tiny_base}",
+        f"--clip_model={clip}",
         "--device=cpu",
-    ]  # fmt: skip
+    ]
 
 
 def read(root: Path) -> list[dict]:
@@ -117,8 +128,16 @@ def pixels(image: dict) -> np.ndarray:
 
 def test_fast_preset_on_the_toy(captions, clip, tmp_path, capsys):
     root = tmp_path / "pairs"
-    main([f"--prompts={captions}", f"--data_root={root}", f"--model={TOY}", f"--clip_model={clip}", "--device=cpu",
-          *NO_BOUNDS])  # fmt: skip
+    main(
+        [
+            f"--prompts={captions}",
+            f"--data_root={root}",
+            f"--model={TOY}",
+            f"--clip_model={clip}",
+            "--device=cpu",
+            *NO_BOUNDS,
+        ]
+    )
     rows = read(root)
     assert len(rows) == 4 * 4  # four captions, max_out_samples each: an early stop at the fourth candidate
     loaded = datasets.load_dataset(str(root / "data"), split="train", cache_dir=str(tmp_path / "cache"))
@@ -145,8 +164,19 @@ def test_fast_preset_on_the_toy(captions, clip, tmp_path, capsys):
 def test_ip2p_preset_on_the_toy(captions, clip, tmp_path, capsys):
     """The settings of the notes, but for one sample where they have a hundred."""
     root = tmp_path / "pairs"
-    main([f"--prompts={captions}", f"--data_root={root}", f"--model={TOY}", f"--clip_model={clip}", "--device=cpu",
-          "--preset=ip2p", "--num_samples=1", "--max_captions=1", *NO_BOUNDS])  # fmt: skip
+    main(
+        [
+            f"--prompts={captions}",
+            f"--data_root={root}",
+            f"--model={TOY}",
+            f"--clip_model={clip}",
+            "--device=cpu",
+            "--preset=ip2p",
+            "--num_samples=1",
+            "--max_captions=1",
+            *NO_BOUNDS,
+        ]
+    )
     (row,) = read(root)
     settings = json.loads(row["settings"])
     assert settings["steps"] == 100 and settings["candidates"] == 1
@@ -161,8 +191,19 @@ def test_fast_costs_a_hundredth_of_ip2p(captions, clip, tiny_base, tmp_path):
     each = {}
     for preset in PRESETS:
         root = tmp_path / preset
-        main([f"--prompts={captions}", f"--data_root={root}", f"--model={tiny_base}", f"--clip_model={clip}",
-              "--device=cpu", f"--preset={preset}", "--num_samples=1", "--max_captions=1", *NO_BOUNDS])  # fmt: skip
+        main(
+            [
+                f"--prompts={captions}",
+                f"--data_root={root}",
+                f"--model={tiny_base}",
+                f"--clip_model={clip}",
+                "--device=cpu",
+                f"--preset={preset}",
+                "--num_samples=1",
+                "--max_captions=1",
+                *NO_BOUNDS,
+            ]
+        )
         each[preset] = json.loads(read(root)[0]["settings"])["unet_rows"]
     whole = {preset: each[preset] * PRESETS[preset].num_samples for preset in PRESETS}
     print(f"UNet rows of a caption without an early stop: {whole}, {whole['ip2p'] / whole['fast']:.1f} times fewer")
@@ -173,8 +214,17 @@ def test_fast_costs_a_hundredth_of_ip2p(captions, clip, tiny_base, tmp_path):
 
 def test_every_candidate_is_counted(flags, tmp_path):
     """Kept, or under one reason; and the UNet's rows are those that it really evaluated."""
-    flags = [*flags, "--preset=fast", "--num_samples=6", "--max_out_samples=2", "--min_clip_image=none",
-             "--min_clip_dir=0.0", "--min_clip_text=none", "--max_clip_image=none", "--min_change=none"]  # fmt: skip
+    flags = [
+        *flags,
+        "--preset=fast",
+        "--num_samples=6",
+        "--max_out_samples=2",
+        "--min_clip_image=none",
+        "--min_clip_dir=0.0",
+        "--min_clip_text=none",
+        "--max_clip_image=none",
+        "--min_change=none",
+    ]
     main([*flags, "--no-early_stop"])
     rows, rejected = read(tmp_path / "pairs"), rejected_of(tmp_path / "pairs")
     assert count_candidates(len(rows), rejected) == 4 * 6
@@ -188,8 +238,16 @@ def test_an_early_stop_keeps_the_first_that_pass_whatever_the_batches(flags, tmp
     kept = []
     for batch_size in (1, 3, 50):
         root = tmp_path / f"batch{batch_size}"
-        main([*flags, f"--data_root={root}", f"--batch_size={batch_size}", "--max_out_samples=2", *NO_BOUNDS,
-              "--min_clip_dir=0.0"])  # fmt: skip
+        main(
+            [
+                *flags,
+                f"--data_root={root}",
+                f"--batch_size={batch_size}",
+                "--max_out_samples=2",
+                *NO_BOUNDS,
+                "--min_clip_dir=0.0",
+            ]
+        )
         rows = read(root)
         kept.append([(row["source"], row["seed"], json.loads(row["settings"])["sample"]) for row in rows])
         pictures = np.stack([pixels(row["edited_image"]) for row in rows]).astype(int)
@@ -217,8 +275,16 @@ def test_the_same_pairs_again_and_other_settings_refused(flags, tmp_path, capsys
 
 
 def test_sdxl(flags, tiny_sdxl, tmp_path):
-    main([*flags, f"--model={tiny_sdxl}", "--scheduler=euler_a", "--timestep_spacing=trailing", "--max_captions=1",
-          *NO_BOUNDS])  # fmt: skip
+    main(
+        [
+            *flags,
+            f"--model={tiny_sdxl}",
+            "--scheduler=euler_a",
+            "--timestep_spacing=trailing",
+            "--max_captions=1",
+            *NO_BOUNDS,
+        ]
+    )
     assert len(read(tmp_path / "pairs")) == 4
 
 
@@ -307,13 +373,27 @@ def photographs(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("original", ["real", "generated"])
 def test_pairs_from_photographs(flags, photographs, tmp_path, original):
-    rows = [{"caption": "a photo", "edit": "make it a sketch", "output": "a sketch", "file_name": name}
-            for name in ("cat.jpg", "meadow_1.jpg", "missing.jpg")]  # fmt: skip
+    rows = [
+        {"caption": "a photo", "edit": "make it a sketch", "output": "a sketch", "file_name": name}
+        for name in ("cat.jpg", "meadow_1.jpg", "missing.jpg")
+    ]
     prompts = tmp_path / "named.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    main([*flags, f"--prompts={prompts}", f"--init_images={photographs}", f"--original={original}", "--strength=0.5",
-          "--num_inference_steps=8", "--max_out_samples=1", "--image_format=png", "--model", str(TOY),
-          *NO_BOUNDS])  # fmt: skip
+    main(
+        [
+            *flags,
+            f"--prompts={prompts}",
+            f"--init_images={photographs}",
+            f"--original={original}",
+            "--strength=0.5",
+            "--num_inference_steps=8",
+            "--max_out_samples=1",
+            "--image_format=png",
+            "--model",
+            str(TOY),
+            *NO_BOUNDS,
+        ]
+    )
     made = read(tmp_path / "pairs")
     assert [row["source"] for row in made] == ["cat.jpg", "meadow_1.jpg"]
     assert rejected_of(tmp_path / "pairs")["caption: its photograph is not in --init_images"] == 1
@@ -331,12 +411,24 @@ def test_pairs_from_photographs(flags, photographs, tmp_path, original):
 
 def test_pairs_from_the_images_of_the_captions_own_rows(flags, tmp_path, photographs):
     paths = sorted(str(path) for path in photographs.iterdir())
-    rows = {"photo": paths, "caption": ["a cat", "a meadow"], "edit": ["make it night"] * 2,
-            "output": ["a cat at night", "a meadow at night"]}  # fmt: skip
+    rows = {
+        "photo": paths,
+        "caption": ["a cat", "a meadow"],
+        "edit": ["make it night"] * 2,
+        "output": ["a cat at night", "a meadow at night"],
+    }
     saved = datasets.Dataset.from_dict(rows).cast_column("photo", datasets.Image())
     saved.save_to_disk(str(tmp_path / "saved"))
-    main([*flags, f"--prompts={tmp_path / 'saved'}", f"--init_images={tmp_path / 'saved'}", "--num_inference_steps=8",
-          "--max_out_samples=1", *NO_BOUNDS])  # fmt: skip
+    main(
+        [
+            *flags,
+            f"--prompts={tmp_path / 'saved'}",
+            f"--init_images={tmp_path / 'saved'}",
+            "--num_inference_steps=8",
+            "--max_out_samples=1",
+            *NO_BOUNDS,
+        ]
+    )
     assert [row["original_prompt"] for row in read(tmp_path / "pairs")] == ["a cat", "a meadow"]
 
 
@@ -345,8 +437,9 @@ def safety_checker(tmp_path_factory) -> Path:
     """A real one of random weights, to which nothing is near enough; see `flag_everything`."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("checker") / "checker"
-    vision = CLIPVisionConfig(hidden_size=32, intermediate_size=37, num_hidden_layers=1, num_attention_heads=4,
-                              image_size=32, patch_size=8)  # fmt: skip
+    vision = CLIPVisionConfig(
+        hidden_size=32, intermediate_size=37, num_hidden_layers=1, num_attention_heads=4, image_size=32, patch_size=8
+    )
     StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision.to_dict(), projection_dim=16)).save_pretrained(folder)
     save_preprocessing(folder, 32)
     return folder
@@ -386,8 +479,10 @@ def test_the_models_own_safety_checker(flags, safety_checker, tiny_base, tmp_pat
 
 def test_image_check(flags, tmp_path, capsys):
     file = tmp_path / "check.py"
-    file.write_text("def bright(images):\n    return [image.mean() > 0 for image in images]\n"
-                    "def short(images):\n    return [False]\n")  # fmt: skip
+    file.write_text(
+        "def bright(images):\n    return [image.mean() > 0 for image in images]\n"
+        "def short(images):\n    return [False]\n"
+    )
     flags = [*flags, *NO_BOUNDS, "--max_captions=1", "--num_samples=2"]
     with pytest.raises(SystemExit):
         main([*flags, f"--image_check=python:{file}:bright"])
@@ -429,15 +524,45 @@ def test_lora_and_vae(tiny_base, tmp_path):
 
 def test_mistakes_are_told_together(capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped:
-        main([f"--data_root={tmp_path}", "--prompts=x", "--num_inference_steps=1", "--guidance_range", "0", "3",
-              "--share_steps", "1", "9", "--share_range", "0.1", "0.9", "--batch_size=0", "--strength=0.5",
-              "--max_clip_text=7", "--original=real", "--image_check=check.py", "--seed=-1",
-              "--safety_checker=x", "--no_safety_checker"])  # fmt: skip
+        main(
+            [
+                f"--data_root={tmp_path}",
+                "--prompts=x",
+                "--num_inference_steps=1",
+                "--guidance_range",
+                "0",
+                "3",
+                "--share_steps",
+                "1",
+                "9",
+                "--share_range",
+                "0.1",
+                "0.9",
+                "--batch_size=0",
+                "--strength=0.5",
+                "--max_clip_text=7",
+                "--original=real",
+                "--image_check=check.py",
+                "--seed=-1",
+                "--safety_checker=x",
+                "--no_safety_checker",
+            ]
+        )
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and message.startswith("error: several things need mending")
-    for flag in ("num_inference_steps 1", "guidance_range 0.0 3.0", "share_steps 1 9", "batch_size 0", "strength",
-                 "max_clip_text 7", "original real", "image_check check.py", "seed -1", "safety_checker and",
-                 "share_range and"):  # fmt: skip
+    for flag in (
+        "num_inference_steps 1",
+        "guidance_range 0.0 3.0",
+        "share_steps 1 9",
+        "batch_size 0",
+        "strength",
+        "max_clip_text 7",
+        "original real",
+        "image_check check.py",
+        "seed -1",
+        "safety_checker and",
+        "share_range and",
+    ):
         assert f"--{flag}" in message, flag
 
 

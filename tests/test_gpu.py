@@ -17,7 +17,7 @@ import train_instruct_pix2pix
 import train_instruct_pix2pix_sdxl
 from tests.pairs import make_image, save_pairs
 from tests.runs import WEIGHTS, training_flags, weights_of
-from utils.train.objective import Objective
+from utils.training.objective import Objective
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 TRAIN = train_instruct_pix2pix.main
@@ -31,16 +31,21 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--mixed_precision=fp16",), ("--mixed_precision=fp16", "--use_ema", "--gradient_checkpointing"),
-        ("--mixed_precision=bf16",), ("--allow_tf32",), ("--use_8bit_adam",), ("--cache_latents", "--center_crop"),
+        ("--mixed_precision=fp16",),
+        ("--mixed_precision=fp16", "--use_ema", "--gradient_checkpointing"),
+        ("--mixed_precision=bf16",),
+        ("--allow_tf32",),
+        ("--use_8bit_adam",),
+        ("--cache_latents", "--center_crop"),
         ("--mixed_precision=fp16", "--enable_xformers_memory_efficient_attention"),
-        ("--optimizer=paged_adamw8bit",), ("--use_ema", "--ema_device=cpu"),
+        ("--optimizer=paged_adamw8bit",),
+        ("--use_ema", "--ema_device=cpu"),
         ("--mixed_precision=bf16", "--weights_dtype=bf16", "--use_ema", "--ema_device=cpu", "--optimizer=adamw8bit"),
         ("--mixed_precision=bf16", "--weights_dtype=bf16", "--fused_backward", "--max_grad_norm=0"),
         ("--optimizer=adafactor", "--fused_backward", "--max_grad_norm=0"),
     ],
     ids=lambda flags: " ".join(flags),
-)  # fmt: skip
+)
 def test_features_train_and_the_result_loads(tiny_base, pairs, tmp_path, flags):
     if any("xformers" in flag for flag in flags) and not importlib.util.find_spec("xformers"):
         pytest.skip("xformers is not installed")
@@ -60,17 +65,23 @@ def test_features_train_and_the_result_loads(tiny_base, pairs, tmp_path, flags):
 @pytest.mark.parametrize(
     "flags",
     [
-        (), ("--lora_rank=4", "--merge_adapter"),
+        (),
+        ("--lora_rank=4", "--merge_adapter"),
         ("--lora_rank=4", "--merge_adapter", "--quantize_base=nf4", "--use_dora"),
         ("--lora_rank=4", "--merge_adapter", "--quantize_base=int8", "--lora_target=all"),
     ],
     ids=lambda flags: " ".join(flags),
-)  # fmt: skip
+)
 def test_sdxl_and_adapters_in_half_precision(tiny_sdxl, pairs, tmp_path, flags, precision, monkeypatch):
     """Trained, validated and published; the text encoders have left the GPU before the first step."""
     devices, call = set(), Objective.__call__
-    monkeypatch.setattr(Objective, "__call__", lambda self, *inputs: devices.update(
-        encoder.device.type for encoder in self.encode_prompts.text_encoders) or call(self, *inputs))  # fmt: skip
+    monkeypatch.setattr(
+        Objective,
+        "__call__",
+        lambda self, *inputs: (
+            devices.update(encoder.device.type for encoder in self.encode_prompts.text_encoders) or call(self, *inputs)
+        ),
+    )
     picture = tmp_path / "picture.png"
     make_image(3).save(picture)
     validation = (f"--val_image_url_or_path={picture}", "--validation_prompt=red", "--num_validation_images=1")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from utils.edit.guidance import BRANCHES, batch_coefficients, branch_coefficients, combine
+from utils.editing.guidance import BRANCHES, batch_coefficients, branch_coefficients, combine
 
 SETTINGS = [(7.5, 1.5), (7.5, 1.0), (1.5, 1.5), (1.0, 1.0), (1.0, 1.5), (0.0, 1.5), (5.0, 0.5), (0.0, 0.0), (0.0, 1.0)]
 

@@ -13,9 +13,9 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from utils.edit.editing import edit_pixels
-from utils.edit.guidance import branch_coefficients, coefficients_of_steps
-from utils.edit.schedulers import SCHEDULERS, choose_scheduler
+from utils.editing.edit_images import edit_pixels
+from utils.editing.guidance import branch_coefficients, coefficients_of_steps
+from utils.editing.schedulers import SCHEDULERS, choose_scheduler
 from utils.errors import InputError
 
 FEW_STEPS = {

@@ -17,7 +17,8 @@ from PIL import Image
 from tests.hub_server import Hub, Refused, hub_server
 from utils.errors import InputError
 from utils.hub import check_push_rights, files_to_publish, redact, upload, upload_command
-from utils.train.card import ModelFacts, find_license, write_card
+from utils.licences import find_license
+from utils.training.card import ModelFacts, write_card
 
 SECRET = "hf_" + "q" * 34
 
@@ -54,10 +55,19 @@ def trained(tiny_editor: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "my editor"
     shutil.copytree(tiny_editor, folder)
     kept_back = (
-        "checkpoint-5/optimizer.bin", "checkpoint-5/unet/weights.safetensors", "checkpoint-6.tmp-1/half.bin",
-        "logs/events.out.tfevents.1", "tracker/events.out.tfevents.2", "wandb/run/x.json", "trackio/x.db",
-        "latent-cache/0.safetensors", ".cache/x", "unet/.lock", "run.log", "validation/x.tmp",
-    )  # fmt: skip
+        "checkpoint-5/optimizer.bin",
+        "checkpoint-5/unet/weights.safetensors",
+        "checkpoint-6.tmp-1/half.bin",
+        "logs/events.out.tfevents.1",
+        "tracker/events.out.tfevents.2",
+        "wandb/run/x.json",
+        "trackio/x.db",
+        "latent-cache/0.safetensors",
+        ".cache/x",
+        "unet/.lock",
+        "run.log",
+        "validation/x.tmp",
+    )
     for name in kept_back:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -72,11 +82,17 @@ def trained(tiny_editor: Path, tmp_path: Path) -> Path:
 def facts(repo_id: str | None = None, **changes) -> ModelFacts:
     command = ["accelerate", "launch", "train.py", "--hub_token", "other-secret", f"--hub_token={SECRET}", "--seed=1"]
     values = dict(
-        base_model="someone/base", command=command, repo_id=repo_id, datasets=["someone/pairs", "/data/our pairs"],
-        hyperparameters={"learning_rate": 5e-5, "note": "a|b", "hub_token": SECRET}, results={"held-out loss": 0.25},
-        widget=[("validation/input.png", 'make it "sepia": now')], samples=["validation/step-5.png"],
-        curve="training_curve.png", resolution=32,
-    )  # fmt: skip
+        base_model="someone/base",
+        command=command,
+        repo_id=repo_id,
+        datasets=["someone/pairs", "/data/our pairs"],
+        hyperparameters={"learning_rate": 5e-5, "note": "a|b", "hub_token": SECRET},
+        results={"held-out loss": 0.25},
+        widget=[("validation/input.png", 'make it "sepia": now')],
+        samples=["validation/step-5.png"],
+        curve="training_curve.png",
+        resolution=32,
+    )
     return ModelFacts(**{**values, **changes})
 
 
@@ -266,10 +282,18 @@ def test_card_has_every_field(trained: Path):
     assert data["model-index"][0]["results"][0]["metrics"][0]["value"] == 0.25
     text = (trained / "README.md").read_text("utf-8")
     wanted = (
-        "fill in `license`", "accelerate launch train.py --hub_token HIDDEN --hub_token=HIDDEN --seed=1",
-        "](training_curve.png)", "](validation/step-5.png)", "| learning_rate | 5e-05 |", "| note | a\\|b |",
-        "`our pairs`", "v_prediction", "rescale_betas_zero_snr=True", "Limitations and bias", "from_pretrained(model",
-    )  # fmt: skip
+        "fill in `license`",
+        "accelerate launch train.py --hub_token HIDDEN --hub_token=HIDDEN --seed=1",
+        "](training_curve.png)",
+        "](validation/step-5.png)",
+        "| learning_rate | 5e-05 |",
+        "| note | a\\|b |",
+        "`our pairs`",
+        "v_prediction",
+        "rescale_betas_zero_snr=True",
+        "Limitations and bias",
+        "from_pretrained(model",
+    )
     assert not [words for words in wanted if words not in text]
     assert SECRET not in text and "other-secret" not in text and "/data/" not in text
     assert not (trained / ".README.md").exists()

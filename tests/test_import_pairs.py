@@ -23,15 +23,15 @@ from PIL import Image
 
 import train_instruct_pix2pix
 from data_preparation import import_pairs
+from data_preparation.generation.pair_rows import pair_features
 from data_preparation.importing.pairs import as_cartoonized, cartoonized_size
 from data_preparation.instructions import read_phrasings
-from data_preparation.making.rows import pair_features
 from tests.hub_server import hub_server
 from tests.pairs import encode, make_image, make_rows
 from tests.runs import ENVIRONMENT, REPOSITORY, training_flags
-from utils.dataset.data import check_first_rows
-from utils.dataset.geometry import Geometry
-from utils.dataset.sources import open_source
+from utils.data.batches import check_first_rows
+from utils.data.geometry import Geometry
+from utils.data.sources import open_source
 
 SCRIPT = "data_preparation/import_pairs.py"
 IMAGE, TEXT, NULL = datasets.Image(), datasets.Value("string"), datasets.Value("null")
@@ -105,12 +105,20 @@ def stored(*contents: bytes | None) -> list[dict | None]:
 
 def test_two_folders_become_pairs_that_train(tmp_path, tiny_base, capsys):
     source = two_folders(tmp_path / "pictures")
-    write(source, {
-        "original/alone.png": picture(9), "edited/other.png": picture(9), "original/sub/deep.png": picture(7),
-        "edited/sub/deep.webp": picture(8, "WEBP"), "original/cut.jpg": picture(1, "JPEG")[:150],
-        "edited/cut.jpg": picture(1, "JPEG"), "original/wide.png": picture(1, size=(40, 80)),
-        "edited/wide.png": picture(1), "README.md": "---\nlicense: cc-by-4.0\n---\n",
-    })  # fmt: skip
+    write(
+        source,
+        {
+            "original/alone.png": picture(9),
+            "edited/other.png": picture(9),
+            "original/sub/deep.png": picture(7),
+            "edited/sub/deep.webp": picture(8, "WEBP"),
+            "original/cut.jpg": picture(1, "JPEG")[:150],
+            "edited/cut.jpg": picture(1, "JPEG"),
+            "original/wide.png": picture(1, size=(40, 80)),
+            "edited/wide.png": picture(1),
+            "README.md": "---\nlicense: cc-by-4.0\n---\n",
+        },
+    )
     rows = run(source, tmp_path / "pairs", "--edit_prompt", "Paint it.", " Draw it. ")
     assert [row["source"] for row in rows] == ["000.jpg", "001.jpg", "002.jpg", "sub/deep.png"]
     assert rows[0]["original_image"] == picture(0, "JPEG") and rows[3]["edited_image"] == picture(8, "WEBP")
@@ -133,10 +141,13 @@ def test_two_folders_become_pairs_that_train(tmp_path, tiny_base, capsys):
     [
         ("prompts.txt", "000\tzero\n001.jpg\tone\n001.jpg\tuno\n\n002\ttwo\n"),
         ("prompts.csv", 'file_name,instruction\n000.jpg,zero\noriginal/001.jpg,one\n001.jpg,uno\n002,"two"\n'),
-        ("prompts.jsonl", '{"name": "000", "prompt": "zero"}\n{"name": "001", "prompt": ["one", "uno"]}\n'
-         '{"name": "002.jpg", "prompt": "two"}\n'),
+        (
+            "prompts.jsonl",
+            '{"name": "000", "prompt": "zero"}\n{"name": "001", "prompt": ["one", "uno"]}\n'
+            '{"name": "002.jpg", "prompt": "two"}\n',
+        ),
     ],
-)  # fmt: skip
+)
 def test_prompts_come_from_a_file(name, content, tmp_path):
     source = write(two_folders(tmp_path / "pictures"), {name: content})
     rows = run(source, tmp_path / "pairs", "--all_prompts")
@@ -174,11 +185,15 @@ def test_what_not_every_program_shows_alike_is_stored_anew(tmp_path):
     alpha = make_image(2).convert("RGBA")
     alpha.putalpha(0)
     files = {
-        "before/a.jpg": encode(photo, "JPEG", exif=turned), "after/a.png": picture(3), "before/b.png": encode(alpha),
-        "after/b.png": picture(4), "before/c.bmp": picture(5, "BMP"),
-        "after/c.jpg": encode(make_image(6).convert("L"), "JPEG"), "after/d.png": picture(8),
+        "before/a.jpg": encode(photo, "JPEG", exif=turned),
+        "after/a.png": picture(3),
+        "before/b.png": encode(alpha),
+        "after/b.png": picture(4),
+        "before/c.bmp": picture(5, "BMP"),
+        "after/c.jpg": encode(make_image(6).convert("L"), "JPEG"),
+        "after/d.png": picture(8),
         "before/d.jpg": encode(make_image(7).convert("CMYK"), "JPEG"),
-    }  # fmt: skip
+    }
     rows = run(write(tmp_path / "pictures", files), tmp_path / "pairs", "--edit_prompt", "Go.")
     assert [row["edited_image"] for row in rows] == [
         files[f"after/{name}"] for name in ("a.png", "b.png", "c.jpg", "d.png")
@@ -198,8 +213,10 @@ def seed_folders(folder: Path) -> Path:
     for index, key in enumerate(("input", "caption")):
         name, seeds = f"{index:07d}", (11, 22, 33)
         files[f"{name}/prompt.json"] = json.dumps({key: f"a cat {index}", "edit": "make it a dog", "output": "a dog"})
-        lines = [{"seed": seed, "clip_sim_dir": seed / 100, "clip_sim_0": 0.25, "cfg_scale": 7.5, "p2p_threshold": 0.5}
-                 for seed in seeds]  # fmt: skip
+        lines = [
+            {"seed": seed, "clip_sim_dir": seed / 100, "clip_sim_0": 0.25, "cfg_scale": 7.5, "p2p_threshold": 0.5}
+            for seed in seeds
+        ]
         files[f"{name}/metadata.jsonl"] = "".join(f"{json.dumps(line)}\n" for line in lines) + '{"seed": 4'
         for seed in seeds:
             files |= {f"{name}/{seed}_{side}.jpg": picture(seed + side, "JPEG") for side in (0, 1)}
@@ -240,10 +257,12 @@ def test_faults_in_the_reference_s_folders_are_counted(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("[[", "is not JSON"), ("{}", "must hold a list"), ("[]", "names no pair"),
+        ("[[", "is not JSON"),
+        ("{}", "must hold a list"),
+        ("[]", "names no pair"),
         ('[["a", [1]], ["b"], ["c", ["x"]], ["d", [-1]]]', "3 of 4 entries are not [folder, [seed, ...]]"),
     ],
-)  # fmt: skip
+)
 def test_a_broken_seeds_json_is_one_message(content, words, tmp_path, capsys):
     write(tmp_path / "seeds", {"seeds.json": content})
     assert words in refused(capsys, "--source", tmp_path / "seeds", "--data_root", tmp_path / "pairs")
@@ -255,14 +274,23 @@ def test_a_broken_seeds_json_is_one_message(content, words, tmp_path, capsys):
 
 def test_omni_edit_draws_one_of_its_prompts_or_takes_all(tmp_path):
     features = dict(
-        omni_edit_id=TEXT, task=TEXT, src_img=IMAGE, edited_img=IMAGE, edited_prompt_list=datasets.List(TEXT),
-        sc_score_1=datasets.Value("int64"), o_score=datasets.Value("float64"),
-    )  # fmt: skip
+        omni_edit_id=TEXT,
+        task=TEXT,
+        src_img=IMAGE,
+        edited_img=IMAGE,
+        edited_prompt_list=datasets.List(TEXT),
+        sc_score_1=datasets.Value("int64"),
+        o_score=datasets.Value("float64"),
+    )
     rows = dict(
-        omni_edit_id=["o1", "o2"], task=["removal", "style"], src_img=stored(picture(0), picture(1)),
-        edited_img=stored(picture(2), picture(3)), edited_prompt_list=[["a", "b", "", "a"], ["c"]],
-        sc_score_1=[9, 8], o_score=[8.123456, 7.0],
-    )  # fmt: skip
+        omni_edit_id=["o1", "o2"],
+        task=["removal", "style"],
+        src_img=stored(picture(0), picture(1)),
+        edited_img=stored(picture(2), picture(3)),
+        edited_prompt_list=[["a", "b", "", "a"], ["c"]],
+        sc_score_1=[9, 8],
+        o_score=[8.123456, 7.0],
+    )
     source = save_published(tmp_path / "omni", features, rows)
     every = run(source, tmp_path / "all", "--all_prompts")
     assert [row["edit_prompt"] for row in every] == ["a", "b", "c"]
@@ -276,9 +304,13 @@ def test_omni_edit_draws_one_of_its_prompts_or_takes_all(tmp_path):
 def test_hq_edit_gives_inverse_pairs(tmp_path, capsys):
     features = dict(input=TEXT, input_image=IMAGE, edit=TEXT, inverse_edit=TEXT, output=TEXT, output_image=IMAGE)
     rows = dict(
-        input=["a cat", "a"], edit=["to dog", "x"], inverse_edit=["to cat", None], output=["a dog", "b"],
-        input_image=stored(picture(0), picture(1)), output_image=stored(picture(2), picture(3)),
-    )  # fmt: skip
+        input=["a cat", "a"],
+        edit=["to dog", "x"],
+        inverse_edit=["to cat", None],
+        output=["a dog", "b"],
+        input_image=stored(picture(0), picture(1)),
+        output_image=stored(picture(2), picture(3)),
+    )
     source = save_published(tmp_path / "HQ-Edit", features, rows)
     plain = run(source, tmp_path / "plain")
     assert [(row["edit_prompt"], row["original_prompt"]) for row in plain] == [("to dog", "a cat"), ("x", "a")]
@@ -292,13 +324,24 @@ def test_hq_edit_gives_inverse_pairs(tmp_path, capsys):
 
 
 def test_any_edit_drops_rows_that_need_a_second_picture(tmp_path, capsys):
-    features = dict(edit_type=TEXT, edit_instruction=TEXT, visual_input=IMAGE, image_file=IMAGE, edited_file=IMAGE,
-                    input=TEXT, output=TEXT)  # fmt: skip
+    features = dict(
+        edit_type=TEXT,
+        edit_instruction=TEXT,
+        visual_input=IMAGE,
+        image_file=IMAGE,
+        edited_file=IMAGE,
+        input=TEXT,
+        output=TEXT,
+    )
     rows = dict(
-        edit_type=["add", "visual_sketch"], edit_instruction=["add it", "follow it"], input=["a", "b"],
-        output=["c", "d"], visual_input=stored(None, picture(9)), image_file=stored(picture(0), picture(1)),
+        edit_type=["add", "visual_sketch"],
+        edit_instruction=["add it", "follow it"],
+        input=["a", "b"],
+        output=["c", "d"],
+        visual_input=stored(None, picture(9)),
+        image_file=stored(picture(0), picture(1)),
         edited_file=stored(picture(2), picture(3)),
-    )  # fmt: skip
+    )
     (row,) = run(save_published(tmp_path / "any", features, rows), tmp_path / "pairs")
     assert (row["task"], row["original_prompt"], row["edited_prompt"]) == ("add", "a", "c")
     assert "rejected, needs a second picture: 1" in capsys.readouterr().out
@@ -306,14 +349,34 @@ def test_any_edit_drops_rows_that_need_a_second_picture(tmp_path, capsys):
 
 def test_ultra_edit_s_scores_get_our_names_and_null_columns_are_nothing(tmp_path):
     score = datasets.Value("float64")
-    features = dict(clip_sim_source=score, clip_sim_target=score, clip_sim_dir=score, dinov2_sim=score, ssim=score,
-                    source_caption=TEXT, target_caption=TEXT, source_image=IMAGE, edited_image=IMAGE, mask_image=NULL,
-                    edit_prompt=TEXT, edit_object=NULL)  # fmt: skip
+    features = dict(
+        clip_sim_source=score,
+        clip_sim_target=score,
+        clip_sim_dir=score,
+        dinov2_sim=score,
+        ssim=score,
+        source_caption=TEXT,
+        target_caption=TEXT,
+        source_image=IMAGE,
+        edited_image=IMAGE,
+        mask_image=NULL,
+        edit_prompt=TEXT,
+        edit_object=NULL,
+    )
     rows = dict(
-        clip_sim_source=[0.3], clip_sim_target=[0.2], clip_sim_dir=[0.1], dinov2_sim=[0.9], ssim=[float("nan")],
-        source_caption=["a cat"], target_caption=["a dog"], source_image=stored(picture(0)), mask_image=[None],
-        edited_image=stored(picture(1)), edit_prompt=["to dog"], edit_object=[None],
-    )  # fmt: skip
+        clip_sim_source=[0.3],
+        clip_sim_target=[0.2],
+        clip_sim_dir=[0.1],
+        dinov2_sim=[0.9],
+        ssim=[float("nan")],
+        source_caption=["a cat"],
+        target_caption=["a dog"],
+        source_image=stored(picture(0)),
+        mask_image=[None],
+        edited_image=stored(picture(1)),
+        edit_prompt=["to dog"],
+        edit_object=[None],
+    )
     source = save_published(tmp_path / "ultra", features, rows, "FreeForm_0")
     (row,) = run(source, tmp_path / "pairs", "--dataset_split", "FreeForm_0")
     assert row["scores"] == {"clip_sim_0": 0.3, "clip_sim_1": 0.2, "clip_sim_dir": 0.1, "dinov2_sim": 0.9}
@@ -321,12 +384,22 @@ def test_ultra_edit_s_scores_get_our_names_and_null_columns_are_nothing(tmp_path
 
 
 def test_magic_brush_keeps_turns_of_a_photograph_together(tmp_path):
-    features = dict(img_id=TEXT, turn_index=datasets.Value("int32"), source_img=IMAGE, mask_img=IMAGE,
-                    instruction=TEXT, target_img=IMAGE)  # fmt: skip
+    features = dict(
+        img_id=TEXT,
+        turn_index=datasets.Value("int32"),
+        source_img=IMAGE,
+        mask_img=IMAGE,
+        instruction=TEXT,
+        target_img=IMAGE,
+    )
     rows = dict(
-        img_id=["242", "242"], turn_index=[1, 2], source_img=stored(picture(0), picture(1)), instruction=["a", "b"],
-        mask_img=stored(b"not looked at", b"not looked at"), target_img=stored(picture(1), picture(2)),
-    )  # fmt: skip
+        img_id=["242", "242"],
+        turn_index=[1, 2],
+        source_img=stored(picture(0), picture(1)),
+        instruction=["a", "b"],
+        mask_img=stored(b"not looked at", b"not looked at"),
+        target_img=stored(picture(1), picture(2)),
+    )
     found = run(save_published(tmp_path / "brush", features, rows), tmp_path / "pairs")
     assert [row["source"] for row in found] == ["242", "242"]
     assert [row["settings"] for row in found] == [{"img_id": "242", "turn_index": turn} for turn in (1, 2)]
@@ -351,8 +424,11 @@ def test_photographs_are_cut_as_their_cartoons_were(size):
 
 def test_cartoonization_is_aligned_and_keeps_the_cartoon(tmp_path):
     features = dict(original_image=IMAGE, edit_prompt=TEXT, cartoonized_image=IMAGE)
-    rows = dict(original_image=stored(picture(0, size=(47, 61))), edit_prompt=["Cartoonize."],
-                cartoonized_image=stored(picture(1, size=(40, 56))))  # fmt: skip
+    rows = dict(
+        original_image=stored(picture(0, size=(47, 61))),
+        edit_prompt=["Cartoonize."],
+        cartoonized_image=stored(picture(1, size=(40, 56))),
+    )
     (row,) = run(save_published(tmp_path / "cartoons", features, rows), tmp_path / "pairs")
     assert row["edited_image"] == picture(1, size=(40, 56))
     assert np.array_equal(pixels(row["original_image"]), pixels(picture(0, size=(47, 61)))[:40, :56])
@@ -478,10 +554,14 @@ def test_a_table_of_addresses_and_paths(pictures, tmp_path, capsys):
     assert Pictures.asked["/0.png"] == 1 and Pictures.asked["/gone/5.png"] == 1 and Pictures.asked["/busy/3.png"] == 2
     printed = capsys.readouterr().out
     for reason in (
-        "original picture not fetched, status 404: 1", "edited picture too large to fetch: 1", "no instruction: 1",
-        "edited picture not fetched in time: 1", "edited picture no such file: 1", "original picture none named: 1",
+        "original picture not fetched, status 404: 1",
+        "edited picture too large to fetch: 1",
+        "no instruction: 1",
+        "edited picture not fetched in time: 1",
+        "edited picture no such file: 1",
+        "original picture none named: 1",
         "original picture no server answered: 1",
-    ):  # fmt: skip
+    ):
         assert f"rejected, {reason}" in printed
 
 
@@ -550,33 +630,72 @@ def test_columns_named_by_flags(tmp_path):
         ({"pairs.zip": "x"}, ["--source", "{0}/pairs.zip"], ["must be a table", "unpack archives first"]),
         ({"a.txt": "x", "b/c.png": "x"}, ["--source", "{0}"], ["holds a.txt, b/: not a pair set", "--edited_dir"]),
         ({"a.csv": "x", "b.jsonl": "x"}, ["--source", "{0}"], ["should hold one table", "a.csv, b.jsonl"]),
-        ({"input/a.png": "x", "target/b.png": "x"}, ["--source", "{0}", "--edit_prompt", "Go."],
-         ["no picture of", "1 without a partner", "a.png", "b.png"]),
-        ({"input/a.png": "x", "target/a.png": "x", "before/a.png": "x", "after/a.png": "x"}, ["--source", "{0}"],
-         ["several pairs of folders (input and target; before and after)"]),
+        (
+            {"input/a.png": "x", "target/b.png": "x"},
+            ["--source", "{0}", "--edit_prompt", "Go."],
+            ["no picture of", "1 without a partner", "a.png", "b.png"],
+        ),
+        (
+            {"input/a.png": "x", "target/a.png": "x", "before/a.png": "x", "after/a.png": "x"},
+            ["--source", "{0}"],
+            ["several pairs of folders (input and target; before and after)"],
+        ),
         ({"input/a.png": "x", "target/a.png": "x"}, ["--source", "{0}"], ["have no instruction", "prompts.txt"]),
         ({"input/a.png": "x", "target/a.png": "x", "prompts.txt": "b\tGo.\n"}, ["--source", "{0}"], ["names none"]),
-        ({"input/a.png": "x", "target/a.png": "x", "prompts.txt": "a\tGo.\nGo.\n"}, ["--source", "{0}"],
-         ["has no tab"]),
-        ({"input/a.png": "x", "target/a.png": "x", "input/b.png": "x", "target/b.png": "x", "prompts.txt": "x\ny\n"},
-         ["--source", "{0}"], ["as many lines as there are pairs (2), but no names"]),
+        (
+            {"input/a.png": "x", "target/a.png": "x", "prompts.txt": "a\tGo.\nGo.\n"},
+            ["--source", "{0}"],
+            ["has no tab"],
+        ),
+        (
+            {"input/a.png": "x", "target/a.png": "x", "input/b.png": "x", "target/b.png": "x", "prompts.txt": "x\ny\n"},
+            ["--source", "{0}"],
+            ["as many lines as there are pairs (2), but no names"],
+        ),
         ({"input/a.png": "x", "target/a.png": "x", "prompts.csv": "a,b\n1,2\n"}, ["--source", "{0}"], ["columns a, b"]),
         ({"pairs.csv": "a,b\nx.png,y\n"}, ["--source", "{0}/pairs.csv"], ["not known", "a (image), b (string)"]),
         ({"pairs.csv": "a,b\n"}, ["--source", "{0}/pairs.csv"], ["has no rows"]),
         ({"pairs.json": '{"a": 1}'}, ["--source", "{0}/pairs.json"], ["must hold a list of objects"]),
         ({"pairs.json": "{"}, ["--source", "{0}/pairs.json"], ["cannot be read as JSON"]),
-        ({"seeds.json": "[]"}, ["--source", "{0}", "--streaming", "--edit_prompt", "Go."],
-         ["--edit_prompt: is for --format folders", "--streaming: is for --format dataset"]),
-        ({}, ["--source", "{0}", "--edited_dir", "{0}/no", "--task", "none", "--edit_prompt", "", "--seed", "-1",
-              "--max_num_samples", "0", "--image_root", "{0}/no"],
-         ["no such folder", "'none' is no task", "--seed -1", "--max_num_samples 0", "an instruction is empty",
-          "--edit_prompt and --task", "--image_root"]),
+        (
+            {"seeds.json": "[]"},
+            ["--source", "{0}", "--streaming", "--edit_prompt", "Go."],
+            ["--edit_prompt: is for --format folders", "--streaming: is for --format dataset"],
+        ),
+        (
+            {},
+            [
+                "--source",
+                "{0}",
+                "--edited_dir",
+                "{0}/no",
+                "--task",
+                "none",
+                "--edit_prompt",
+                "",
+                "--seed",
+                "-1",
+                "--max_num_samples",
+                "0",
+                "--image_root",
+                "{0}/no",
+            ],
+            [
+                "no such folder",
+                "'none' is no task",
+                "--seed -1",
+                "--max_num_samples 0",
+                "an instruction is empty",
+                "--edit_prompt and --task",
+                "--image_root",
+            ],
+        ),
         ({"a/prompt.json": "{}"}, ["--source", "{0}"], ["names no pair"]),
         ({}, ["--source", "AILab-CVC/SEED-Data-Edit-Part2-3"], ["split tar.gz archives", "--image_root"]),
         ({}, ["--source", "sysuyy/ImgEdit"], ["lists of paths into split tar archives"]),
         ({}, ["--source", "apple/pico-banana-400k"], ["jsonl of addresses"]),
     ],
-)  # fmt: skip
+)
 def test_mistakes_get_one_message(files, flags, words, tmp_path, capsys):
     source = write(tmp_path / "source", files)
     source.mkdir(exist_ok=True)

@@ -45,7 +45,7 @@ def test_one_image_equals_stock(tiny_editor: Path, photo: Path) -> None:
     """The whole way as a user goes it: the saved bytes are those of diffusers' pipeline, and nobody else chatters."""
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
-    from utils.edit.editing import fit_image
+    from utils.editing.edit_images import fit_image
 
     flags = ["--edit", "make it snow", "--seed", 11, "--steps", 6, "--cfg-text", 4, "--cfg-image", 1.25]
     result = run_script("--model", tiny_editor, "--input", photo.name, *flags, cwd=photo.parent)
@@ -68,23 +68,27 @@ def test_sdxl_adapter_equals_stock(tiny_sdxl: Path, photo: Path) -> None:
     from diffusers import StableDiffusionXLInstructPix2PixPipeline
 
     from tests.adapters import DORA, load_trained
-    from utils.edit.editing import fit_image
-    from utils.network.adapters import save_adapter
+    from utils.editing.edit_images import fit_image
+    from utils.models.adapters import save_adapter
 
     trained = load_trained(tiny_sdxl, DORA)
     save_adapter(photo.parent / "adapter", trained.unet)
     flags = ["--edit", "make it snow", "--seed", 11, "--steps", 4, "--cfg-text", 4, "--cfg-image", 1.25]
-    result = run_script(
-        "--model", tiny_sdxl, "--lora", "adapter", "--input", photo.name, *flags, cwd=photo.parent
-    )  # fmt: skip
+    result = run_script("--model", tiny_sdxl, "--lora", "adapter", "--input", photo.name, *flags, cwd=photo.parent)
     assert result.returncode == 0, result.stderr
     assert result.stderr == ""
     assert isinstance(trained, StableDiffusionXLInstructPix2PixPipeline)
     fitted, generator = fit_image(Image.open(photo), 32, 4), torch.Generator().manual_seed(11)
     expected = trained(
-        "make it snow", image=fitted, height=24, width=36, generator=generator, num_inference_steps=4,
-        guidance_scale=4.0, image_guidance_scale=1.25,
-    ).images[0]  # fmt: skip
+        "make it snow",
+        image=fitted,
+        height=24,
+        width=36,
+        generator=generator,
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        image_guidance_scale=1.25,
+    ).images[0]
     edited = Image.open(photo.parent / "photo-edited.png")
     assert edited.size == (36, 24)
     assert np.abs(np.asarray(edited).astype(int) - np.asarray(expected).astype(int)).max() <= 1
@@ -95,8 +99,8 @@ def test_single_file(tiny_sdxl_editor: Path, photo: Path) -> None:
     from diffusers import DiffusionPipeline
 
     from tests.original_names import write_single_file
-    from utils.edit.editing import edit_images, fit_to_model
-    from utils.network.loading import load_editor
+    from utils.editing.edit_images import edit_images, fit_to_model
+    from utils.editing.loading import load_editor
 
     sigmas = {"edm_vpred.sigma_max": torch.tensor(80.0), "edm_vpred.sigma_min": torch.tensor(0.01)}
     file = write_single_file(
@@ -134,8 +138,10 @@ def test_folder_with_bad_images(tiny_editor: Path, tmp_path: Path) -> None:
     assert edited == {"a_jpg.png": (36, 24), "a_png.png": (36, 24), "upright.png": (24, 36)}
     complaints = result.stderr.splitlines()
     assert [line.split(":")[0] for line in complaints] == [
-        "skipped broken.png", "skipped empty.jpg", "skipped strip.png",
-    ]  # fmt: skip
+        "skipped broken.png",
+        "skipped empty.jpg",
+        "skipped strip.png",
+    ]
     assert result.stdout.startswith("3 of 6 edited in ")
 
 
@@ -312,9 +318,28 @@ def names_in(folder: Path) -> list[str]:
 
 def test_several_edits_seeds_and_shows(tiny_editor: Path, photo: Path, capsys) -> None:
     """Names by instruction and number, an animation and a contact sheet; the second run has nothing to do."""
-    flags = ["--model", tiny_editor, "--input", photo, "--edit", "snow", "--edit", "at night", "--num_images", 2,
-             "--steps", 2, "--batch_size", 4, "--seed", 5, "--gif", "--grid",
-             "--output", photo.parent / "out/p.png"]  # fmt: skip
+    flags = [
+        "--model",
+        tiny_editor,
+        "--input",
+        photo,
+        "--edit",
+        "snow",
+        "--edit",
+        "at night",
+        "--num_images",
+        2,
+        "--steps",
+        2,
+        "--batch_size",
+        4,
+        "--seed",
+        5,
+        "--gif",
+        "--grid",
+        "--output",
+        photo.parent / "out/p.png",
+    ]
     assert infer.main([str(flag) for flag in flags]) == 0
     pictures = [f"p-{name}-{number}.png" for name in ("at-night", "snow") for number in (1, 2)]
     assert names_in(photo.parent / "out") == sorted([*pictures, "p-grid.png", "p.gif"])
@@ -332,10 +357,32 @@ def test_several_edits_seeds_and_shows(tiny_editor: Path, photo: Path, capsys) -
 
 def test_repeat(tiny_editor: Path, photo: Path, capsys, monkeypatch) -> None:
     """To the bit, out of a batch, with instruction and scales drawn; from the record alone, which names no folder."""
-    flags = ["--model", tiny_editor, "--input", photo, "--surprise_me", "--num_images", 3, "--steps", 3,
-             "--batch_size", 3, "--scheduler", "euler_a", "--timestep_spacing", "trailing", "--dtype", "bf16",
-             "--guidance_interval", 0, 0.7, "--keep_size", "--vae_slicing", "--vae_tiling",
-             "--randomize_cfg"]  # fmt: skip
+    flags = [
+        "--model",
+        tiny_editor,
+        "--input",
+        photo,
+        "--surprise_me",
+        "--num_images",
+        3,
+        "--steps",
+        3,
+        "--batch_size",
+        3,
+        "--scheduler",
+        "euler_a",
+        "--timestep_spacing",
+        "trailing",
+        "--dtype",
+        "bf16",
+        "--guidance_interval",
+        0,
+        0.7,
+        "--keep_size",
+        "--vae_slicing",
+        "--vae_tiling",
+        "--randomize_cfg",
+    ]
     monkeypatch.chdir(photo.parent)
     assert infer.main([str(flag) for flag in flags]) == 0
     drawn = capsys.readouterr().err.splitlines()
@@ -403,7 +450,7 @@ def test_jobs_file(tiny_editor: Path, photo: Path, capsys) -> None:
 
 def test_defaults_of_an_adapted_editor(tiny_editor: Path, photo: Path, capsys) -> None:
     """Those of adapted.json, which are told; flags win; a damaged file is named."""
-    from utils.edit.picture_metadata import read_record
+    from utils.editing.records import read_record
 
     editor = shutil.copytree(tiny_editor, photo.parent / "fast")
     recommended = {"steps": 2, "guidance_scale": 2.0, "image_guidance_scale": 1.0, "eta": 0.3, "scheduler": "tcd"}
@@ -415,8 +462,9 @@ def test_defaults_of_an_adapted_editor(tiny_editor: Path, photo: Path, capsys) -
     assert said.startswith("recommended by this editor: steps 2, image_guidance_scale 1.0, eta 0.3\n1 of 1 edited in ")
     settings = read_record(output)["settings"]
     assert {name: settings[name] for name in recommended} == recommended | {
-        "guidance_scale": 3.0, "scheduler": "DDIMScheduler",
-    }  # fmt: skip
+        "guidance_scale": 3.0,
+        "scheduler": "DDIMScheduler",
+    }
     (editor / "adapted.json").write_text('{"recommended": {"steps": "four"}}')
     assert "adapted.json: steps four: must be from 1 to 1000" in expect_error(capsys, *flags)
     (editor / "adapted.json").write_text("[]")
@@ -429,8 +477,15 @@ def test_safety_checker_can_be_dropped(tiny_editor: Path, photo: Path, capsys) -
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessor
 
-    vision = dict(hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2, image_size=30,
-                  patch_size=3, projection_dim=64)  # fmt: skip
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=37,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        image_size=30,
+        patch_size=3,
+        projection_dim=64,
+    )
     checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=64))
     checker.concept_embeds_weights.data.fill_(-2.0)
     processor = CLIPImageProcessor(size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30})

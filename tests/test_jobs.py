@@ -11,14 +11,13 @@ import torch
 from PIL import Image
 
 from tests.pairs import make_noise
-from utils.edit import edit_runs
-from utils.edit.edit_runs import EditRun
-from utils.edit.edit_shows import save_animations, save_sheets
-from utils.edit.editing import OutOfMemory, edit_images, fit_to_model
-from utils.edit.job_files import plan_lines
-from utils.edit.jobs import Recommended, Settings, find_setting_problems, list_variants, make_slug, plan_jobs
-from utils.edit.picture_metadata import find_differences, read_record, record_settings
-from utils.edit.surprises import INSTRUCTIONS, draw_instruction, draw_scales
+from utils.editing.edit_images import OutOfMemory, edit_images, fit_to_model
+from utils.editing.job_files import plan_lines
+from utils.editing.jobs import Recommended, Settings, find_setting_problems, list_variants, make_slug, plan_jobs
+from utils.editing.previews import save_animations, save_sheets
+from utils.editing.random_edits import INSTRUCTIONS, draw_instruction, draw_scales
+from utils.editing.records import find_differences, read_record, record_settings
+from utils.editing.service import EditRun
 from utils.errors import InputError
 
 QUICK = Settings(steps=2)
@@ -102,8 +101,12 @@ def test_lines_win_over_flags(photos: Path, tmp_path: Path) -> None:
     jobs = plan_lines(file, None, ["from the flag"], Settings(steps=7, eta=0.5))
     folder = tmp_path / "jobs-edited"
     assert [job.output.relative_to(folder).name for job in jobs] == [
-        "a-1-x.png", "a-1-y.png", "named-1.jpg", "named-2.jpg", "a-4.png",
-    ]  # fmt: skip
+        "a-1-x.png",
+        "a-1-y.png",
+        "named-1.jpg",
+        "named-2.jpg",
+        "a-4.png",
+    ]
     assert [job.instruction for job in jobs] == ["x", "y", "from the flag", "from the flag", "z"]
     assert [(job.seed, job.offset) for job in jobs] == [(5, 0), (5, 0), (None, 0), (None, 1), (None, 0)]
     assert jobs[0].settings == Settings(steps=3, eta=0.5, guidance_interval=(0, 0.5))
@@ -183,9 +186,13 @@ def test_each_image_and_prompt_is_encoded_once_in_a_run(editor, photos: Path, tm
     assert all("broken.png: not an image" in problem for problem in outcome.problems)
     assert sum(done) == len(jobs) == 16
     expected = edit_images(
-        editor, [fit_to_model(Image.open(photos / "b.png"), editor)], ["y"], seeds=[4], num_inference_steps=1,
+        editor,
+        [fit_to_model(Image.open(photos / "b.png"), editor)],
+        ["y"],
+        seeds=[4],
+        num_inference_steps=1,
         image_guidance_scale=1.0,
-    )[0]  # fmt: skip
+    )[0]
     assert np.abs(pixels_of(tmp_path / "out/b-y-2.png") - np.asarray(expected).astype(int)).max() <= 1
 
 
@@ -259,7 +266,7 @@ def test_batch_is_halved_where_the_memory_is_too_small(editor, photos: Path, tmp
             raise OutOfMemory("out of memory: take fewer images at once")
         return edit_images(pipeline, images, prompts, **settings)
 
-    monkeypatch.setattr(edit_runs, "edit_images", limited)
+    monkeypatch.setattr("utils.editing.service.edit_images", limited)
     jobs = plan_jobs(str(photos / "a.png"), str(tmp_path / "out.png"), ["x"], QUICK, 8)
     run = make_run(editor, said, batch_size=8)
     assert run.edit(jobs, 0).edited == 8
@@ -296,8 +303,10 @@ def test_defaults_of_an_editor(editor, photos: Path, tmp_path: Path) -> None:
 
     assert settings_of(Settings()) == recommended
     assert settings_of(Settings(steps=2, eta=0.0, guidance_scale=3.0)) == recommended | {
-        "steps": 2, "eta": 0.0, "guidance_scale": 3.0,
-    }  # fmt: skip
+        "steps": 2,
+        "eta": 0.0,
+        "guidance_scale": 3.0,
+    }
     assert settings_of(Settings(scheduler="euler"))["eta"] is None
     drawn = settings_of(Settings(randomize_cfg=True))
     assert (drawn["guidance_scale"], drawn["image_guidance_scale"]) == draw_scales(0, (2.0, 1.0))

@@ -20,10 +20,10 @@ import psutil
 import pytest
 from PIL import Image
 
-from data_preparation.making import flags, rows
-from data_preparation.making.production import Made, Workers, produce
-from data_preparation.making.rows import make_pair, pair_features
-from data_preparation.making.store import Store
+from data_preparation.generation import flags, pair_rows
+from data_preparation.generation.pair_rows import make_pair, pair_features
+from data_preparation.generation.runner import Made, Workers, produce
+from data_preparation.generation.store import Store
 from data_preparation.photographs import row_generator
 from tests.killing import rows_of
 from utils.errors import InputError
@@ -95,10 +95,10 @@ def _count(item: int) -> int:
 
 
 def test_every_image_format_of_the_flags_is_written():
-    assert set(flags.IMAGE_FORMATS) == set(rows.IMAGE_FORMATS)
+    assert set(flags.IMAGE_FORMATS) == set(pair_rows.IMAGE_FORMATS)
     pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
     for name in flags.IMAGE_FORMATS:
-        stored = np.asarray(Image.open(io.BytesIO(rows.encode_image(pixels, name))).convert("RGB"))
+        stored = np.asarray(Image.open(io.BytesIO(pair_rows.encode_image(pixels, name))).convert("RGB"))
         assert np.array_equal(stored, pixels) == (name in ("png", "webp")) and stored.shape == pixels.shape
 
 
@@ -117,14 +117,15 @@ def test_workers_go_when_their_parent_is_killed(tmp_path):
     """They hold models: what stays behind would keep a GPU full."""
     code = (
         "import sys; from pathlib import Path; from tests.test_making import Numbers\n"
-        "from data_preparation.making.production import Workers, produce\n"
+        "from data_preparation.generation.runner import Workers, produce\n"
         "if __name__ == '__main__': produce(Numbers(1000, pauses=0.2), Path(sys.argv[1]), {}, items_per_shard=10, "
         "workers=Workers(2))\n"
     )
     (tmp_path / "run.py").write_text(code)
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY)}
-    parent = subprocess.Popen([sys.executable, tmp_path / "run.py", tmp_path / "set"], env=environment,
-                              stderr=subprocess.DEVNULL)  # fmt: skip
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "run.py", tmp_path / "set"], env=environment, stderr=subprocess.DEVNULL
+    )
     wait_until(lambda: list((tmp_path / "set/.making").glob("shard-*.parquet")))
     workers = [child for child in psutil.Process(parent.pid).children() if "spawn_main" in " ".join(child.cmdline())]
     assert len(workers) == 2
@@ -226,7 +227,7 @@ def test_a_full_disk_is_one_message(tmp_path):
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "from pathlib import Path; from tests.test_making import Numbers\n"
         "from utils.errors import exit_on_input_error\n"
-        "from data_preparation.making.production import produce\n"
+        "from data_preparation.generation.runner import produce\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))\n"
         "with exit_on_input_error(): produce(Numbers(100), Path(sys.argv[1]), {'what': 1}, items_per_shard=10)\n"
     )

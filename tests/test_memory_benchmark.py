@@ -13,18 +13,26 @@ from benchmarks.memory_measure import measure_peak
 from benchmarks.memory_models import KINDS, UNETS, Weights, count_nf4, count_unet, make_step, weigh
 from benchmarks.memory_tables import Row, fits_table, largest_fit
 from utils.errors import InputError
-from utils.train.activation_memory import checkpoint_blocks, find_block_problems, list_blocks
-from utils.train.optimization import OptimizationOptions, count_state_bytes, make_optimizer
+from utils.training.gradient_checkpointing import checkpoint_blocks, find_block_problems, list_blocks
+from utils.training.optimizers import OptimizationOptions, count_state_bytes, make_optimizer
 
 TINY = dict(
-    in_channels=8, block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32, norm_num_groups=8,
-    attention_head_dim=(2, 4), down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+    in_channels=8,
+    block_out_channels=(32, 64),
+    layers_per_block=1,
+    cross_attention_dim=32,
+    norm_num_groups=8,
+    attention_head_dim=(2, 4),
+    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
     up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-)  # fmt: skip
+)
 TINY_XL = TINY | dict(
-    addition_embed_type="text_time", addition_time_embed_dim=8, projection_class_embeddings_input_dim=64,
-    transformer_layers_per_block=(1, 2), use_linear_projection=True,
-)  # fmt: skip
+    addition_embed_type="text_time",
+    addition_time_embed_dim=8,
+    projection_class_embeddings_input_dim=64,
+    transformer_layers_per_block=(1, 2),
+    use_linear_projection=True,
+)
 BLOCKS = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
 
 

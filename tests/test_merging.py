@@ -17,10 +17,10 @@ from tests.hub_files import serve_folder, turn_downloads
 from tests.hub_server import hub_server
 from tests.original_names import write_single_file
 from tests.pairs import make_noise
-from utils.edit.editing import edit_pixels
+from utils.editing.edit_images import edit_pixels
+from utils.editing.loading import load_editor
 from utils.errors import InputError
-from utils.network.adapters import AdapterOptions, save_adapter
-from utils.network.loading import load_editor
+from utils.models.adapters import AdapterOptions, save_adapter
 
 FILE = "pytorch_lora_weights.safetensors"
 

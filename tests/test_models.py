@@ -15,7 +15,7 @@ from diffusers import DDIMScheduler, PNDMScheduler, UNet2DConditionModel
 
 from utils.cli import LR_SCHEDULERS
 from utils.errors import InputError
-from utils.network.models import (
+from utils.models.stable_diffusion import (
     Configs,
     ModelOptions,
     load_stable_diffusion,
@@ -23,9 +23,9 @@ from utils.network.models import (
     require_text_to_image,
     widen_conv_in,
 )
-from utils.train.checkpoints import Progress
-from utils.train.loop import LoopOptions, Trainee, fit
-from utils.train.optimization import OptimizationOptions, make_lr_schedule, make_optimizer
+from utils.training.checkpoints import Progress
+from utils.training.loop import LoopOptions, Trainee, fit
+from utils.training.optimizers import OptimizationOptions, make_lr_schedule, make_optimizer
 
 
 def load_unet(folder: Path) -> UNet2DConditionModel:
@@ -77,13 +77,17 @@ def configs(in_channels: int, is_sdxl: bool) -> Configs:
 @pytest.mark.parametrize(
     ("check", "in_channels", "is_sdxl", "words"),
     [
-        (TRAIN, 8, False, "finetune_instruct_pix2pix.py"), (TRAIN_SDXL, 8, True, "finetune_instruct_pix2pix.py"),
-        (TRAIN, 4, True, "train_instruct_pix2pix_sdxl.py"), (TRAIN_SDXL, 4, False, "train_instruct_pix2pix.py"),
+        (TRAIN, 8, False, "finetune_instruct_pix2pix.py"),
+        (TRAIN_SDXL, 8, True, "finetune_instruct_pix2pix.py"),
+        (TRAIN, 4, True, "train_instruct_pix2pix_sdxl.py"),
+        (TRAIN_SDXL, 4, False, "train_instruct_pix2pix.py"),
         (require_editor, 4, False, "train_instruct_pix2pix.py"),
         (require_editor, 4, True, "train_instruct_pix2pix_sdxl.py"),
-        (TRAIN, 9, False, "9 channels"), (TRAIN_SDXL, 9, True, "9 channels"), (require_editor, 9, False, "9 channels"),
+        (TRAIN, 9, False, "9 channels"),
+        (TRAIN_SDXL, 9, True, "9 channels"),
+        (require_editor, 9, False, "9 channels"),
     ],
-)  # fmt: skip
+)
 def test_the_wrong_base_names_the_script_that_fits(check, in_channels: int, is_sdxl: bool, words: str) -> None:
     with pytest.raises(InputError, match=words):
         check(configs(in_channels, is_sdxl), "some/model")
@@ -143,11 +147,16 @@ def test_the_learning_rate_counts_optimizer_steps(name: str, accumulation: int, 
     prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
     batch = {"rows": ["train[0]"], "x": torch.ones(1, 2)}
     fit(
-        accelerator, Trainee(prepared, model, None, prepared_optimizer, schedule),
-        lambda network, batch: network(batch["x"]).square().mean(dim=1), repeat(batch), Progress(),
-        LoopOptions(STEPS, accumulation, logging_steps=1, checkpointing_steps=1000), tmp_path,
-        on_batch=lambda batch: None, on_step=lambda step: None,
-    )  # fmt: skip
+        accelerator,
+        Trainee(prepared, model, None, prepared_optimizer, schedule),
+        lambda network, batch: network(batch["x"]).square().mean(dim=1),
+        repeat(batch),
+        Progress(),
+        LoopOptions(STEPS, accumulation, logging_steps=1, checkpointing_steps=1000),
+        tmp_path,
+        on_batch=lambda batch: None,
+        on_step=lambda step: None,
+    )
     log = [json.loads(line) for line in (tmp_path / "training_log.jsonl").read_text().splitlines()]
     assert [entry["step"] for entry in log] == list(range(1, STEPS + 1))
     expected = [learning_rate(name, step) for step in range(STEPS + 1)]

@@ -1,7 +1,7 @@
 """The loss that the training scripts log, against a float64 reference written from the papers' formulas alone.
 
 With a learning rate of 0 the weights stay what they are, so the logged losses are those of the base and nothing else.
-The reference shares with the scripts the draws of each sample (utils/dataset/draws.py), and takes the networks as
+The reference shares with the scripts the draws of each sample (utils/data/draws.py), and takes the networks as
 functions; noising, target, weights, latents, dropout and widening are written here a second time.
 """
 
@@ -21,7 +21,7 @@ from PIL import Image
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from tests.pairs import encode, make_dataset
-from utils.dataset.draws import DrawOrder, sample_draws
+from utils.data.draws import DrawOrder, sample_draws
 
 SEED = 5
 SIDE = 32  # the pixels of the dataset have the training size, so that no resampling stands between it and the VAE

@@ -16,8 +16,9 @@ from torch import nn
 
 from tests.tiny import make_components
 from utils.cli import OPTIMIZERS
-from utils.train.fused_backward import make_fused
-from utils.train.optimization import (
+from utils.training.fused_backward import make_fused
+from utils.training.optimizer_checks import find_optimizer_problems
+from utils.training.optimizers import (
     MAKERS,
     OptimizationOptions,
     averaged_weights,
@@ -25,7 +26,6 @@ from utils.train.optimization import (
     make_lr_schedule,
     make_optimizer,
 )
-from utils.train.optimizer_checks import find_optimizer_problems
 
 KINDS = {
     "adamw": OptimizationOptions(learning_rate=3e-3),
@@ -37,7 +37,7 @@ KINDS = {
     "schedulefree": OptimizationOptions(learning_rate=3e-3, optimizer="schedulefree_adamw"),
     "bf16 adamw": OptimizationOptions(learning_rate=3e-3, weights_dtype="bf16"),
     "bf16 adamw8bit": OptimizationOptions(learning_rate=3e-3, optimizer="adamw8bit", weights_dtype="bf16"),
-}  # fmt: skip
+}
 FUSED = {f"fused {name}": replace(options, fused_backward=True) for name, options in KINDS.items() if name != "prodigy"}
 STEPS = 6
 
@@ -398,9 +398,14 @@ def test_a_state_of_another_model_is_refused() -> None:
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 MACHINE = dict(
-    max_grad_norm=1.0, gradient_accumulation_steps=1, use_ema=False, has_adapter=False, mixed_precision="no",
-    num_processes=1, has_gpu=False,
-)  # fmt: skip
+    max_grad_norm=1.0,
+    gradient_accumulation_steps=1,
+    use_ema=False,
+    has_adapter=False,
+    mixed_precision="no",
+    num_processes=1,
+    has_gpu=False,
+)
 FUSED_MACHINE = MACHINE | dict(max_grad_norm=0.0)
 PRODIGY = dict(optimizer="prodigy", learning_rate=1.0)
 BF16 = dict(weights_dtype="bf16")
@@ -448,7 +453,7 @@ def test_what_works_is_not_refused(flags: dict, machine: dict) -> None:
         (dict(fused_backward=True), FUSED_MACHINE | dict(num_processes=2), "there are 2 processes: start one"),
         (PRODIGY | dict(fused_backward=True), FUSED_MACHINE, "--fused_backward .*--optimizer prodigy .*use another"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_work_is_refused_by_name(flags: dict, machine: dict, words: str) -> None:
     (problem,) = find_optimizer_problems(OptimizationOptions(**flags), **(MACHINE | machine))
     assert re.search(words, problem), problem

@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_preparation.edits import EDITS
 from data_preparation.tasks.degradations import DEGRADATIONS
+from data_preparation.toy_edits import EDITS
 from tests.pairs import make_rows, make_source
-from utils.dataset import pair_measures as measures
-from utils.dataset.findings import KINDS, Findings, printable
-from utils.dataset.pair_checks import CLEANER, inspect_row
-from utils.dataset.prompt_checks import estimate_tokens, guess_task
-from utils.dataset.quick_check import quick_check
+from utils.checks import image_measures as measures
+from utils.checks.findings import KINDS, Findings, printable
+from utils.checks.pair_inspection import CLEANER, inspect_row
+from utils.checks.prompt_checks import estimate_tokens, guess_task
+from utils.checks.quick_check import quick_check
 
 PHOTOS = Path(__file__).resolve().parents[1] / "assets/photos"
 NAMES = ("coffee", "city_1", "garden_2", "quay_3", "cat", "lobby_1", "rocket", "meadow_3")
@@ -109,9 +109,10 @@ def test_pictures_that_cannot_be_used_say_why():
     good = encoded(photograph("coffee"))
     cut = {"bytes": good["bytes"][:2000], "path": None}
     cases = {
-        "unreadable": (good, cut), "blank": (good, encoded(np.zeros((128, 128, 3), np.uint8))),
+        "unreadable": (good, cut),
+        "blank": (good, encoded(np.zeros((128, 128, 3), np.uint8))),
         "aspect": (good, encoded(photograph("coffee", (128, 100)))),
-    }  # fmt: skip
+    }
     for kind, pair in cases.items():
         assert [found for found, _ in inspect_row(*pair, "change it").findings] == [kind]
     small = photograph("coffee", (32, 32))
@@ -175,7 +176,10 @@ def test_the_quick_check_names_rows_and_is_silent_on_hints():
     assert any("train[4]: the edited image is the original" in line for line in lines)
     assert any("no instruction: 1 row, such as train[2]" in line for line in lines)
     big = [encoded(photograph(name)) for name in NAMES]
-    good = make_source(8, original_image=dict(enumerate(big)), edited_image=dict(
-        enumerate(encoded(255 - photograph(name)) for name in NAMES)))  # fmt: skip
+    good = make_source(
+        8,
+        original_image=dict(enumerate(big)),
+        edited_image=dict(enumerate(encoded(255 - photograph(name)) for name in NAMES)),
+    )
     assert quick_check([good, good], seed=0) == ["a quick check of 16 rows found nothing to warn of"]
     assert quick_check([good], seed=0, max_seconds=0) == ["a quick check of 1 rows found nothing to warn of"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from data_preparation.edits import EDITS
 from data_preparation.instructions import FOLDER, available_tasks, read_phrasings
 from data_preparation.tasks.degradations import DEGRADATIONS
+from data_preparation.toy_edits import EDITS
 from utils.errors import InputError
 
 TASKS = ["cartoonize", *DEGRADATIONS]

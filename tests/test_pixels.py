@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from tests.pairs import encode, make_image
-from utils.dataset.geometry import Geometry, make_buckets, mentions_direction, nearest_bucket, prepare_pair
+from utils.data.geometry import Geometry, make_buckets, mentions_direction, nearest_bucket, prepare_pair
 from utils.pixels import BadRow, decode_image, peek_size
 
 GREY = np.tile(np.arange(48, dtype=np.uint8) * 5, (40, 1))  # (40, 48), a ramp from left to right
@@ -98,10 +98,15 @@ def test_exif_orientation(orientation: int, file_format: str) -> None:
     exif[0x0112] = orientation
     stored = encode(make_image(0), file_format, exif=exif)
     upright = {
-        1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
-        5: lambda a: a.transpose(1, 0, 2), 6: lambda a: np.rot90(a, -1),
-        7: lambda a: a[::-1, ::-1].transpose(1, 0, 2), 8: lambda a: np.rot90(a, 1),
-    }[orientation]  # fmt: skip
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, -1),
+        7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda a: np.rot90(a, 1),
+    }[orientation]
     image = decode_image(stored)
     assert (image.height, image.width) == peek_size(stored) == ((48, 40) if orientation > 4 else (40, 48))
     unturned = Image.open(io.BytesIO(encode(make_image(0), file_format))).convert("RGB")
@@ -159,7 +164,7 @@ BAD_PIXELS = {
     "damaged PNG": (lambda: png_header(64, 64), "cannot be decoded"),
     "not finite": (lambda: encode(Image.fromarray(np.full((9, 9), np.nan, np.float32)), "TIFF"), "outside 0..65535"),
     "negative": (lambda: encode(Image.fromarray(np.full((9, 9), -3, np.int32)), "TIFF"), "outside 0..65535"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", [*BAD_IMAGES, *BAD_PIXELS])
@@ -235,9 +240,15 @@ def test_mirroring() -> None:
 
 
 DIRECTIONS = [
-    "move left", "Right side up", "the leftmost cat", "left-hand", "rotate clockwise", "turn counter-clockwise",
-    "anticlockwise", "look rightwards.",
-]  # fmt: skip
+    "move left",
+    "Right side up",
+    "the leftmost cat",
+    "left-hand",
+    "rotate clockwise",
+    "turn counter-clockwise",
+    "anticlockwise",
+    "look rightwards.",
+]
 
 
 @pytest.mark.parametrize("prompt", DIRECTIONS)

@@ -15,9 +15,9 @@ from data_preparation.pairs.photograph_start import PhotographStart, encode_phot
 from data_preparation.pairs.presets import PRESETS
 from data_preparation.pairs.prompt_to_prompt import Sharing, count_shared_steps, sharing_self_attention
 from data_preparation.pairs.sampling import PairDraw, decode, sample_pairs
-from utils.edit.schedulers import choose_scheduler
-from utils.network.conditioning import make_prompt_encoder
-from utils.network.latents import unscale_latents
+from utils.editing.schedulers import choose_scheduler
+from utils.models.conditioning import make_prompt_encoder
+from utils.models.latents import unscale_latents
 
 CAPTIONS = [("a house", "a house at night"), ("a dog", "a cat"), ("trees", "trees in fog")]
 NOISY = ("euler_a", "lcm", "tcd", "ddpm", "dpm++_sde")  # schedulers that draw noise at their steps
@@ -66,10 +66,17 @@ def make_attention_unet() -> UNet2DConditionModel:
     """Attention blocks of their own, which take pictures (B, C, h, w) and normalise them."""
     torch.manual_seed(0)
     return UNet2DConditionModel(
-        block_out_channels=(16, 32), layers_per_block=1, sample_size=16, in_channels=4, out_channels=4,
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32, attention_head_dim=2, norm_num_groups=8,
-    ).eval()  # fmt: skip
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        sample_size=16,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    ).eval()
 
 
 @pytest.fixture(scope="module")
@@ -168,9 +175,14 @@ def test_without_sharing_it_is_two_stock_generations(pipelines, kind, scheduler,
     stock.set_progress_bar_config(disable=True)
     for pair, draw in enumerate(draws):
         expected = stock(
-            list(CAPTIONS[pair]), num_inference_steps=4, guidance_scale=draw.guidance, height=32, width=32,
-            generator=[torch.Generator().manual_seed(draw.seed) for _ in range(2)], output_type="latent",
-        ).images  # fmt: skip
+            list(CAPTIONS[pair]),
+            num_inference_steps=4,
+            guidance_scale=draw.guidance,
+            height=32,
+            width=32,
+            generator=[torch.Generator().manual_seed(draw.seed) for _ in range(2)],
+            output_type="latent",
+        ).images
         alone = sample(pipeline, [draw], scheduler, captions=[CAPTIONS[pair]]).latents
         # As a share of their deviation: random weights give latents of up to 25.
         assert (alone - expected).abs().max() < 1e-5 * expected.std()
@@ -187,9 +199,14 @@ def test_guidance_as_an_input_of_a_distilled_unet(pipelines):
     changed.set_progress_bar_config(disable=True)
     sampled = sample(changed, [PairDraw(0, 0, 4.0)], "lcm")
     expected = changed(
-        list(CAPTIONS[0]), num_inference_steps=4, guidance_scale=4.0, height=32, width=32,
-        generator=[torch.Generator().manual_seed(0) for _ in range(2)], output_type="latent",
-    ).images  # fmt: skip
+        list(CAPTIONS[0]),
+        num_inference_steps=4,
+        guidance_scale=4.0,
+        height=32,
+        width=32,
+        generator=[torch.Generator().manual_seed(0) for _ in range(2)],
+        output_type="latent",
+    ).images
     assert sampled.unet_rows == 4 * 2
     assert (sampled.latents - expected).abs().max() < 1e-5 * expected.std()
     other = sample(changed, [PairDraw(0, 0, 8.0)], "lcm").latents
@@ -239,9 +256,12 @@ def test_sharing_brings_the_images_of_a_pair_together_no_other(pipelines, kind):
 
 @pytest.mark.parametrize(
     ("scheduler", "prediction_type"),
-    [*((name, "v_prediction") for name in ("ddim", "euler_a", "lcm", "dpm++")),
-     *((name, "epsilon") for name in ("ddim", "euler_a", "euler", "lcm", "dpm++", "ddpm")), ("lcm", "sample")],
-)  # fmt: skip
+    [
+        *((name, "v_prediction") for name in ("ddim", "euler_a", "lcm", "dpm++")),
+        *((name, "epsilon") for name in ("ddim", "euler_a", "euler", "lcm", "dpm++", "ddpm")),
+        ("lcm", "sample"),
+    ],
+)
 def test_a_real_original_stays_the_photograph(pipelines, scheduler, prediction_type):
     pipeline = pipelines["sd"]
     photographs = list(np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8))
@@ -278,12 +298,23 @@ def test_starting_from_photographs_is_stock_image_to_image(pipelines):
     encoder = make_prompt_encoder(pipeline)
     texts = encoder(list(CAPTIONS[0]))
     sampled = sample_pairs(
-        pipeline, stock.scheduler, 10, texts, encoder.null_embeds, [PairDraw(7, 0)], (32, 32),
+        pipeline,
+        stock.scheduler,
+        10,
+        texts,
+        encoder.null_embeds,
+        [PairDraw(7, 0)],
+        (32, 32),
         PhotographStart(latents, 0.5),
-    )  # fmt: skip
+    )
     for row in range(2):  # stock takes latents of 4 channels as they are
         expected = stock(
-            CAPTIONS[0][row], image=latents, strength=0.5, num_inference_steps=10, guidance_scale=0.0,
-            generator=torch.Generator().manual_seed(7), output_type="latent",
-        ).images[0]  # fmt: skip
+            CAPTIONS[0][row],
+            image=latents,
+            strength=0.5,
+            num_inference_steps=10,
+            guidance_scale=0.0,
+            generator=torch.Generator().manual_seed(7),
+            output_type="latent",
+        ).images[0]
         assert (sampled.latents[row] - expected).abs().max() < 1e-5

@@ -16,10 +16,10 @@ import train_instruct_pix2pix_sdxl
 from data_preparation import import_pairs
 from tests.published import BLUE, RED, SHAPES, TEXT, save_shape
 from tests.runs import losses_of, training_flags
-from utils.dataset.columns import Columns
-from utils.dataset.data import check_first_rows, make_loader
-from utils.dataset.geometry import Geometry
-from utils.dataset.sources import open_source
+from utils.data.batches import check_first_rows, make_loader
+from utils.data.columns import Columns
+from utils.data.geometry import Geometry
+from utils.data.sources import open_source
 from utils.errors import InputError
 from utils.pixels import decode_image
 
@@ -86,8 +86,11 @@ def test_it_is_imported_into_our_schema(name, published, tmp_path):
         assert row["edited_image"]["bytes"] == before[shape.edited]["bytes"]
         assert is_about(np.asarray(decode_image(row["original_image"])), RED)
         assert row["edit_prompt"] in before[shape.prompt] and row["source_dataset"] == name.split("/")[1]
-    captions = [name for name in ("original_prompt", "input", "source_caption", "INPUT_CAPTION_BY_LLAMA")
-                if name in shape.features]  # fmt: skip
+    captions = [
+        name
+        for name in ("original_prompt", "input", "source_caption", "INPUT_CAPTION_BY_LLAMA")
+        if name in shape.features
+    ]
     assert rows[1]["original_prompt"] == (f"{captions[0]} 1" if captions else None)
     assert set(json.loads(rows[0]["scores"] or "{}")) == {
         {"clip_sim_source": "clip_sim_0", "clip_sim_target": "clip_sim_1"}.get(column, column)

@@ -14,8 +14,8 @@ from accelerate import Accelerator
 from torch import nn
 
 from tests.test_adapters import OPTIONS, disturb, evaluate, load_unet, predict, train, trained_parameters
-from utils.network.adapters import add_adapter
-from utils.network.quantization import quantize_linears
+from utils.models.adapters import add_adapter
+from utils.models.quantization import quantize_linears
 
 KINDS = ["nf4", "int8"]
 both_kinds = pytest.mark.parametrize("kind", KINDS)

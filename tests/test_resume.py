@@ -17,15 +17,21 @@ from diffusers import UNet2DConditionModel
 
 from tests.pairs import save_pairs
 from tests.runs import losses_of, run, start, training_flags, weights_of
-from utils.network.weights import save_trained
-from utils.train import checkpoints
-from utils.train.checkpoints import Progress, find_damage, list_checkpoints, save_checkpoint
+from utils.training import checkpoints
+from utils.training.checkpoints import Progress, find_damage, list_checkpoints, save_checkpoint
+from utils.training.trained_weights import save_trained
 
 SCRIPT = "train_instruct_pix2pix.py"
 SDXL = "train_instruct_pix2pix_sdxl.py"
 ADAPTER = ("--lora_rank=4", "--lora_dropout=0.2", "--use_dora", "--lora_target=all", "--quantize_base=nf4")
-SMALL_MEMORY = ("--weights_dtype=bf16", "--mixed_precision=bf16", "--fused_backward", "--max_grad_norm=0",
-                "--optimizer=adamw8bit", "--ema_device=cpu")  # fmt: skip
+SMALL_MEMORY = (
+    "--weights_dtype=bf16",
+    "--mixed_precision=bf16",
+    "--fused_backward",
+    "--max_grad_norm=0",
+    "--optimizer=adamw8bit",
+    "--ema_device=cpu",
+)
 STEPS, CHECKPOINTING = 12, 3
 
 
@@ -37,11 +43,23 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def flags_for(base: Path, pairs: Path, output_dir: Path, workers: int, accumulation: int) -> list[str]:
     return training_flags(
-        base, pairs, output_dir, f"--max_train_steps={STEPS}", f"--checkpointing_steps={CHECKPOINTING}", "--use_ema",
-        "--lr_scheduler=cosine", "--lr_warmup_steps=2", f"--dataloader_num_workers={workers}", "--random_flip",
-        f"--gradient_accumulation_steps={accumulation}", "--logging_steps=2", "--validation_split=0.1",
-        "--validation_steps=4", "--save_best", "--resume_from_checkpoint=latest",
-    )  # fmt: skip
+        base,
+        pairs,
+        output_dir,
+        f"--max_train_steps={STEPS}",
+        f"--checkpointing_steps={CHECKPOINTING}",
+        "--use_ema",
+        "--lr_scheduler=cosine",
+        "--lr_warmup_steps=2",
+        f"--dataloader_num_workers={workers}",
+        "--random_flip",
+        f"--gradient_accumulation_steps={accumulation}",
+        "--logging_steps=2",
+        "--validation_split=0.1",
+        "--validation_steps=4",
+        "--save_best",
+        "--resume_from_checkpoint=latest",
+    )
 
 
 def kill_when(process: subprocess.Popen, is_time: Callable[[], bool], timeout: float = 120) -> bool:
@@ -71,12 +89,16 @@ def assert_same_run(output_dir: Path, reference: Path) -> None:
 @pytest.mark.parametrize(
     ("script", "model", "workers", "accumulation", "more"),
     [
-        (SCRIPT, "tiny_base", 0, 1, ()), (SCRIPT, "tiny_base", 2, 1, ()), (SCRIPT, "tiny_base", 0, 3, ()),
-        (SCRIPT, "tiny_base", 2, 3, ()), (SDXL, "tiny_sdxl", 2, 3, ()), (SDXL, "tiny_sdxl", 0, 1, ADAPTER),
+        (SCRIPT, "tiny_base", 0, 1, ()),
+        (SCRIPT, "tiny_base", 2, 1, ()),
+        (SCRIPT, "tiny_base", 0, 3, ()),
+        (SCRIPT, "tiny_base", 2, 3, ()),
+        (SDXL, "tiny_sdxl", 2, 3, ()),
+        (SDXL, "tiny_sdxl", 0, 1, ADAPTER),
         (SCRIPT, "tiny_base", 0, 1, SMALL_MEMORY),
     ],
     ids=["SD 0 1", "SD 2 1", "SD 0 3", "SD 2 3", "SDXL 2 3", "SDXL adapter", "SD small memory"],
-)  # fmt: skip
+)
 def test_killed_and_resumed_equals_never_stopped(request, pairs, tmp_path, script, model, workers, accumulation, more):
     reference, output_dir = tmp_path / "reference", tmp_path / "killed"
     base = request.getfixturevalue(model)
@@ -122,9 +144,13 @@ def test_killed_while_a_checkpoint_is_written(tiny_base, pairs, tmp_path):
 @pytest.mark.parametrize("number, launcher", [(signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGTERM, ("--cpu",))])
 def test_signal_leaves_a_checkpoint(tiny_base, pairs, tmp_path, number, launcher):
     flags = training_flags(
-        tiny_base, pairs, tmp_path / "out", "--max_train_steps=100000", "--checkpointing_steps=100000",
+        tiny_base,
+        pairs,
+        tmp_path / "out",
+        "--max_train_steps=100000",
+        "--checkpointing_steps=100000",
         "--logging_steps=1",
-    )  # fmt: skip
+    )
     process = start(SCRIPT, flags, launcher, log=tmp_path / "log")
     log = tmp_path / "out/training_log.jsonl"
     end = time.monotonic() + 120
@@ -173,14 +199,25 @@ def test_a_whole_checkpoint_stands_at_every_moment(tiny_base, tmp_path, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("script", "model", "more"), [(SCRIPT, "tiny_base", ()), (SDXL, "tiny_sdxl", ()), (SDXL, "tiny_sdxl", ADAPTER[:1])],
+    ("script", "model", "more"),
+    [(SCRIPT, "tiny_base", ()), (SDXL, "tiny_sdxl", ()), (SDXL, "tiny_sdxl", ADAPTER[:1])],
     ids=["SD", "SDXL", "SDXL adapter"],
-)  # fmt: skip
+)
 def test_two_processes_equal_one_with_accumulation_two(request, pairs, tmp_path, script, model, more):
     """Same draws, same weights to rounding, through the command that users give."""
     one, two, base = tmp_path / "one", tmp_path / "two", request.getfixturevalue(model)
-    shared = ("--max_train_steps=6", "--use_ema", "--random_flip", "--validation_split=0.2", "--validation_steps=3",
-              "--logging_steps=1", "--checkpointing_steps=3", "--learning_rate=1e-3", "--save_best", *more)  # fmt: skip
+    shared = (
+        "--max_train_steps=6",
+        "--use_ema",
+        "--random_flip",
+        "--validation_split=0.2",
+        "--validation_steps=3",
+        "--logging_steps=1",
+        "--checkpointing_steps=3",
+        "--learning_rate=1e-3",
+        "--save_best",
+        *more,
+    )
     flags = [*shared, "--merge_adapter"] if more else shared
     run(script, training_flags(base, pairs, one, *flags, "--gradient_accumulation_steps=2"))
     run(script, training_flags(base, pairs, two, *flags), launcher=("--cpu", "--num_processes", "2"))
@@ -199,7 +236,9 @@ def test_two_processes_equal_one_with_accumulation_two(request, pairs, tmp_path,
 
 def test_the_launcher_is_followed(tmp_path):
     """A script whose launcher dies gets SIGTERM."""
-    child = "import time, utils.train.launch as l; l.follow_the_launcher(); print('ready', flush=True); time.sleep(60)"
+    child = (
+        "import time, utils.training.launch as l; l.follow_the_launcher(); print('ready', flush=True); time.sleep(60)"
+    )
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "no"}
     process = subprocess.Popen(["python3", "-c", parent], env=environment, stdout=subprocess.PIPE)

@@ -22,31 +22,70 @@ from tests.hub_server import hub_server
 from tests.pairs import make_image, make_rows, save_pairs
 from tests.runs import ENVIRONMENT, REPOSITORY, WEIGHTS, training_flags, weights_of
 from utils.cli import parse_training_flags
-from utils.train.checkpoints import list_checkpoints
+from utils.training.checkpoints import list_checkpoints
 
 TRAIN, FINETUNE = train_instruct_pix2pix.main, finetune_instruct_pix2pix.main
 
 # The flags of diffusers' examples/instruct_pix2pix/train_instruct_pix2pix.py with their defaults there.
 DIFFUSERS_DEFAULTS = {
-    "revision": None, "variant": None, "dataset_name": None, "dataset_config_name": None, "train_data_dir": None,
-    "original_image_column": "input_image", "edited_image_column": "edited_image", "edit_prompt_column": "edit_prompt",
-    "val_image_url": None, "validation_prompt": None, "num_validation_images": 4, "validation_epochs": 1,
-    "max_train_samples": None, "output_dir": "instruct-pix2pix-model", "cache_dir": None, "seed": None,
-    "resolution": 256, "center_crop": False, "random_flip": False, "train_batch_size": 16, "num_train_epochs": 100,
-    "max_train_steps": None, "gradient_accumulation_steps": 1, "gradient_checkpointing": False, "learning_rate": 1e-4,
-    "scale_lr": False, "lr_scheduler": "constant", "lr_warmup_steps": 500, "conditioning_dropout_prob": None,
-    "use_8bit_adam": False, "allow_tf32": False, "use_ema": False, "non_ema_revision": None,
-    "dataloader_num_workers": 0, "adam_beta1": 0.9, "adam_beta2": 0.999, "adam_weight_decay": 0.01,
-    "adam_epsilon": 1e-8, "max_grad_norm": 1.0, "push_to_hub": False, "hub_token": None, "hub_model_id": None,
-    "logging_dir": "logs", "mixed_precision": None, "report_to": "tensorboard", "local_rank": -1,
-    "checkpointing_steps": 500, "checkpoints_total_limit": None, "resume_from_checkpoint": None,
+    "revision": None,
+    "variant": None,
+    "dataset_name": None,
+    "dataset_config_name": None,
+    "train_data_dir": None,
+    "original_image_column": "input_image",
+    "edited_image_column": "edited_image",
+    "edit_prompt_column": "edit_prompt",
+    "val_image_url": None,
+    "validation_prompt": None,
+    "num_validation_images": 4,
+    "validation_epochs": 1,
+    "max_train_samples": None,
+    "output_dir": "instruct-pix2pix-model",
+    "cache_dir": None,
+    "seed": None,
+    "resolution": 256,
+    "center_crop": False,
+    "random_flip": False,
+    "train_batch_size": 16,
+    "num_train_epochs": 100,
+    "max_train_steps": None,
+    "gradient_accumulation_steps": 1,
+    "gradient_checkpointing": False,
+    "learning_rate": 1e-4,
+    "scale_lr": False,
+    "lr_scheduler": "constant",
+    "lr_warmup_steps": 500,
+    "conditioning_dropout_prob": None,
+    "use_8bit_adam": False,
+    "allow_tf32": False,
+    "use_ema": False,
+    "non_ema_revision": None,
+    "dataloader_num_workers": 0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_weight_decay": 0.01,
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+    "push_to_hub": False,
+    "hub_token": None,
+    "hub_model_id": None,
+    "logging_dir": "logs",
+    "mixed_precision": None,
+    "report_to": "tensorboard",
+    "local_rank": -1,
+    "checkpointing_steps": 500,
+    "checkpoints_total_limit": None,
+    "resume_from_checkpoint": None,
     "enable_xformers_memory_efficient_attention": False,
-}  # fmt: skip
+}
 # Their default trains a wrong model, or guesses: docs/decisions/0002.
 OTHER_DEFAULTS = {
-    "original_image_column": None, "edited_image_column": None, "edit_prompt_column": None,
+    "original_image_column": None,
+    "edited_image_column": None,
+    "edit_prompt_column": None,
     "conditioning_dropout_prob": 0.05,
-}  # fmt: skip
+}
 
 DOCUMENTED = [
     "--enable_xformers_memory_efficient_attention",
@@ -111,11 +150,19 @@ def test_the_documented_command_trains_and_publishes(tiny_base, pairs, picture, 
     flags = [flag for flag in DOCUMENTED if "xformers" not in flag and "mixed_precision" not in flag]
     output_dir = tmp_path / "low-level"
     flags += [
-        f"--pretrained_model_name_or_path={tiny_base}", f"--dataset_name={pairs}", f"--output_dir={output_dir}",
-        "--original_image_column=original_image", "--edit_prompt_column=edit_prompt", "--resolution=32",
-        "--edited_image_column=edited_image", "--max_train_steps=2", f"--val_image_url={picture}", "--max_bad_rows=0",
-        "--num_validation_images=1", "--hub_token=write-token",
-    ]  # fmt: skip
+        f"--pretrained_model_name_or_path={tiny_base}",
+        f"--dataset_name={pairs}",
+        f"--output_dir={output_dir}",
+        "--original_image_column=original_image",
+        "--edit_prompt_column=edit_prompt",
+        "--resolution=32",
+        "--edited_image_column=edited_image",
+        "--max_train_steps=2",
+        f"--val_image_url={picture}",
+        "--max_bad_rows=0",
+        "--num_validation_images=1",
+        "--hub_token=write-token",
+    ]
     flags.remove("--val_image_url=mountain.png")
     with hub_server(tmp_path / "hub") as hub:
         environment = ENVIRONMENT | hub.environment(tmp_path / "home") | {"WANDB_MODE": "offline"}
@@ -178,8 +225,13 @@ def test_moving_average_is_published_and_differs_from_the_weights(tiny_base, pai
 
 def test_validation_does_not_disturb_training(tiny_base, pairs, picture, tmp_path):
     TRAIN(training_flags(tiny_base, pairs, tmp_path / "without", "--use_ema"))
-    flags = (f"--val_image_url={picture}", "--validation_prompt=make it red", "--validation_prompt=make it blue",
-             "--validation_steps=1", "--num_validation_images=2")  # fmt: skip
+    flags = (
+        f"--val_image_url={picture}",
+        "--validation_prompt=make it red",
+        "--validation_prompt=make it blue",
+        "--validation_steps=1",
+        "--num_validation_images=2",
+    )
     TRAIN(training_flags(tiny_base, pairs, tmp_path / "with", "--use_ema", *flags))
     assert weights_of(tmp_path / "with/unet") == weights_of(tmp_path / "without/unet")
     sheets = sorted(path.name for path in (tmp_path / "with/validation").glob("step-*.png"))
@@ -189,8 +241,14 @@ def test_validation_does_not_disturb_training(tiny_base, pairs, picture, tmp_pat
 
 
 def test_trackers_get_numbers_and_pictures(tiny_base, pairs, picture, tmp_path):
-    flags = ("--report_to=tensorboard", "--logging_steps=2", f"--val_image_url={picture}", "--validation_prompt=red",
-             "--num_validation_images=1", "--validation_split=0.3")  # fmt: skip
+    flags = (
+        "--report_to=tensorboard",
+        "--logging_steps=2",
+        f"--val_image_url={picture}",
+        "--validation_prompt=red",
+        "--num_validation_images=1",
+        "--validation_split=0.3",
+    )
     TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", *flags))
     events = EventAccumulator(str(tmp_path / "out/logs/instruct-pix2pix"))
     events.Reload()
@@ -201,8 +259,14 @@ def test_trackers_get_numbers_and_pictures(tiny_base, pairs, picture, tmp_path):
 
 
 def test_best_weights_are_published(tiny_base, pairs, tmp_path):
-    flags = ("--validation_split=0.3", "--validation_steps=1", "--save_best", "--checkpointing_steps=1",
-             "--learning_rate=0.05", "--max_train_steps=5")  # fmt: skip
+    flags = (
+        "--validation_split=0.3",
+        "--validation_steps=1",
+        "--save_best",
+        "--checkpointing_steps=1",
+        "--learning_rate=0.05",
+        "--max_train_steps=5",
+    )
     TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", *flags))
     entries = [json.loads(line) for line in (tmp_path / "out/training_log.jsonl").read_text().splitlines()]
     losses = {entry["step"]: entry["held_out_loss"] for entry in entries if "held_out_loss" in entry}
@@ -236,13 +300,19 @@ def test_dry_run_draws_the_pairs_and_saves_nothing_else(tiny_base, pairs, tmp_pa
 @pytest.mark.parametrize(
     "flags",
     [
-        ("--streaming",), ("--streaming", "--dataloader_num_workers=1"), ("--resize_mode=bucket",),
-        ("--resize_mode=squash",), ("--use_8bit_adam",), ("--gradient_checkpointing",), ("--mixed_precision=bf16",),
+        ("--streaming",),
+        ("--streaming", "--dataloader_num_workers=1"),
+        ("--resize_mode=bucket",),
+        ("--resize_mode=squash",),
+        ("--use_8bit_adam",),
+        ("--gradient_checkpointing",),
+        ("--mixed_precision=bf16",),
         ("--snr_gamma=5", "--noise_offset=0.1", "--prediction_type=v_prediction", "--rescale_betas_zero_snr"),
-        ("--scale_lr", "--max_train_samples=3"), ("--num_train_epochs=2", "--max_train_steps=4"),
+        ("--scale_lr", "--max_train_samples=3"),
+        ("--num_train_epochs=2", "--max_train_steps=4"),
     ],
     ids=lambda flags: " ".join(flags),
-)  # fmt: skip
+)
 def test_features_train_and_the_result_loads(tiny_base, pairs, tmp_path, flags):
     assert TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", *flags, "--report_to=none")) == 0
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "out")

@@ -21,23 +21,44 @@ from tests.pairs import encode, make_dataset, make_image, save_pairs
 from tests.runs import WEIGHTS, run, training_flags
 from tests.tiny import make_vae
 from utils.cli import parse_training_flags
-from utils.network.conditioning import PromptEncoder
-from utils.train.objective import Objective
+from utils.models.conditioning import PromptEncoder
+from utils.training.objective import Objective
 
 TRAIN, FINETUNE = train_instruct_pix2pix_sdxl.main, finetune_instruct_pix2pix.main
 
 # Flags of diffusers' SDXL script with their defaults there: those that its SD script has not, and some more.
 DIFFUSERS_DEFAULTS = {
-    "pretrained_vae_model_name_or_path": None, "vae_precision": "fp32", "validation_steps": 100, "resolution": 256,
-    "val_image_url": None, "train_batch_size": 16, "lr_warmup_steps": 500, "learning_rate": 1e-4, "max_grad_norm": 1.0,
-}  # fmt: skip
+    "pretrained_vae_model_name_or_path": None,
+    "vae_precision": "fp32",
+    "validation_steps": 100,
+    "resolution": 256,
+    "val_image_url": None,
+    "train_batch_size": 16,
+    "lr_warmup_steps": 500,
+    "learning_rate": 1e-4,
+    "max_grad_norm": 1.0,
+}
 DOCUMENTED = [
-    "--use_ema", "--enable_xformers_memory_efficient_attention", "--resolution=512", "--random_flip",
-    "--train_batch_size=4", "--gradient_accumulation_steps=4", "--gradient_checkpointing", "--max_train_steps=15000",
-    "--checkpointing_steps=5000", "--checkpoints_total_limit=1", "--learning_rate=5e-05", "--lr_warmup_steps=0",
-    "--conditioning_dropout_prob=0.05", "--seed=42", "--val_image_url_or_path=mountain.png",
-    "--validation_prompt=make it in japan", "--report_to=wandb", "--push_to_hub", "--max_grad_norm=1",
-]  # fmt: skip
+    "--use_ema",
+    "--enable_xformers_memory_efficient_attention",
+    "--resolution=512",
+    "--random_flip",
+    "--train_batch_size=4",
+    "--gradient_accumulation_steps=4",
+    "--gradient_checkpointing",
+    "--max_train_steps=15000",
+    "--checkpointing_steps=5000",
+    "--checkpoints_total_limit=1",
+    "--learning_rate=5e-05",
+    "--lr_warmup_steps=0",
+    "--conditioning_dropout_prob=0.05",
+    "--seed=42",
+    "--val_image_url_or_path=mountain.png",
+    "--validation_prompt=make it in japan",
+    "--report_to=wandb",
+    "--push_to_hub",
+    "--max_grad_norm=1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +88,15 @@ def test_the_script_trains_what_stock_diffusers_loads(tiny_sdxl, pairs, tmp_path
     picture = tmp_path / "picture.png"
     make_image(3).save(picture)
     flags = (
-        f"--dataloader_num_workers={workers}", f"--gradient_accumulation_steps={accumulation}", "--use_ema",
-        f"--val_image_url_or_path={picture}", "--validation_prompt=red", "--validation_steps=2",
-        "--num_validation_images=1", "--random_flip",
-    )  # fmt: skip
+        f"--dataloader_num_workers={workers}",
+        f"--gradient_accumulation_steps={accumulation}",
+        "--use_ema",
+        f"--val_image_url_or_path={picture}",
+        "--validation_prompt=red",
+        "--validation_steps=2",
+        "--num_validation_images=1",
+        "--random_flip",
+    )
     run("train_instruct_pix2pix_sdxl.py", training_flags(tiny_sdxl, pairs, tmp_path / "out", *flags), ("--cpu",))
     assert {path.name for path in (tmp_path / "out/validation").glob("step-*")} == {"step-2.png", "step-4.png"}
     pipeline = StableDiffusionXLInstructPix2PixPipeline.from_pretrained(tmp_path / "out")
@@ -110,8 +136,11 @@ def test_the_wrong_script_is_named(tiny_base, tiny_sdxl, tiny_sdxl_editor, pairs
     fails_early(flags(tiny_sdxl_editor), "finetune_instruct_pix2pix.py", script=TRAIN)
     fails_early(flags(tiny_sdxl), "train_instruct_pix2pix_sdxl.py", script=FINETUNE)
     crops = [*flags(tiny_base), "--crops_coords_top_left_h=0"]
-    fails_early([flag for flag in crops if "base" not in flag] + [f"--pretrained_model_name_or_path={tiny_base}"],
-                "train_instruct_pix2pix.py", script=FINETUNE)  # fmt: skip
+    fails_early(
+        [flag for flag in crops if "base" not in flag] + [f"--pretrained_model_name_or_path={tiny_base}"],
+        "train_instruct_pix2pix.py",
+        script=FINETUNE,
+    )
 
 
 # ---- time ids -------------------------------------------------------------------------------------------------------
@@ -151,8 +180,11 @@ def test_time_ids_are_each_rows_own(tiny_sdxl, shapes, tmp_path, monkeypatch):
     """Original height and width, top and left of the crop after resizing to 32 pixels, target height and width."""
     flags = training_flags(tiny_sdxl, shapes, tmp_path / "out", "--center_crop", "--max_train_steps=2")
     expected = {
-        0: [40, 40, 0, 0, 32, 32], 1: [80, 40, 16, 0, 32, 32], 2: [40, 80, 0, 16, 32, 32], 3: [64, 64, 0, 0, 32, 32]
-    }  # fmt: skip
+        0: [40, 40, 0, 0, 32, 32],
+        1: [80, 40, 16, 0, 32, 32],
+        2: [40, 80, 0, 16, 32, 32],
+        3: [64, 64, 0, 0, 32, 32],
+    }
     seen = recorded_time_ids(flags, TRAIN, monkeypatch)
     assert {int(row.split("[")[1][:-1]): ids for row, ids in seen.items()} == expected
     cached = [*flags, f"--output_dir={tmp_path / 'cached'}", "--cache_latents"]
@@ -160,8 +192,15 @@ def test_time_ids_are_each_rows_own(tiny_sdxl, shapes, tmp_path, monkeypatch):
 
 
 def test_time_ids_of_buckets_and_of_given_crops(tiny_sdxl, shapes, tmp_path, monkeypatch):
-    flags = training_flags(tiny_sdxl, shapes, tmp_path / "out", "--resize_mode=bucket", "--resolution=64",
-                           "--crops_coords_top_left_h=5", "--max_train_steps=4")  # fmt: skip
+    flags = training_flags(
+        tiny_sdxl,
+        shapes,
+        tmp_path / "out",
+        "--resize_mode=bucket",
+        "--resolution=64",
+        "--crops_coords_top_left_h=5",
+        "--max_train_steps=4",
+    )
     seen = recorded_time_ids(flags, TRAIN, monkeypatch)
     targets = {tuple(ids[4:]) for ids in seen.values()}
     assert len(targets) == 3 and all(ids[2] == 5 and ids[3] != 5 for ids in seen.values())
@@ -185,8 +224,13 @@ def test_each_prompt_is_encoded_once_before_the_first_step(tiny_sdxl, pairs, tmp
     monkeypatch.setattr(PromptEncoder, "encode_all", encode_before_the_first_step)
     picture = tmp_path / "picture.png"
     make_image(3).save(picture)
-    flags = (f"--val_image_url_or_path={picture}", "--validation_prompt=red", "--validation_steps=1",
-             "--num_validation_images=1", "--max_train_steps=12")  # fmt: skip
+    flags = (
+        f"--val_image_url_or_path={picture}",
+        "--validation_prompt=red",
+        "--validation_steps=1",
+        "--num_validation_images=1",
+        "--max_train_steps=12",
+    )
     assert TRAIN(training_flags(tiny_sdxl, pairs, tmp_path / "out", *flags)) == 0
     assert sorted(encoded) == sorted(["", "red", *(f"edit number {n}" for n in range(7))])
     assert moved == [0, len(encoded)]  # the null prompt among them, and nothing afterwards
@@ -198,8 +242,12 @@ def test_each_prompt_is_encoded_once_before_the_first_step(tiny_sdxl, pairs, tmp
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_an_external_vae_is_used_and_published(tiny_sdxl, pairs, tmp_path, precision):
     make_vae(scaling_factor=0.5).save_pretrained(tmp_path / "vae", variant="fp16")
-    flags = (f"--pretrained_vae_model_name_or_path={tmp_path / 'vae'}", "--vae_variant=fp16",
-             f"--vae_precision={precision}", "--max_train_steps=2")  # fmt: skip
+    flags = (
+        f"--pretrained_vae_model_name_or_path={tmp_path / 'vae'}",
+        "--vae_variant=fp16",
+        f"--vae_precision={precision}",
+        "--max_train_steps=2",
+    )
     assert TRAIN(training_flags(tiny_sdxl, pairs, tmp_path / "out", *flags)) == 0
     published = AutoencoderKL.from_pretrained(tmp_path / "out/vae")
     expected = AutoencoderKL.from_pretrained(tmp_path / "vae", variant="fp16")
@@ -230,8 +278,10 @@ def test_a_vae_that_is_missing_is_named(tiny_sdxl, pairs, tmp_path):
     flags = training_flags(tiny_sdxl, pairs, tmp_path / "out", "--report_to=none")
     fails_late(
         [*flags, f"--pretrained_vae_model_name_or_path={tmp_path / 'nowhere'}"],
-        "--pretrained_vae_model_name_or_path", "nowhere", script=TRAIN,
-    )  # fmt: skip
+        "--pretrained_vae_model_name_or_path",
+        "nowhere",
+        script=TRAIN,
+    )
 
 
 def test_an_sdxl_without_its_second_encoder_is_refused(tiny_sdxl, pairs, tmp_path):

@@ -16,9 +16,9 @@ from diffusers import (
 )
 from PIL import Image
 
-from utils.edit.editing import edit_images, edit_pixels, fit_to_model, native_resolution, size_multiple
-from utils.network.conditioning import PromptEmbeds, drop_prompts, make_prompt_encoder
-from utils.network.loading import load_editor
+from utils.editing.edit_images import edit_images, edit_pixels, fit_to_model, native_resolution, size_multiple
+from utils.editing.loading import load_editor
+from utils.models.conditioning import PromptEmbeds, drop_prompts, make_prompt_encoder
 
 BETAS = dict(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 EDM = dict(sigma_min=0.002, sigma_max=120.0, sigma_data=1.0, prediction_type="v_prediction")
@@ -47,9 +47,14 @@ def set_scheduler(pipeline: DiffusionPipeline, name: str) -> None:
 def stock_pixels(pipeline: DiffusionPipeline, image: Image.Image, prompt: str, seed: int, **settings) -> torch.Tensor:
     """One edit (3, H, W): stock SDXL resizes to its native size unless the image's own is given."""
     edited = pipeline(
-        prompt, image=image, height=image.height, width=image.width, output_type="np",
-        generator=torch.Generator().manual_seed(seed), **settings,
-    ).images  # fmt: skip
+        prompt,
+        image=image,
+        height=image.height,
+        width=image.width,
+        output_type="np",
+        generator=torch.Generator().manual_seed(seed),
+        **settings,
+    ).images
     return torch.from_numpy(edited)[0].permute(2, 0, 1)
 
 
@@ -303,7 +308,7 @@ def test_null_condition_of_sdxl(editor, force_zeros: bool) -> None:
 @pytest.mark.parametrize("force_zeros", [True, False])
 def test_null_condition_of_sdxl_loaded_for_training(tiny_sdxl_editor: Path, force_zeros: bool, tmp_path: Path) -> None:
     """From the folder's own switch, through the loading of the training scripts."""
-    from utils.network.models import ModelOptions, load_stable_diffusion
+    from utils.models.stable_diffusion import ModelOptions, load_stable_diffusion
 
     pipeline = StableDiffusionXLInstructPix2PixPipeline.from_pretrained(
         tiny_sdxl_editor, force_zeros_for_empty_prompt=force_zeros, add_watermarker=False

@@ -24,11 +24,11 @@ from tests.hub_server import hub_server
 from tests.original_names import open_clip_weights, original_weights, unet_weights, vae_weights, write_single_file
 from tests.pairs import make_noise
 from tests.tiny import make_tiny_sd, make_tiny_sdxl
-from utils.edit.editing import edit_pixels
+from utils.editing.edit_images import edit_pixels
+from utils.editing.loading import load_editor
 from utils.errors import InputError
-from utils.network.loading import load_editor
-from utils.network.models import ModelOptions, load_stable_diffusion, make_editor, read_configs, require_editor
-from utils.network.single_file import is_single_file, load_single_file, read_single_file
+from utils.models.single_file import is_single_file, load_single_file, read_single_file
+from utils.models.stable_diffusion import ModelOptions, load_stable_diffusion, make_editor, read_configs, require_editor
 
 SIGMAS = {"edm_vpred.sigma_max": torch.tensor(120.0), "edm_vpred.sigma_min": torch.tensor(0.002)}
 MODELS = ("text_encoder", "text_encoder_2", "vae", "unet")
@@ -155,9 +155,12 @@ def test_cosxl_editor(cosxl: Path, tiny_sdxl_editor: Path) -> None:
     scheduler = components["scheduler"]
     assert isinstance(scheduler, EDMEulerScheduler)
     expected = dict(
-        sigma_min=pytest.approx(0.002), sigma_max=120.0, sigma_data=1.0, prediction_type="v_prediction",
+        sigma_min=pytest.approx(0.002),
+        sigma_max=120.0,
+        sigma_data=1.0,
+        prediction_type="v_prediction",
         sigma_schedule="exponential",
-    )  # fmt: skip
+    )
     assert {name: scheduler.config[name] for name in expected} == expected
     config = read_single_file(str(cosxl), str(tiny_sdxl_editor), None)[2]
     assert config["_class_name"] == "EDMEulerScheduler" and config["sigma_max"] == 120.0
@@ -174,9 +177,14 @@ def test_cosxl_edits_equal_stock(cosxl: Path, tiny_sdxl_editor: Path, tmp_path: 
     photo = make_noise((32, 32))
     settings = dict(num_inference_steps=4, guidance_scale=5.0, image_guidance_scale=1.5)
     expected = stock(
-        "make it red", image=photo, height=32, width=32, output_type="np", generator=torch.Generator().manual_seed(3),
+        "make it red",
+        image=photo,
+        height=32,
+        width=32,
+        output_type="np",
+        generator=torch.Generator().manual_seed(3),
         **settings,
-    ).images[0]  # fmt: skip
+    ).images[0]
     editor = load_editor(cosxl, single_file_config=str(tiny_sdxl_editor))
     editor.save_pretrained(tmp_path / "saved")
     load_editor(tmp_path / "saved").save_pretrained(tmp_path / "again")
@@ -231,9 +239,11 @@ def test_configuration_from_the_hub(
     files = {
         write_single_file(sd, tmp_path / "sd.safetensors"): ("timbrooks/instruct-pix2pix", tiny_editor, sd),
         write_single_file(sdxl, tmp_path / "xl.safetensors", mark): (
-            "stabilityai/stable-diffusion-xl-base-1.0", tiny_sdxl_editor, sdxl,
+            "stabilityai/stable-diffusion-xl-base-1.0",
+            tiny_sdxl_editor,
+            sdxl,
         ),
-    }  # fmt: skip
+    }
     cache = str(tmp_path / "cache")
     with hub_server(tmp_path / "hub") as hub:
         turn_downloads(monkeypatch, hub.url, tmp_path)

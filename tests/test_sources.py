@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from tests.pairs import make_dataset, make_image, make_rows, make_source, write_image_folder
-from utils.dataset.sources import Source, hold_out, open_mix, open_source, sources_digest
+from utils.data.sources import Source, hold_out, open_mix, open_source, sources_digest
 from utils.errors import InputError
 from utils.pixels import decode_image
 
@@ -282,7 +282,7 @@ def test_hold_out_refusals(parquet_folder: Path) -> None:
 
 def test_digest_is_the_same_in_another_process(parquet_folder: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from utils.dataset.sources import open_source, sources_digest as d\n"
+        "import sys; from utils.data.sources import open_source, sources_digest as d\n"
         "for f in sys.argv[2:]: print(d([open_source(f, cache_dir=sys.argv[1], streaming=s) "
         "for s in (False,)]), d([open_source(f, cache_dir=sys.argv[1], streaming=True)]))"
     )

@@ -13,17 +13,17 @@ from PIL import Image
 
 import infer
 from tests.pairs import make_noise
-from utils.edit.edit_flags import EditorOptions
-from utils.edit.editing import edit_images, fit_to_model
-from utils.edit.editors import OpenedEditor, open_editor
-from utils.edit.jobs import Recommended
+from utils.editing.edit_images import edit_images, fit_to_model
+from utils.editing.editor_setup import OpenedEditor, open_editor
+from utils.editing.flags import EditorOptions
+from utils.editing.jobs import Recommended
+from utils.editing.loading import load_editor
 from utils.errors import InputError
-from utils.network.loading import load_editor
-from utils.web.browser_runs import Runs
+from utils.web.handlers import Runs
 from utils.web.links import LIMITS, Wish, check_wish, from_query, to_query
-from utils.web.shelf import Shelf, name_models
+from utils.web.model_cache import Shelf, name_models
+from utils.web.request_queue import Stopped, Turns
 from utils.web.studio import Edit, Progress, Studio
-from utils.web.turns import Stopped, Turns
 
 
 def open_model(model: str) -> OpenedEditor:
@@ -117,9 +117,18 @@ def test_a_link_asks_for_the_same_again():
 
 @pytest.mark.parametrize(
     "query",
-    [{"steps": "0"}, {"steps": "many"}, {"seed": "-1"}, {"cfg_text": "nan"}, {"cfg_image": "inf"}, {"model": "/etc"},
-     {"images": "1e9"}, {"seed": str(10**30)}, {"instruction": "x" * 5000}],
-)  # fmt: skip
+    [
+        {"steps": "0"},
+        {"steps": "many"},
+        {"seed": "-1"},
+        {"cfg_text": "nan"},
+        {"cfg_image": "inf"},
+        {"model": "/etc"},
+        {"images": "1e9"},
+        {"seed": str(10**30)},
+        {"instruction": "x" * 5000},
+    ],
+)
 def test_a_link_with_nonsense_leaves_it_out_and_says_so(query):
     default = Wish(model="a")
     restored, ignored = from_query({**query, "cfg_text" if "cfg_text" not in query else "steps": "3"}, default, ["a"])
@@ -143,9 +152,14 @@ def test_a_wish_gives_the_edits_of_infer(tiny_editor, photo):
     pipeline = load_editor(tiny_editor)
     image = fit_to_model(Image.open(photo).convert("RGB"), pipeline)
     expected = edit_images(
-        pipeline, [image] * 2, ["make it snowy"] * 2, seeds=[5, 6], num_inference_steps=2, guidance_scale=3.0,
+        pipeline,
+        [image] * 2,
+        ["make it snowy"] * 2,
+        seeds=[5, 6],
+        num_inference_steps=2,
+        guidance_scale=3.0,
         image_guidance_scale=1.2,
-    )  # fmt: skip
+    )
     assert [edit.seed for edit in edits] == [5, 6]
     for edit, image in zip(edits, expected, strict=True):  # batched or not: the same but for the last bit
         assert np.abs(np.asarray(edit.edited, int) - np.asarray(image, int)).max() <= 1

@@ -56,7 +56,7 @@ def test_names_of_degradations_are_known_without_loading_them():
         (["n", 3, "h", "w"], ["--teacher_multiple", "32", "--crop", "none", "--resolution", "72"], -1, 0),
         (["n", 3, "h", "w"], ["--teacher_range", "0,1", "--teacher_output_range=-1,1"], -2, 1),
     ],
-)  # fmt: skip
+)
 def test_an_onnx_network_in_any_range_layout_and_size(shape, flags, scale, shift, tmp_path, phrasings):
     network = save_negation(tmp_path / "negation.onnx", shape, scale, shift)
     rows = invert(tmp_path, phrasings, f"onnx:{network}", *flags)
@@ -84,8 +84,10 @@ def test_a_function_of_ones_own(tmp_path, phrasings):
     )
     for row in invert(tmp_path, phrasings, f"python:{tmp_path}/mine.py:invert"):
         assert np.array_equal(row["edited_image"], 255 - row["original_image"])
-    noisy = [generate(tmp_path / name, "--task", str(phrasings), "--teacher", f"python:{tmp_path}/mine.py:noisy",
-                      *workers) for name, workers in (("a", ()), ("b", ("--num_workers", "2")))]  # fmt: skip
+    noisy = [
+        generate(tmp_path / name, "--task", str(phrasings), "--teacher", f"python:{tmp_path}/mine.py:noisy", *workers)
+        for name, workers in (("a", ()), ("b", ("--num_workers", "2")))
+    ]
     assert all(np.array_equal(one["edited_image"], two["edited_image"]) for one, two in zip(*noisy, strict=True))
 
 
@@ -113,8 +115,14 @@ def test_torchhub_runs_code_only_when_told(tmp_path, phrasings, capsys):
     with pytest.raises(SystemExit):
         invert(tmp_path, phrasings, f"torchhub:{repository}:generator")
     assert "--trust_remote_code" in capsys.readouterr().err and not list(repository.glob("*.ran"))
-    rows = invert(tmp_path, phrasings, f"torchhub:{repository}:generator", "--trust_remote_code",
-                  "--teacher_settings", '{"by": -1.0}')  # fmt: skip
+    rows = invert(
+        tmp_path,
+        phrasings,
+        f"torchhub:{repository}:generator",
+        "--trust_remote_code",
+        "--teacher_settings",
+        '{"by": -1.0}',
+    )
     for row in rows:
         assert np.abs(row["edited_image"].astype(int) - (255 - row["original_image"])).max() <= 1
 
@@ -130,15 +138,29 @@ def test_a_diffusers_editor_teaches(tiny_editor, tmp_path, phrasings):
     pipeline = DiffusionPipeline.from_pretrained(tiny_editor)
     for row in rows[:2]:
         generator = torch.Generator().manual_seed(row["settings"]["teacher_seed"])
-        expected = pipeline(row["edit_prompt"], Image.fromarray(row["original_image"]), generator=generator,
-                            num_inference_steps=2, image_guidance_scale=1.2).images[0]  # fmt: skip
+        expected = pipeline(
+            row["edit_prompt"],
+            Image.fromarray(row["original_image"]),
+            generator=generator,
+            num_inference_steps=2,
+            image_guidance_scale=1.2,
+        ).images[0]
         expected = np.asarray(expected.resize(row["original_image"].shape[1::-1]))
         assert np.abs(row["edited_image"].astype(int) - expected).max() <= 1
 
 
 def test_a_text_to_image_model_is_opened_for_image_to_image(tiny_base, tmp_path, phrasings):
-    rows = invert(tmp_path, phrasings, f"diffusers:{tiny_base}", "--teacher_prompt", "a painting", "--crop", "square",
-                  "--teacher_settings", '{"strength": 0.5, "num_inference_steps": 4}')  # fmt: skip
+    rows = invert(
+        tmp_path,
+        phrasings,
+        f"diffusers:{tiny_base}",
+        "--teacher_prompt",
+        "a painting",
+        "--crop",
+        "square",
+        "--teacher_settings",
+        '{"strength": 0.5, "num_inference_steps": 4}',
+    )
     assert len(rows) == 6 and all(row["edited_image"].shape == row["original_image"].shape for row in rows)
 
 

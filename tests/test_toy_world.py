@@ -13,8 +13,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from data_preparation.edits import EDITS
 from data_preparation.photographs import centre_square, list_photographs, read_photograph
+from data_preparation.toy_edits import EDITS
 from tests.runs import ENVIRONMENT, REPOSITORY
 
 PHOTOS, BASE = REPOSITORY / "assets/photos", REPOSITORY / "assets/toy-sd"
@@ -34,8 +34,10 @@ def test_every_photograph_is_free_and_says_where_it_is_from():
 
 
 def test_no_scene_is_both_trained_on_and_held_out():
-    scenes = {split: {re.sub(r"_?\d*\.jpg$", "", row["file_name"]) for row in ROWS if row["split"] == split}
-              for split in ("train", "heldout")}  # fmt: skip
+    scenes = {
+        split: {re.sub(r"_?\d*\.jpg$", "", row["file_name"]) for row in ROWS if row["split"] == split}
+        for split in ("train", "heldout")
+    }
     assert len(scenes["heldout"]) >= 5 and not scenes["train"] & scenes["heldout"]
     sources = {split: {row["source"] for row in ROWS if row["split"] == split} for split in ("train", "heldout")}
     assert not sources["train"] & sources["heldout"]

@@ -32,26 +32,46 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
 
 def text_config(tokenizer: CLIPTokenizer, **changes: int) -> CLIPTextConfig:
     return CLIPTextConfig(
-        **dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=37, num_attention_heads=4,
-               num_hidden_layers=2, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-               pad_token_id=1) | changes
-    )  # fmt: skip
+        **dict(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=37,
+            num_attention_heads=4,
+            num_hidden_layers=2,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=1,
+        )
+        | changes
+    )
 
 
 def make_vae(**changes: float) -> AutoencoderKL:
     """Random autoencoder: images of 32 pixels are latents (4, 16, 16)."""
     vae = AutoencoderKL(
-        block_out_channels=[16, 32], in_channels=3, out_channels=3, latent_channels=4, norm_num_groups=8,
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2, sample_size=32, **changes,
-    )  # fmt: skip
+        block_out_channels=[16, 32],
+        in_channels=3,
+        out_channels=3,
+        latent_channels=4,
+        norm_num_groups=8,
+        down_block_types=["DownEncoderBlock2D"] * 2,
+        up_block_types=["UpDecoderBlock2D"] * 2,
+        sample_size=32,
+        **changes,
+    )
     return vae.eval()
 
 
 def make_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-        set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type,
-    )  # fmt: skip
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
 
 
 def make_components(scratch: Path, in_channels: int = 4, prediction_type: str = "epsilon", seed: int = 0) -> dict:
@@ -61,15 +81,27 @@ def make_components(scratch: Path, in_channels: int = 4, prediction_type: str = 
     text_encoder = CLIPTextModel(text_config(tokenizer))
     vae = make_vae()
     unet = UNet2DConditionModel(
-        block_out_channels=(16, 32), layers_per_block=1, sample_size=16, in_channels=in_channels, out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32, attention_head_dim=2, norm_num_groups=8,
-    )  # fmt: skip
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        sample_size=16,
+        in_channels=in_channels,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=8,
+    )
     return dict(
-        vae=vae.eval(), text_encoder=text_encoder.eval(), tokenizer=tokenizer, unet=unet.eval(),
+        vae=vae.eval(),
+        text_encoder=text_encoder.eval(),
+        tokenizer=tokenizer,
+        unet=unet.eval(),
         scheduler=make_scheduler(prediction_type),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
 
 
 def make_tiny_sd(folder: Path, in_channels: int = 4, prediction_type: str = "epsilon", seed: int = 0) -> Path:
@@ -86,17 +118,32 @@ def make_sdxl_components(scratch: Path, in_channels: int = 4, prediction_type: s
     tokenizer = make_tokenizer(scratch / "tokenizer-source")
     second = text_config(tokenizer, hidden_size=64, intermediate_size=67, num_hidden_layers=3, projection_dim=48)
     unet = UNet2DConditionModel(
-        block_out_channels=(16, 32), layers_per_block=1, sample_size=16, in_channels=in_channels, out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=96, attention_head_dim=(2, 4), norm_num_groups=8, use_linear_projection=True,
-        transformer_layers_per_block=(1, 2), addition_embed_type="text_time", addition_time_embed_dim=8,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        sample_size=16,
+        in_channels=in_channels,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=96,
+        attention_head_dim=(2, 4),
+        norm_num_groups=8,
+        use_linear_projection=True,
+        transformer_layers_per_block=(1, 2),
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=48 + 6 * 8,
-    )  # fmt: skip
+    )
     return dict(
-        vae=make_vae(scaling_factor=0.13025), text_encoder=CLIPTextModel(text_config(tokenizer)).eval(),
-        tokenizer=tokenizer, text_encoder_2=CLIPTextModelWithProjection(second).eval(), tokenizer_2=tokenizer,
-        unet=unet.eval(), scheduler=make_scheduler(prediction_type), add_watermarker=False,
-    )  # fmt: skip
+        vae=make_vae(scaling_factor=0.13025),
+        text_encoder=CLIPTextModel(text_config(tokenizer)).eval(),
+        tokenizer=tokenizer,
+        text_encoder_2=CLIPTextModelWithProjection(second).eval(),
+        tokenizer_2=tokenizer,
+        unet=unet.eval(),
+        scheduler=make_scheduler(prediction_type),
+        add_watermarker=False,
+    )
 
 
 def make_tiny_sdxl(folder: Path, in_channels: int = 4, prediction_type: str = "epsilon", seed: int = 0) -> Path:

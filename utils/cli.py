@@ -16,7 +16,7 @@ import difflib
 from typing import NoReturn, TypeVar, get_type_hints
 
 from utils.errors import InputError
-from utils.flag_checks import find_problems
+from utils.training.flag_checks import find_problems
 
 Options = TypeVar("Options")
 
@@ -124,44 +124,52 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--edited_image_column", help=column.format("image after the edit"))
     group.add_argument("--max_train_samples", type=int, help="use at most so many rows")
     group.add_argument(
-        "--max_bad_rows", type=float, default=0.01,
+        "--max_bad_rows",
+        type=float,
+        default=0.01,
         help="unreadable rows are skipped; stop when more than this share of the rows (below 1) or this many are bad",
-    )  # fmt: skip
+    )
     group.add_argument("--resolution", type=int, default=256, help="shorter side in pixels that images are brought to")
     group.add_argument(
-        "--resize_mode", choices=("crop", "squash", "bucket"), default="crop",
+        "--resize_mode",
+        choices=("crop", "squash", "bucket"),
+        default="crop",
         help="crop: shorter side to the resolution, then a square crop; squash: both sides (what diffusers does); "
         "bucket: keep the aspect ratio, batches by shape",
-    )  # fmt: skip
+    )
     group.add_argument("--center_crop", action="store_true", help="crop the middle instead of a random place")
     group.add_argument(
         "--random_flip", action="store_true", help="mirror half of the pairs (never 'left'/'right' edits)"
     )
     group.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that decode images")
     group.add_argument(
-        "--cache_latents", action="store_true",
+        "--cache_latents",
+        action="store_true",
         help="encode every pair once before training and keep its latents in output_dir/latent-cache "
         "(needs --center_crop or --resize_mode squash: a cached latent has one crop)",
-    )  # fmt: skip
+    )
 
 
 def _add_objective(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("objective")
     group.add_argument(
-        "--conditioning_dropout_prob", type=float, default=0.05,
+        "--conditioning_dropout_prob",
+        type=float,
+        default=0.05,
         help="share of samples without the prompt alone, without the image alone, and without both, each "
         "(the paper's 0.05; diffusers' default of none leaves guidance untrained)",
-    )  # fmt: skip
+    )
     group.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), help="default: what the base predicts")
     group.add_argument("--snr_gamma", type=float, help="min-SNR weighting of the loss, 5.0 recommended (2303.09556)")
     group.add_argument(
         "--noise_offset", type=float, default=0.0, help="strength of noise added per channel, such as 0.05"
     )
     group.add_argument(
-        "--rescale_betas_zero_snr", action="store_true",
+        "--rescale_betas_zero_snr",
+        action="store_true",
         help="rescale the noise schedule to zero terminal SNR (2305.08891), for very dark and bright edits; "
         "needs v_prediction",
-    )  # fmt: skip
+    )
 
 
 def _add_optimization(parser: argparse.ArgumentParser) -> None:
@@ -186,13 +194,17 @@ def _add_optimization(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--prodigy_d_coef", type=float, default=1.0, help="factor on the rate that prodigy finds")
     group.add_argument("--prodigy_beta3", type=float, help="decay of that search (default: root of beta 2)")
     group.add_argument(
-        "--prodigy_use_bias_correction", action=argparse.BooleanOptionalAction, default=True,
+        "--prodigy_use_bias_correction",
+        action=argparse.BooleanOptionalAction,
+        default=True,
         help="Adam's bias correction in prodigy",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--prodigy_safeguard_warmup", action=argparse.BooleanOptionalAction, default=True,
+        "--prodigy_safeguard_warmup",
+        action=argparse.BooleanOptionalAction,
+        default=True,
         help="keep the warm-up out of prodigy's search",
-    )  # fmt: skip
+    )
     group.add_argument(
         "--max_grad_norm", type=float, default=1.0, help="clip the gradient's norm to this; 0: not at all"
     )
@@ -207,10 +219,12 @@ def _add_adapter(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lora_dropout", type=float, default=0.0, help="share of the adapter's inputs dropped")
     group.add_argument("--use_dora", action="store_true", help="train magnitude and direction apart (2402.09353)")
     group.add_argument(
-        "--lora_target", choices=("attention", "all"), default="attention",
+        "--lora_target",
+        choices=("attention", "all"),
+        default="attention",
         help="the layers: attention's projections, or every linear and convolution layer. The first convolution of a "
         "text-to-image base is trained too, and saved with the adapter",
-    )  # fmt: skip
+    )
     group.add_argument("--merge_adapter", action="store_true", help="publish the whole editor, not the adapter alone")
     group.add_argument(
         "--quantize_base", choices=("nf4", "int8"), help="hold the frozen base's linear layers in 4 or 8 bits"
@@ -223,26 +237,33 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and newer GPUs")
     group.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
     group.add_argument(
-        "--gradient_checkpointing_blocks", nargs="+", metavar="BLOCK",
+        "--gradient_checkpointing_blocks",
+        nargs="+",
+        metavar="BLOCK",
         help="recompute those of some blocks alone, such as down_blocks.0 up_blocks.3: less memory for less time",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--weights_dtype", choices=("fp32", "bf16"), default="fp32",
+        "--weights_dtype",
+        choices=("fp32", "bf16"),
+        default="fp32",
         help="bf16 halves weights and gradients; updates are rounded at random, so that small ones are not lost",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--fused_backward", action="store_true",
+        "--fused_backward",
+        action="store_true",
         help="update each weight during the backward pass and free its gradient at once; needs --max_grad_norm 0",
-    )  # fmt: skip
+    )
     group.add_argument("--ema_device", choices=("cpu",), help="keep the moving average in main memory")
     group.add_argument(
-        "--vae_precision", choices=("fp32", "fp16", "bf16"),
+        "--vae_precision",
+        choices=("fp32", "fp16", "bf16"),
         help="default: fp32 for SDXL, whose own VAE runs over in fp16, and that of --mixed_precision else",
-    )  # fmt: skip
+    )
     group.add_argument(
-        "--enable_xformers_memory_efficient_attention", action="store_true",
+        "--enable_xformers_memory_efficient_attention",
+        action="store_true",
         help="attention by xformers (PyTorch's own is as good on current versions)",
-    )  # fmt: skip
+    )
 
 
 def _add_sdxl(parser: argparse.ArgumentParser) -> None:
@@ -266,16 +287,21 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
 def _add_validation(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("validation")
     group.add_argument(
-        "--val_image_url", "--val_image_url_or_path", action="append", default=None, metavar="URL_OR_PATH",
+        "--val_image_url",
+        "--val_image_url_or_path",
+        action="append",
+        default=None,
+        metavar="URL_OR_PATH",
         help="picture to edit for validation; may repeat, one for each --validation_prompt",
-    )  # fmt: skip
+    )
     group.add_argument("--validation_prompt", action="append", default=None, help="instruction for it; may repeat")
     group.add_argument("--num_validation_images", type=int, default=4, help="edits of each picture")
     group.add_argument("--validation_epochs", type=int, help="epochs between two validations (default: 1)")
     group.add_argument(
-        "--validation_steps", type=int,
+        "--validation_steps",
+        type=int,
         help="optimizer steps between two validations, instead of epochs (SDXL's script: default 100)",
-    )  # fmt: skip
+    )
     group.add_argument("--validation_split", type=float, default=0.0, help="share of the rows kept out for a loss")
     group.add_argument("--save_best", action="store_true", help="publish the weights with the best held-out loss")
 

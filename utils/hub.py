@@ -56,10 +56,14 @@ class PushFlags(NamedTuple):
 
 
 PUSH_FLAGS = {
-    "model": PushFlags("--push_to_hub", "--hub_model_id", "--hub_private_repo", "train without --push_to_hub and "
-                       "upload the model later with `hf upload`"),
+    "model": PushFlags(
+        "--push_to_hub",
+        "--hub_model_id",
+        "--hub_private_repo",
+        "train without --push_to_hub and upload the model later with `hf upload`",
+    ),
     "dataset": PushFlags("--repo_id", "--repo_id", "--private", "give --no_push and run this again later"),
-}  # fmt: skip
+}
 
 # `--hub_t…` because argparse also takes a flag by an unambiguous beginning.
 _TOKEN_FLAG = re.compile(r"(--hub[_-]t\w*(?:=|\s+))(\"[^\"]*\"|'[^']*'|\S+)")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from utils.train.card import find_license
+from huggingface_hub import HfApi, ModelCard
 
 NON_COMMERCIAL = "non-commercial"
 NO_DERIVATIVES = "no derivatives"
@@ -27,17 +28,44 @@ _CREATIVE_COMMONS = [
 _BY_TERMS = {
     (): ("cc0-1.0", "pddl", "unlicense", "wtfpl"),
     (ATTRIBUTION,): (
-        "mit", "apache-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "isc", "zlib", "ncsa", "odc-by", "bsl-1.0",
-        "cdla-permissive-1.0", "cdla-permissive-2.0", "etalab-2.0", "afl-3.0", "postgresql", "ecl-2.0",
+        "mit",
+        "apache-2.0",
+        "bsd",
+        "bsd-2-clause",
+        "bsd-3-clause",
+        "isc",
+        "zlib",
+        "ncsa",
+        "odc-by",
+        "bsl-1.0",
+        "cdla-permissive-1.0",
+        "cdla-permissive-2.0",
+        "etalab-2.0",
+        "afl-3.0",
+        "postgresql",
+        "ecl-2.0",
     ),
     (ATTRIBUTION, SHARE_ALIKE): (
-        "gpl", "gpl-2.0", "gpl-3.0", "agpl-3.0", "lgpl", "lgpl-2.1", "lgpl-3.0", "odbl", "cdla-sharing-1.0", "gfdl",
+        "gpl",
+        "gpl-2.0",
+        "gpl-3.0",
+        "agpl-3.0",
+        "lgpl",
+        "lgpl-2.1",
+        "lgpl-3.0",
+        "odbl",
+        "cdla-sharing-1.0",
+        "gfdl",
     ),
     (ATTRIBUTION, USE_RESTRICTIONS): (
-        "openrail", "openrail++", "creativeml-openrail-m", "bigscience-openrail-m", "bigscience-bloom-rail-1.0",
+        "openrail",
+        "openrail++",
+        "creativeml-openrail-m",
+        "bigscience-openrail-m",
+        "bigscience-bloom-rail-1.0",
         "bigcode-openrail-m",
     ),
-}  # fmt: skip
+}
 _TERMS = {name: frozenset(terms) for terms, names in _BY_TERMS.items() for name in names} | {
     name: frozenset([ATTRIBUTION]).union(
         term
@@ -47,9 +75,15 @@ _TERMS = {name: frozenset(terms) for terms, names in _BY_TERMS.items() for name 
     for name in _CREATIVE_COMMONS
 }
 _SAME = {
-    "public domain": "cc0-1.0", "publicdomain": "cc0-1.0", "pd": "cc0-1.0", "cc0": "cc0-1.0", "cc-zero": "cc0-1.0",
-    "apache 2.0": "apache-2.0", "apache": "apache-2.0", "mit license": "mit",
-}  # fmt: skip
+    "public domain": "cc0-1.0",
+    "publicdomain": "cc0-1.0",
+    "pd": "cc0-1.0",
+    "cc0": "cc0-1.0",
+    "cc-zero": "cc0-1.0",
+    "apache 2.0": "apache-2.0",
+    "apache": "apache-2.0",
+    "mit license": "mit",
+}
 NOT_TOLD = ("", "unknown", "other", "none")
 
 
@@ -126,10 +160,29 @@ def problems_of_carrying(carried: str, sources: Sequence[Licence]) -> list[str]:
 def strictest(sources: Sequence[Licence]) -> str | None:
     """The licence among those of the sources that permits no more than any of them; None where there is none."""
     names = sorted({hub_id(source.name) for source in sources}, key=lambda name: (len(terms_of(name) or ()), name))
-    return next((name for name in reversed(names) if terms_of(name) is not None
-                 and not problems_of_carrying(name, sources)), None)  # fmt: skip
+    return next(
+        (name for name in reversed(names) if terms_of(name) is not None and not problems_of_carrying(name, sources)),
+        None,
+    )
 
 
 def _family(name: str) -> str:
     """A licence without its version: of the share-alike ones a later version may follow an earlier one."""
     return re.sub(r"-[\d.]+$", "", hub_id(name))
+
+
+LICENSE_KEYS = ("license", "license_name", "license_link")
+
+
+def find_license(base_model: str, token: str | None = None) -> dict[str, str]:
+    """The licence fields of the base model's card, from its folder or from the Hub; empty when they are not known."""
+    readme = Path(base_model) / "README.md"
+    try:
+        if Path(base_model).exists():
+            data = ModelCard.load(readme, ignore_metadata_errors=True).data if readme.is_file() else None
+        else:
+            data = HfApi(token=token).model_info(base_model, timeout=10).card_data
+    except Exception:  # the card only describes: neither a missing network nor an odd card may end a run
+        data = None
+    known = {key: data.get(key) for key in LICENSE_KEYS} if data else {}
+    return {key: value for key, value in known.items() if isinstance(value, str)} if known.get("license") else {}

@@ -17,9 +17,17 @@ SETTINGS = {
     "WANDB_SILENT": "true",
 }
 CHATTY = (
-    "bitsandbytes", "kernels", "httpx", "httpx2", "accelerate", "datasets", "peft", "torch.distributed",
-    "torch.utils._pytree", "torchao",
-)  # fmt: skip
+    "bitsandbytes",
+    "kernels",
+    "httpx",
+    "httpx2",
+    "accelerate",
+    "datasets",
+    "peft",
+    "torch.distributed",
+    "torch.utils._pytree",
+    "torchao",
+)
 
 
 def quiet_libraries() -> None:

@@ -152,3 +152,26 @@ class StopSignal:
     def exit_code(self) -> int:
         """128 + the signal's number, as shells report it: 143 for SIGTERM, 130 for SIGINT."""
         return 128 + int(self.received or 0)
+
+
+def choose_device(device: str = "auto", dtype: str | None = None, rank: int | None = None) -> tuple[str, torch.dtype]:
+    """The device ("auto": the first available of cuda, mps, cpu) and dtype (fp32, fp16, bf16; None: fp16 on cuda only).
+
+    rank: of one of several workers on this machine, which share its GPUs in turn unless `device` names one.
+
+    Raises InputError for what this machine does not have or cannot do.
+    """
+    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    if device == "auto":
+        device = next(name for name, count in there.items() if count)
+    kind, _, index = device.partition(":")
+    if not (index or "0").isdecimal() or int(index or 0) >= there.get(kind, 0):
+        raise InputError(
+            f"--device {device} is not available; this machine has {', '.join(k for k, n in there.items() if n)}"
+        )
+    dtype = dtype or ("fp16" if kind == "cuda" else "fp32")
+    if kind == "cpu" and dtype == "fp16":
+        raise InputError("--dtype fp16 does not work on the CPU: use fp32 or bf16")
+    if device == "cuda" and rank is not None:
+        device = f"cuda:{rank % there['cuda']}"
+    return device, DTYPES[dtype]

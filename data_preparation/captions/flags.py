@@ -12,43 +12,78 @@ from data_preparation.captions.prompts import Sampling, read_examples
 from utils.cli import pick
 
 LIMITS = {
-    "temperature": (0, 5), "top_p": (1e-6, 1), "max_tokens": (8, 8192), "frequency_penalty": (-2, 2),
-    "num_examples": (0, len(read_examples())), "batch_size": (1, 4096), "concurrency": (1, 1024),
-    "timeout": (0.1, 3600), "retries": (0, 100), "retry_wait": (0, 60), "requests_per_minute": (0.01, 1e6),
-    "price_in": (0, 1e6), "price_out": (0, 1e6),
-}  # fmt: skip
+    "temperature": (0, 5),
+    "top_p": (1e-6, 1),
+    "max_tokens": (8, 8192),
+    "frequency_penalty": (-2, 2),
+    "num_examples": (0, len(read_examples())),
+    "batch_size": (1, 4096),
+    "concurrency": (1, 1024),
+    "timeout": (0.1, 3600),
+    "retries": (0, 100),
+    "retry_wait": (0, 60),
+    "requests_per_minute": (0.01, 1e6),
+    "price_in": (0, 1e6),
+    "price_out": (0, 1e6),
+}
 OF_SERVER = ("api_key_env", "structure", "concurrency", "requests_per_minute", "timeout", "retries", "retry_wait")
 OF_LOCAL = ("revision", "device", "dtype", "batch_size")
 
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     """Which model, how it is asked, and what is refused."""
-    # fmt: off
     add = parser.add_argument_group("language model").add_argument
-    add("--model", required=True, help="with --base_url, the model's name there; else a folder or Hub id of a causal "
-        "language model in transformers' format, which runs here")
-    add("--base_url", metavar="URL", help="a server with OpenAI's API (OpenAI, vLLM, llama.cpp, ...), such as "
-        "http://127.0.0.1:8000/v1")
-    add("--format", choices=("chat", "legacy"), default="chat", help="chat: an instruct model answers with JSON "
-        "(default); legacy: a model fine-tuned on the original's prompts (prepare_for_finetuning.py) continues them")
-    add("--num_examples", type=int, default=8, metavar="N", help="worked examples shown with each caption, drawn from "
-        f"{len(read_examples())} (default 8)")
+    add(
+        "--model",
+        required=True,
+        help="with --base_url, the model's name there; else a folder or Hub id of a causal "
+        "language model in transformers' format, which runs here",
+    )
+    add(
+        "--base_url",
+        metavar="URL",
+        help="a server with OpenAI's API (OpenAI, vLLM, llama.cpp, ...), such as http://127.0.0.1:8000/v1",
+    )
+    add(
+        "--format",
+        choices=("chat", "legacy"),
+        default="chat",
+        help="chat: an instruct model answers with JSON "
+        "(default); legacy: a model fine-tuned on the original's prompts (prepare_for_finetuning.py) continues them",
+    )
+    add(
+        "--num_examples",
+        type=int,
+        default=8,
+        metavar="N",
+        help=f"worked examples shown with each caption, drawn from {len(read_examples())} (default 8)",
+    )
     add("--temperature", type=float, default=0.7, metavar="T", help="(default 0.7, as the original; 0: no chance)")
     add("--top_p", type=float, default=1.0, metavar="P", help="(default 1, as the original)")
     add("--max_tokens", type=int, default=256, metavar="N", help="of an answer (default 256, as the original)")
     add("--frequency_penalty", type=float, default=0.1, metavar="F", help="(default 0.1, as the original)")
     add("--moderation", metavar="WHAT", help=f"what refuses captions, edits and outputs: {ALLOWED}")
     add = parser.add_argument_group("server (with --base_url)").add_argument
-    add("--api_key_env", metavar="NAME", help="environment variable that holds the key (default OPENAI_API_KEY; a "
-        "server without keys needs none)")
-    add("--structure", choices=("auto", "json_schema", "json_object", "text"), help="how JSON is asked for (default "
-        "auto: the strictest that the server takes)")
+    add(
+        "--api_key_env",
+        metavar="NAME",
+        help="environment variable that holds the key (default OPENAI_API_KEY; a server without keys needs none)",
+    )
+    add(
+        "--structure",
+        choices=("auto", "json_schema", "json_object", "text"),
+        help="how JSON is asked for (default auto: the strictest that the server takes)",
+    )
     add("--concurrency", type=int, metavar="N", help="requests at once, of each worker (default 8)")
     add("--requests_per_minute", type=float, metavar="N", help="at most so many, of all workers (default: no limit)")
     add("--timeout", type=float, metavar="SECONDS", help="without a word of the server (default 120)")
     add("--retries", type=int, metavar="N", help="further tries of a request that fails (default 6)")
-    add("--retry_wait", type=float, metavar="SECONDS", help="before the first of them, then doubled, up to 60; a "
-        "server's Retry-After goes before (default 1)")
+    add(
+        "--retry_wait",
+        type=float,
+        metavar="SECONDS",
+        help="before the first of them, then doubled, up to 60; a server's Retry-After goes before (default 1)",
+    )
     add("--price_in", type=float, metavar="PRICE", help="of a million tokens sent, to show the cost")
     add("--price_out", type=float, metavar="PRICE", help="of a million tokens received")
     add = parser.add_argument_group("machine (without --base_url)").add_argument
@@ -56,7 +91,6 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--device", help="cuda, cuda:1, mps or cpu (default: the best there is)")
     add("--dtype", choices=("fp32", "fp16", "bf16"), help="precision (default bf16 on cuda, else fp32)")
     add("--batch_size", type=int, metavar="N", help="answers made at once (default 8)")
-    # fmt: on
 
 
 def model_problems(args: argparse.Namespace) -> list[str]:

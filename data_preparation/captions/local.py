@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from data_preparation.captions.backend import Answer, LocalModel, Usage
 from data_preparation.captions.prompts import Ask, Sampling, chat_messages, legacy_prompt, plain_prompt
 from utils.errors import InputError
-from utils.network.loading import choose_device
+from utils.runtime import choose_device
 
 NEXT_CAPTION = "\nCaption:"  # with which a model that only continues texts goes on after its answer
 TAIL = 12  # last tokens among which the stop words are looked for
@@ -40,9 +40,11 @@ class LoadedModel:
         self._ends = {*(ends if isinstance(ends, list) else [ends]), self._tokenizer.eos_token_id} - {None}
         # Not the model's own, which may sample, and in its own way.
         self._config = GenerationConfig(
-            do_sample=False, max_new_tokens=sampling.max_tokens, eos_token_id=sorted(self._ends) or None,
+            do_sample=False,
+            max_new_tokens=sampling.max_tokens,
+            eos_token_id=sorted(self._ends) or None,
             pad_token_id=self._tokenizer.pad_token_id,
-        )  # fmt: skip
+        )
         revision = getattr(self._model.config, "_commit_hash", None) or local.revision
         self.model = {"id": public_name(local.model), "revision": revision}
         self.style = {"prompt": self._style}
@@ -60,9 +62,12 @@ class LoadedModel:
 
     def _batch(self, asks: Sequence[Ask]) -> list[Answer]:
         encoded = self._tokenizer(
-            [self._prompt(ask) for ask in asks], return_tensors="pt", padding=True, padding_side="left",
+            [self._prompt(ask) for ask in asks],
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
             add_special_tokens=self._style != "chat",  # a chat template has written them already
-        ).to(self._model.device)  # fmt: skip
+        ).to(self._model.device)
         length = encoded["input_ids"].shape[1]
         room = getattr(self._model.config, "max_position_embeddings", None) or 10**9
         if length + self._sampling.max_tokens > room:
@@ -73,11 +78,12 @@ class LoadedModel:
         try:
             with torch.inference_mode():
                 tokens = self._model.generate(
-                    input_ids=encoded["input_ids"], attention_mask=encoded["attention_mask"],
+                    input_ids=encoded["input_ids"],
+                    attention_mask=encoded["attention_mask"],
                     generation_config=self._config,
                     logits_processor=LogitsProcessorList([Draw([ask.seed for ask in asks], length, self._sampling)]),
                     stopping_criteria=StoppingCriteriaList([StopWords(self._tokenizer, self._stops, length)]),
-                )[:, length:]  # fmt: skip
+                )[:, length:]
         except torch.OutOfMemoryError as error:
             raise InputError(f"the memory is too small for --batch_size {len(asks)}: give a smaller one") from error
         inside = encoded["attention_mask"].sum(1).tolist()

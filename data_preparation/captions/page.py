@@ -18,7 +18,7 @@ from data_preparation.captions.moderation import Moderator
 from data_preparation.captions.prompts import Ask, Sampling, read_examples
 from data_preparation.captions.triples import PARSERS, Rejected, Triple, clean
 from utils.errors import InputError
-from utils.web.browser_text import complain, say
+from utils.web.page_text import complain, say
 
 Found = Triple | Rejected
 MAX_CANDIDATES, MAX_CAPTION, MAX_SEED = 16, 1000, 2**31 - 1
@@ -49,8 +49,11 @@ CSS = """
 """
 APPEARANCE = dict(  # fonts that every system has: Gradio's own would come from another server
     theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-    css=CSS, footer_links=[], run_history=False, ssr_mode=False,
-)  # fmt: skip
+    css=CSS,
+    footer_links=[],
+    run_history=False,
+    ssr_mode=False,
+)
 QUIET: dict[str, Any] = dict(show_progress="hidden", api_visibility="private")
 
 
@@ -139,9 +142,13 @@ def make_page(suggester: Suggester, name: str, at_once: int) -> gr.Blocks:
                 parts["status"] = gr.HTML(say("The candidates will stand here."), elem_id="status", padding=False)
                 parts["cards"] = gr.HTML(elem_id="cards", padding=False)
                 parts["lines"] = gr.Textbox(
-                    label="The same as lines of JSON", interactive=False, lines=2, max_lines=8, buttons=["copy"],
+                    label="The same as lines of JSON",
+                    interactive=False,
+                    lines=2,
+                    max_lines=8,
+                    buttons=["copy"],
                     elem_id="lines",
-                )  # fmt: skip
+                )
             with gr.Column(elem_id="settings", min_width=0):
                 _lay_out_settings(parts, suggester.sampling, name)
         _connect(parts, suggester, name, at_once)
@@ -158,9 +165,13 @@ def _lay_out_settings(parts: dict[str, Any], best: Sampling, name: str) -> None:
         parts["temperature"] = gr.Slider(0, 2, best.temperature, step=0.05, label="Temperature")
         parts["top_p"] = gr.Slider(0.05, 1, best.top_p, step=0.05, label="Top p")
         parts["num_examples"] = gr.Slider(
-            0, LIMITS["num_examples"][1], best.num_examples, step=1, label="Worked examples",
+            0,
+            LIMITS["num_examples"][1],
+            best.num_examples,
+            step=1,
+            label="Worked examples",
             visible=best.format == "chat",
-        )  # fmt: skip
+        )
 
 
 def _connect(parts: dict[str, Any], suggester: Suggester, name: str, at_once: int) -> None:
@@ -183,8 +194,11 @@ def _connect(parts: dict[str, Any], suggester: Suggester, name: str, at_once: in
         return {parts[key]: value for key, value in values.items()}
 
     gr.on(
-        [parts["run"].click, parts["caption"].submit], suggest,
+        [parts["run"].click, parts["caption"].submit],
+        suggest,
         [parts[key] for key in ("caption", "count", "seed", "new_seed", *SETTINGS)],
         [parts[key] for key in ("status", "cards", "lines", "seed", "run")],
-        concurrency_limit=at_once, trigger_mode="once", **QUIET,
-    )  # fmt: skip
+        concurrency_limit=at_once,
+        trigger_mode="once",
+        **QUIET,
+    )

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_preparation.making.store import DATA, write_whole
+from data_preparation.generation.store import DATA, write_whole
 
 PROMPTS = "prompts.jsonl"
 

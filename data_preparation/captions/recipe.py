@@ -16,8 +16,8 @@ from data_preparation.captions.moderation import Moderator, open_moderator
 from data_preparation.captions.opening import Source, open_backend
 from data_preparation.captions.prompts import Ask, Sampling
 from data_preparation.captions.triples import MAX_TOKENS, PARSERS, Rejected, Triple, clean, count_tokens, fold
-from data_preparation.making.inputs import Captions, OpenCaptions
-from data_preparation.making.recipe import Made
+from data_preparation.generation.inputs import Captions, OpenCaptions
+from data_preparation.generation.recipe import Made
 from data_preparation.photographs import row_generator
 
 COLUMNS = ("caption", "edit", "output", "url", "source", "source_dataset", "source_license", "model")
@@ -151,10 +151,15 @@ class Maker:
     def _row(self, given: dict, triple: Triple, seed: int, attempt: int) -> dict:
         captions, settings = self._drawn.captions, asdict(self._recipe.sampling) | self._backend.style
         return {
-            **triple._asdict(), "url": given["url"], "source": given["source"], "source_dataset": captions.dataset,
-            "source_license": captions.license, "model": _as_json(self._backend.model), "seed": seed,
+            **triple._asdict(),
+            "url": given["url"],
+            "source": given["source"],
+            "source_dataset": captions.dataset,
+            "source_license": captions.license,
+            "model": _as_json(self._backend.model),
+            "seed": seed,
             "settings": _as_json(settings | {"try": attempt}),
-        }  # fmt: skip
+        }
 
 
 def draw_seeds(recipe: TripleRecipe, item: int) -> list[list[int]]:

@@ -92,10 +92,13 @@ class ServedModel:
     def _body(self, ask: Ask, dialect: Dialect) -> dict[str, Any]:
         sampling = self._sampling
         body = {
-            "model": self._name, "seed": ask.seed, dialect.limit_name: sampling.max_tokens,
-            "temperature": sampling.temperature, "top_p": sampling.top_p,
+            "model": self._name,
+            "seed": ask.seed,
+            dialect.limit_name: sampling.max_tokens,
+            "temperature": sampling.temperature,
+            "top_p": sampling.top_p,
             "frequency_penalty": sampling.frequency_penalty,
-        }  # fmt: skip
+        }
         if self._is_legacy:
             body |= {"prompt": legacy_prompt(ask), "stop": sampling.stop, "presence_penalty": 0}
         else:

@@ -15,15 +15,15 @@ from PIL import Image
 
 from data_preparation.checking.doctor import Diagnosis
 from data_preparation.checking.scan import PairSet
-from data_preparation.making.pools import Workers
-from data_preparation.making.production import Summary, produce
-from data_preparation.making.recipe import Made, Maker
-from data_preparation.making.rows import make_pair, pair_features
-from utils.dataset import pair_measures as measures
-from utils.dataset.findings import KINDS
-from utils.dataset.pair_checks import WORKING_SIDE, working_pair
-from utils.dataset.prompt_checks import usable_prompts
-from utils.dataset.sources import sources_digest
+from data_preparation.generation.pair_rows import make_pair, pair_features
+from data_preparation.generation.pools import Workers
+from data_preparation.generation.recipe import Made, Maker
+from data_preparation.generation.runner import Summary, produce
+from utils.checks import image_measures as measures
+from utils.checks.findings import KINDS
+from utils.checks.pair_inspection import WORKING_SIDE, working_pair
+from utils.checks.prompt_checks import usable_prompts
+from utils.data.sources import sources_digest
 from utils.errors import InputError
 from utils.pixels import BadRow, decode_image
 
@@ -149,9 +149,14 @@ def _cut(first: np.ndarray, second: np.ndarray, x: int, y: int) -> tuple[np.ndar
 
 
 def clean(
-    diagnosis: Diagnosis, folder: Path, *, fix_swapped: bool = False, fix_shifts: bool = False,
-    num_workers: int = 0, overwrite: bool = False,
-) -> Summary:  # fmt: skip
+    diagnosis: Diagnosis,
+    folder: Path,
+    *,
+    fix_swapped: bool = False,
+    fix_shifts: bool = False,
+    num_workers: int = 0,
+    overwrite: bool = False,
+) -> Summary:
     """Write the cleaned copy; begun again after a stop, it goes on. Raises `InputError`."""
     findings = diagnosis.findings
     swapped = set(findings.rows.get("swapped", ())) - findings.dropped({"swapped"}).keys() if fix_swapped else set()
@@ -161,10 +166,12 @@ def clean(
     recipe = CleanCopy(pairs, diagnosis.num_rows, dropped, frozenset(swapped), frozenset(shifted))
     decided = json.dumps([sorted(dropped.items()), sorted(swapped), sorted(shifted)]).encode()
     settings = {
-        "generator": "check_dataset --fix", "dataset": diagnosis.pairs.dataset, "split": diagnosis.pairs.split,
+        "generator": "check_dataset --fix",
+        "dataset": diagnosis.pairs.dataset,
+        "split": diagnosis.pairs.split,
         "rows": sources_digest([diagnosis.source]),
         "rows left out or mended": hashlib.sha256(decided).hexdigest()[:32],
-    }  # fmt: skip
+    }
     try:
         return produce(recipe, folder, settings, workers=Workers(num_workers), overwrite=overwrite)
     except InputError as error:

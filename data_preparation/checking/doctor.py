@@ -17,8 +17,8 @@ from data_preparation.checking.similarity import (
     hash_distance,
     near_pairs,
 )
-from utils.dataset.findings import Findings
-from utils.dataset.sources import Source
+from utils.checks.findings import Findings
+from utils.data.sources import Source
 
 MAX_TINT = 6.0  # in brightness and colourfulness, between copies
 

@@ -10,9 +10,9 @@ import numpy as np
 from PIL import Image
 
 from data_preparation.checking.doctor import Diagnosis
-from utils.dataset import pair_measures as measures
-from utils.dataset.pair_checks import WORKING_SIDE, working_pair
-from utils.dataset.prompt_checks import usable_prompts
+from utils.checks import image_measures as measures
+from utils.checks.pair_inspection import WORKING_SIDE, working_pair
+from utils.checks.prompt_checks import usable_prompts
 from utils.pixels import BadRow, decode_image
 
 SIDE = 224

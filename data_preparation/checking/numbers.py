@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data_preparation.checking.doctor import Diagnosis
-from utils.dataset.findings import KINDS, SEVERITIES
+from utils.checks.findings import KINDS, SEVERITIES
 
 NO_END = 1 << 31
 SIDES = [0, 64, 128, 256, 384, 512, 768, 1024, 2048, NO_END]

@@ -8,7 +8,7 @@ from data_preparation.checking.doctor import Diagnosis
 from data_preparation.checking.examples import Example, make_examples
 from data_preparation.checking.numbers import Histogram, make_histograms, verdict
 from data_preparation.checking.terminal import count_rows
-from utils.dataset.findings import KINDS
+from utils.checks.findings import KINDS
 
 VERDICTS = {
     "error": "Has rows that spoil training or scores",

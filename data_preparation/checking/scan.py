@@ -16,20 +16,25 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from data_preparation.making.pools import leave_with_parent
-from utils.dataset import pair_measures as measures
-from utils.dataset.findings import Findings
-from utils.dataset.pair_checks import WORKING_SIDE, Inspection, inspect_row
-from utils.dataset.rows import open_rows
-from utils.dataset.sources import Source, open_source
+from data_preparation.generation.processes import leave_with_parent
+from utils.checks import image_measures as measures
+from utils.checks.findings import Findings
+from utils.checks.pair_inspection import WORKING_SIDE, Inspection, inspect_row
+from utils.data.rows import open_rows
+from utils.data.sources import Source, open_source
 from utils.errors import InputError
 from utils.pixels import BadRow, decode_image
 
 CHUNK = 32  # rows that a worker is given at once
 PICTURE = [
-    ("height", "i4"), ("width", "i4"), ("bytes", "i8"), ("hash", "u8"), ("pixels", "u8"),
-    ("brightness", "f4"), ("colourfulness", "f4"),
-]  # fmt: skip
+    ("height", "i4"),
+    ("width", "i4"),
+    ("bytes", "i8"),
+    ("hash", "u8"),
+    ("pixels", "u8"),
+    ("brightness", "f4"),
+    ("colourfulness", "f4"),
+]
 RECORD = np.dtype([("original", PICTURE), ("edited", PICTURE), ("tokens", "i4"), ("prompt", "u8")])  # 92 bytes a row
 TASK_COLUMNS = ("task", "edit_type")
 
@@ -50,9 +55,17 @@ class PairSet:
     def open(self) -> Source:
         """The three columns, found as in training. Raises `InputError`."""
         return open_source(
-            self.dataset, self.config, None, self.split, False, self.max_rows, self.cache_dir,
-            self.original_image_column, self.edit_prompt_column, self.edited_image_column,
-        )  # fmt: skip
+            self.dataset,
+            self.config,
+            None,
+            self.split,
+            False,
+            self.max_rows,
+            self.cache_dir,
+            self.original_image_column,
+            self.edit_prompt_column,
+            self.edited_image_column,
+        )
 
     def open_others(self, source: Source, names: tuple[str, ...]) -> Any:
         """Of the other columns those named that exist, with the rows of `source`; None where there is none."""
@@ -165,9 +178,11 @@ def run_chunks(open_worker: Callable, num_rows: int, num_workers: int, label: st
     """(rows, result) of all chunks in order. open_worker() -> function of a range; picklable for processes."""
     chunks = [range(first, min(first + CHUNK, num_rows)) for first in range(0, num_rows, CHUNK)]
     with tqdm(total=num_rows, desc=label, unit=" rows") as progress:
-        results = _in_this_process(open_worker, chunks) if num_workers == 0 else _in_processes(
-            open_worker, chunks, num_workers
-        )  # fmt: skip
+        results = (
+            _in_this_process(open_worker, chunks)
+            if num_workers == 0
+            else _in_processes(open_worker, chunks, num_workers)
+        )
         for rows, result in zip(chunks, results, strict=True):
             yield rows, result
             progress.update(len(rows))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from data_preparation.checking.doctor import Diagnosis
-from utils.dataset.findings import KINDS, printable
+from utils.checks.findings import KINDS, printable
 
 MAX_NAMES = 4
 

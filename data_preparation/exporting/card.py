@@ -25,15 +25,22 @@ def card_text(export: Export, facts: Facts) -> str:
         f"# {sections.pretty(export.repo_id)}",
         sections.summary(export, facts),
         f"![{len(facts.tasks)} tasks: originals, edited pictures, instructions]({GRID})",
-        "## Use", sections.usage(export),
-        "## Splits", sections.splits(export, facts),
-        "## Tasks", sections.tasks(facts),
+        "## Use",
+        sections.usage(export),
+        "## Splits",
+        sections.splits(export, facts),
+        "## Tasks",
+        sections.tasks(facts),
         *(["## Scores", sections.scores(facts)] if facts.scores else []),
-        "## How it was made", sections.making(export, facts),
-        "## Columns", sections.columns(export.features),
-        "## Licence", sections.licence(export.decision),
-        "## Limitations and bias", sections.limitations(export, facts),
-    ]  # fmt: skip
+        "## How it was made",
+        sections.making(export, facts),
+        "## Columns",
+        sections.columns(export.features),
+        "## Licence",
+        sections.licence(export.decision),
+        "## Limitations and bias",
+        sections.limitations(export, facts),
+    ]
     body = "\n\n".join(part for part in parts if part)
     return redact(f"---\n{_front_matter(export, facts).to_yaml()}\n---\n\n{body}\n", get_token())
 
@@ -52,12 +59,14 @@ def _front_matter(export: Export, facts: Facts) -> DatasetCardData:
     info = datasets.DatasetInfo(
         features=export.features,
         splits=datasets.SplitDict.from_split_dict(
-            {split: {"name": split, "num_bytes": sizes["bytes"], "num_examples": sizes["rows"]}
-             for split, sizes in export.sizes.items()}
+            {
+                split: {"name": split, "num_bytes": sizes["bytes"], "num_examples": sizes["rows"]}
+                for split, sizes in export.sizes.items()
+            }
         ),
         download_size=sum(sizes["file_bytes"] for sizes in export.sizes.values()),
         dataset_size=sum(sizes["bytes"] for sizes in export.sizes.values()),
-    )  # fmt: skip
+    )
     # With the number of files in the name: files of another export of this repository never count as rows of this one.
     files = [
         {"split": split, "path": f"data/{split}-*-of-{sizes['files']:05d}.parquet"}

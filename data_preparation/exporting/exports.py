@@ -126,9 +126,15 @@ def _write_data(pairs: Pairs, splits: np.ndarray, plan: str, options: Options, f
 
 
 def _describe(
-    folder: Path, repo_id: str, options: Options, pairs: Pairs, keys: Keys, splits: np.ndarray, decision: Decision,
+    folder: Path,
+    repo_id: str,
+    options: Options,
+    pairs: Pairs,
+    keys: Keys,
+    splits: np.ndarray,
+    decision: Decision,
     plan: str,
-) -> None:  # fmt: skip
+) -> None:
     """Write the card, its picture and the record of a folder whose data are complete."""
     sizes, facts = sizes_of(folder / DATA), gather(folder / DATA)
     sources = {
@@ -136,17 +142,34 @@ def _describe(
         for number, split in enumerate(SPLITS)
     }
     export = Export(
-        repo_id, pairs.features, sizes, pairs.settings, pairs.rejected, decision, options.split, options.seed, sources,
-        left_out=int((splits == LEFT_OUT).sum()), language=options.language,
-    )  # fmt: skip
+        repo_id,
+        pairs.features,
+        sizes,
+        pairs.settings,
+        pairs.rejected,
+        decision,
+        options.split,
+        options.seed,
+        sources,
+        left_out=int((splits == LEFT_OUT).sum()),
+        language=options.language,
+    )
     if not (folder / GRID).is_file():
         save_grid(folder / DATA, folder / GRID)
     record = {
-        "format": FORMAT, "plan": plan, "split": list(options.split), "seed": options.seed, "splits": sizes,
-        "source_images": sources, "heldout_left_out": export.left_out, "license": decision.carried,
-        "sources": [asdict(one) for one in decision.sources], "models": [asdict(one) for one in decision.models],
-        "settings": scrub(dict(pairs.settings)), "rejected": scrub(dict(pairs.rejected)),
-    }  # fmt: skip
+        "format": FORMAT,
+        "plan": plan,
+        "split": list(options.split),
+        "seed": options.seed,
+        "splits": sizes,
+        "source_images": sources,
+        "heldout_left_out": export.left_out,
+        "license": decision.carried,
+        "sources": [asdict(one) for one in decision.sources],
+        "models": [asdict(one) for one in decision.models],
+        "settings": scrub(dict(pairs.settings)),
+        "rejected": scrub(dict(pairs.rejected)),
+    }
     _write_text(folder / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     save_card(card_text(export, facts), folder)
 

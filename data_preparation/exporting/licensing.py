@@ -146,11 +146,12 @@ def _notes(carried: str, sources: Sequence[Licence], models: Sequence[Licence]) 
     if any(NON_COMMERCIAL in (terms_of(one.name) or ()) for one in (*sources, *models)):
         notes.append("A source or a model forbids commercial use; that holds for these pairs.")
     if any(USE_RESTRICTIONS in (terms_of(one.name) or ()) for one in models):
-        notes.append("Pictures were made with a model under an OpenRAIL licence: the uses that its Attachment A lists "
-                     "are forbidden to whoever makes pictures with it.")  # fmt: skip
+        notes.append(
+            "Pictures were made with a model under an OpenRAIL licence: the uses that its Attachment A lists "
+            "are forbidden to whoever makes pictures with it."
+        )
     if carried == OTHER:
-        notes.append("No single licence holds for the whole: each row is under that of its source "
-                     "(`source_license`).")  # fmt: skip
+        notes.append("No single licence holds for the whole: each row is under that of its source (`source_license`).")
     return notes
 
 

@@ -32,9 +32,13 @@ def push(folder: Path, repo_id: str, token: str | None = None, waits: Sequence[f
     for pause in (*waits, None):
         try:
             api.upload_folder(
-                repo_id=repo_id, repo_type="dataset", folder_path=folder, allow_patterns=list(UPLOADED),
-                ignore_patterns=[".*", "*/.*"], commit_message=MESSAGE,
-            )  # fmt: skip
+                repo_id=repo_id,
+                repo_type="dataset",
+                folder_path=folder,
+                allow_patterns=list(UPLOADED),
+                ignore_patterns=[".*", "*/.*"],
+                commit_message=MESSAGE,
+            )
             _finish(api, folder, repo_id)
             return f"{api.endpoint}/datasets/{repo_id}"
         except Exception as error:  # wide, because hf_xet raises types of its own

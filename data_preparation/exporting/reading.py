@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_preparation.making.rows import IMAGES, pair_features
-from utils.dataset.columns import Columns, resolve_columns
-from utils.dataset.rows import open_rows
+from data_preparation.generation.pair_rows import IMAGES, pair_features
+from utils.data.columns import Columns, resolve_columns
+from utils.data.rows import open_rows
 from utils.errors import InputError
 
 ROWS_PER_CHUNK = 100

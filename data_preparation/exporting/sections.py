@@ -106,10 +106,16 @@ accelerate launch --mixed_precision="fp16" train_instruct_pix2pix.py \\
 
 def splits(export: Export, facts: Facts) -> str:
     rows = [
-        (split, f"{sizes['rows']:,}", f"{export.sources[split]:,}", f"{facts.held_out[split]:,}",
-         _size(sizes["file_bytes"]), sizes["files"])
+        (
+            split,
+            f"{sizes['rows']:,}",
+            f"{export.sources[split]:,}",
+            f"{facts.held_out[split]:,}",
+            _size(sizes["file_bytes"]),
+            sizes["files"],
+        )
         for split, sizes in export.sizes.items()
-    ]  # fmt: skip
+    ]
     shares = ", ".join(
         f"{100 * share:g}% {split}" for split, share in zip(SPLITS, export.fractions, strict=True) if share
     )
@@ -118,10 +124,9 @@ def splits(export: Export, facts: Facts) -> str:
         "one side, and rows that name no source are told apart by the bytes of their original."
     )
     if export.left_out or any(facts.held_out.values()):
-        text += (
-            " Held-out phrasings are ways of asking kept for evaluation; train has none"
-            + (f" ({export.left_out:,} such rows of training sources were left out)." if export.left_out else ".")
-        )  # fmt: skip
+        text += " Held-out phrasings are ways of asking kept for evaluation; train has none" + (
+            f" ({export.left_out:,} such rows of training sources were left out)." if export.left_out else "."
+        )
     sides = facts.sides
     if sides is not None and len(sides):
         low, high = sides.min(axis=0), sides.max(axis=0)
@@ -141,10 +146,14 @@ def tasks(facts: Facts) -> str:
 
 def scores(facts: Facts) -> str:
     rows = [
-        (name, SCORES.get(name, ""), f"{len(values):,}", *(f"{value:.3f}" for value in (
-            values.mean(), values.min(), *np.percentile(values, (5, 50, 95)))))
+        (
+            name,
+            SCORES.get(name, ""),
+            f"{len(values):,}",
+            *(f"{value:.3f}" for value in (values.mean(), values.min(), *np.percentile(values, (5, 50, 95)))),
+        )
         for name, values in facts.scores.items()
-    ]  # fmt: skip
+    ]
     return _table(("score", "of what", "rows", "mean", "lowest", "5%", "median", "95%"), rows)
 
 
@@ -152,14 +161,19 @@ def making(export: Export, facts: Facts) -> str:
     told = [_code(name) for name in ("source", "models", "seed", "settings") if name in export.features]
     parts = [f"Each row says how it was made ({', '.join(told)})." if told else "How it was made was not recorded."]
     if facts.models:
-        rows = [(_code(name), _code(revision) if revision else "", f"{count:,}")
-                for (name, revision), count in sorted(facts.models.items())]  # fmt: skip
+        rows = [
+            (_code(name), _code(revision) if revision else "", f"{count:,}")
+            for (name, revision), count in sorted(facts.models.items())
+        ]
         parts.append("Models:\n\n" + _table(("model", "revision", "rows"), rows))
     if export.settings:
         rows = [(name, _code(value)) for name, value in _flat(scrub(dict(export.settings))).items()]
         parts.append("Settings of the making:\n\n" + _table(("setting", "value"), rows))
-    drawn = [(task, name, _range(found)) for task, by_name in sorted(facts.settings.items())
-             for name, found in sorted(by_name.items())]  # fmt: skip
+    drawn = [
+        (task, name, _range(found))
+        for task, by_name in sorted(facts.settings.items())
+        for name, found in sorted(by_name.items())
+    ]
     if drawn:
         parts.append("Drawn for each row (in `settings`):\n\n" + _table(("task", "setting", "values"), drawn))
     if export.rejected:

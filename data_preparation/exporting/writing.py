@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 from data_preparation.exporting.reading import Pairs, embedded
 from data_preparation.exporting.scrubbing import scrub_json, scrub_text
 from data_preparation.exporting.splitting import SPLITS
-from data_preparation.making.pools import leave_with_parent
-from data_preparation.making.rows import IMAGES
+from data_preparation.generation.pair_rows import IMAGES
+from data_preparation.generation.processes import leave_with_parent
 from utils.errors import InputError
 
 ROWS_PER_GROUP = 100  # what a reader holds at once, also of the Hub's viewer

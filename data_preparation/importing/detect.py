@@ -8,7 +8,7 @@ from pathlib import Path
 from data_preparation.importing.folders import SUBFOLDERS, find_folders
 from data_preparation.importing.seeds import has_seeds
 from data_preparation.importing.tables import SUFFIXES as TABLE_SUFFIXES
-from utils.dataset.rows import METADATA_NAMES
+from utils.data.rows import METADATA_NAMES
 from utils.errors import InputError
 
 SAVED_NAMES = ("dataset_dict.json", "state.json")

@@ -13,28 +13,58 @@ from typing import Any
 
 from data_preparation.importing.pairs import Found, Reader, usable_prompts
 from data_preparation.photographs import SUFFIXES
-from utils.dataset.rows import read_columns
+from utils.data.rows import read_columns
 from utils.errors import InputError
 from utils.pixels import BadRow
 
 # Names of subfolders, before and after the edit; those of photographs to restore have the clean ones as edited.
 SUBFOLDERS = {
-    "original": ("edited", "target", "cartoon"), "originals": ("edited", "edits", "targets"),
-    "original_image": ("edited_image",), "original_images": ("edited_images",), "input_image": ("edited_image",),
-    "input": ("target", "output", "edited", "gt", "groundtruth"), "inputs": ("targets", "outputs", "edited"),
-    "before": ("after",), "source": ("target", "edited"), "sources": ("targets",), "src": ("dst", "tgt", "edited"),
-    "a": ("b",), "traina": ("trainb",), "lq": ("gt", "hq"), "low": ("high",), "blur": ("sharp",),
-    "noisy": ("clean", "gt"), "rainy": ("clean", "gt"), "hazy": ("clean", "clear", "gt"),
-}  # fmt: skip
+    "original": ("edited", "target", "cartoon"),
+    "originals": ("edited", "edits", "targets"),
+    "original_image": ("edited_image",),
+    "original_images": ("edited_images",),
+    "input_image": ("edited_image",),
+    "input": ("target", "output", "edited", "gt", "groundtruth"),
+    "inputs": ("targets", "outputs", "edited"),
+    "before": ("after",),
+    "source": ("target", "edited"),
+    "sources": ("targets",),
+    "src": ("dst", "tgt", "edited"),
+    "a": ("b",),
+    "traina": ("trainb",),
+    "lq": ("gt", "hq"),
+    "low": ("high",),
+    "blur": ("sharp",),
+    "noisy": ("clean", "gt"),
+    "rainy": ("clean", "gt"),
+    "hazy": ("clean", "clear", "gt"),
+}
 # What names of partners may end in, after a common beginning; the longest that fits is cut off.
 ENDINGS = tuple(
     f"{mark}{word}"
     for mark in "_-"
     for word in (
-        "original", "edited", "edit", "input", "output", "source", "target", "src", "tgt", "before", "after", "in",
-        "out", "a", "b", "gt", "cartoon", "cartoonized", "result",
+        "original",
+        "edited",
+        "edit",
+        "input",
+        "output",
+        "source",
+        "target",
+        "src",
+        "tgt",
+        "before",
+        "after",
+        "in",
+        "out",
+        "a",
+        "b",
+        "gt",
+        "cartoon",
+        "cartoonized",
+        "result",
     )
-)  # fmt: skip
+)
 PROMPT_FILES = ("prompts.txt", "prompts.csv", "prompts.jsonl")
 NAME_COLUMNS = ("file_name", "filename", "name", "file", "image", "original_image", "original", "input")
 PROMPT_COLUMNS = ("edit_prompt", "instruction", "prompt", "edit", "edit_instruction", "text", "caption")

@@ -14,10 +14,10 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from data_preparation.making.recipe import Made, Maker
-from data_preparation.making.rows import encode_image, make_pair, pair_features
+from data_preparation.generation.pair_rows import encode_image, make_pair, pair_features
+from data_preparation.generation.recipe import Made, Maker
 from data_preparation.photographs import row_generator
-from utils.dataset.geometry import Size, check_aspects
+from utils.data.geometry import Size, check_aspects
 from utils.pixels import ORIENTATION_TAG, BadRow, decode_image
 
 logger = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ from typing import Any
 
 import datasets
 
-from data_preparation.making.rows import pair_features
-from utils.dataset.columns import Columns, is_image_feature, is_prompt_feature
+from data_preparation.generation.pair_rows import pair_features
+from utils.data.columns import Columns, is_image_feature, is_prompt_feature
 from utils.pixels import BadRow
 
 TEXT_NAMES = {

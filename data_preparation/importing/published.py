@@ -11,9 +11,9 @@ import datasets
 
 from data_preparation.importing.pairs import Found, Reader
 from data_preparation.importing.provenance import Extras, find_extras
-from utils.dataset.columns import Columns, describe_features, is_image_feature, is_prompt_feature
-from utils.dataset.rows import open_rows
-from utils.dataset.sources import open_source, sources_digest
+from utils.data.columns import Columns, describe_features, is_image_feature, is_prompt_feature
+from utils.data.rows import open_rows
+from utils.data.sources import open_source, sources_digest
 from utils.errors import InputError
 from utils.pixels import BadRow
 
@@ -115,12 +115,17 @@ def find_rows(
             f"columns: {describe_features(features)}"
         )
     return PublishedRows(
-        name, config, split, is_streaming, source.columns, find_extras(features, source.columns),
+        name,
+        config,
+        split,
+        is_streaming,
+        source.columns,
+        find_extras(features, source.columns),
         num_items=_num_streamed(rows, split, max_rows, name) if is_streaming else len(rows),
         digest=sources_digest([source]),
         second_input=SECOND_INPUT if _may_hold_image(features.get(SECOND_INPUT)) else None,
         inverse=INVERSE if is_inverse else None,
-    )  # fmt: skip
+    )
 
 
 def inverted(provenance: Mapping[str, Any]) -> dict[str, Any]:

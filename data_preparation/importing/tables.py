@@ -18,8 +18,8 @@ import urllib3
 from data_preparation.importing.folders import digest_of
 from data_preparation.importing.pairs import Found, Reader
 from data_preparation.importing.provenance import Extras, find_extras
-from utils.dataset.columns import ROLES, Columns, resolve_columns
-from utils.dataset.rows import image_column_name, names_images, read_columns
+from utils.data.columns import ROLES, Columns, resolve_columns
+from utils.data.rows import image_column_name, names_images, read_columns
 from utils.errors import InputError
 from utils.pictures import download
 from utils.pixels import BadRow

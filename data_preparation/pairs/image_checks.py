@@ -13,8 +13,7 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from PIL import Image
 
 from data_preparation.pairs.models import ModelChoice, load_image_processor
-from utils.errors import InputError
-from utils.network.load_errors import explaining_load_errors
+from utils.errors import InputError, explaining_load_errors
 
 ImageCheck = Callable[[list[np.ndarray]], list[bool]]  # uint8 (H, W, 3) each -> whether it must not be kept
 

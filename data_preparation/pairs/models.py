@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,12 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from huggingface_hub import hf_hub_download
 
 from data_preparation.pairs.clip_filter import ClipScorer
-from utils.errors import InputError
-from utils.network.load_errors import explaining_load_errors
-from utils.network.merging import read_adapter_file
-from utils.network.single_file import is_single_file, load_single_file
-
-_SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})(/|$)")
-ENDS = 2**16  # bytes at either end of a large file that its digest looks at
+from utils.editing.adapter_fusing import read_adapter_file
+from utils.errors import InputError, explaining_load_errors
+from utils.hub_names import digest_files, find_revision, public_name, snapshot_revision
+from utils.models.single_file import is_single_file, load_single_file
 
 
 @dataclass(frozen=True)
@@ -53,49 +47,21 @@ def resolve(choice: ModelChoice) -> tuple[ModelChoice, list[dict[str, str]]]:
     A branch may move while workers start: all of them load the commit that is found here. The revision of what lies on
     this machine is a digest of its files. Raises InputError for a model that is not there.
     """
-    commit = _find_revision("--model", choice.model, choice.revision, "model_index.json")
-    models = [{"id": _public_name(choice.model), "revision": commit}]
+    with explaining_load_errors(f"--model {choice.model}"):
+        commit = find_revision(choice.model, choice.revision, "model_index.json")
+    models = [{"id": public_name(choice.model), "revision": commit}]
     found = {"revision": commit}
     others = (("vae", "vae_revision"), ("clip_model", "clip_revision"), ("safety_checker", "safety_revision"))
     for flag, revision in others:
         if name := getattr(choice, flag):
-            commit = _find_revision(f"--{flag}", name, getattr(choice, revision), "config.json", "model_index.json")
-            models.append({"id": _public_name(name), "revision": commit})
+            with explaining_load_errors(f"--{flag} {name}"):
+                commit = find_revision(name, getattr(choice, revision), "config.json", "model_index.json")
+            models.append({"id": public_name(name), "revision": commit})
             found[revision] = commit
     if choice.lora:
         file = read_adapter_file(choice.lora).file
-        snapshot = _SNAPSHOT.search(file.as_posix())
-        models.append({"id": _public_name(choice.lora), "revision": snapshot[1] if snapshot else digest_files(file)})
+        models.append({"id": public_name(choice.lora), "revision": snapshot_revision(file) or digest_files(file)})
     return replace(choice, **found), models
-
-
-def _find_revision(flag: str, name: str, revision: str | None, *files: str) -> str:
-    """The commit of a repository on the Hub, or the digest of what lies here."""
-    if Path(name).exists():
-        return digest_files(Path(name))
-    with explaining_load_errors(f"{flag} {name}"):
-        for file in files:
-            try:
-                path = hf_hub_download(name, file, revision=revision)
-                break
-            except OSError:  # no such file in it, or no way to the Hub
-                if file == files[-1]:
-                    raise
-        return _SNAPSHOT.search(Path(path).as_posix())[1]
-
-
-def digest_files(path: Path) -> str:
-    """Of a file, or of a folder's files: their names, sizes, beginnings and ends."""
-    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-    digest = hashlib.blake2b(digest_size=16)
-    for file in files:
-        name = file.relative_to(path).as_posix() if path.is_dir() else ""
-        digest.update(f"{name} {file.stat().st_size}\n".encode())
-        with file.open("rb") as content:
-            digest.update(content.read(ENDS))
-            content.seek(max(file.stat().st_size - ENDS, 0))
-            digest.update(content.read(ENDS))
-    return digest.hexdigest()
 
 
 def load_pipeline(choice: ModelChoice, dtype: torch.dtype, device: str | torch.device) -> Any:
@@ -196,8 +162,3 @@ def load_image_processor(name: str, **place: Any) -> Any:
     except ImportError:  # transformers 4
         from transformers import CLIPImageProcessor
     return CLIPImageProcessor.from_pretrained(name, **place)
-
-
-def _public_name(name: str) -> str:
-    """A Hub id as it is; of a path the last part alone, as the rest is the user's own."""
-    return Path(name).resolve().name if Path(name).exists() else name

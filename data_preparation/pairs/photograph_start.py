@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.edit.encodings import device_of, vae_in_its_precision
-from utils.network.latents import encode_moments, scale_latents
+from utils.editing.encodings import device_of, vae_in_its_precision
+from utils.models.latents import encode_moments, scale_latents
 
 
 @dataclass(frozen=True)

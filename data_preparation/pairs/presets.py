@@ -42,15 +42,31 @@ class PairSettings:
 # fast: the thresholds of UltraEdit (2407.05282), and bounds against pairs in which nothing has changed.
 PRESETS = {
     "ip2p": PairSettings(
-        num_inference_steps=100, num_samples=100, max_out_samples=4, early_stop=False, guidance_range=(7.5, 15.0),
-        share_range=(0.1, 0.9), scheduler="euler_a", timestep_spacing="linspace",
-        min_clip_image=0.7, min_clip_dir=0.2, min_clip_text=0.2,
+        num_inference_steps=100,
+        num_samples=100,
+        max_out_samples=4,
+        early_stop=False,
+        guidance_range=(7.5, 15.0),
+        share_range=(0.1, 0.9),
+        scheduler="euler_a",
+        timestep_spacing="linspace",
+        min_clip_image=0.7,
+        min_clip_dir=0.2,
+        min_clip_text=0.2,
     ),
     "fast": PairSettings(
-        num_inference_steps=4, num_samples=16, max_out_samples=4, early_stop=True, guidance_range=(0.0, 0.0),
-        min_clip_image=0.75, min_clip_dir=0.22, min_clip_text=0.2, max_clip_image=0.99, min_change=0.01,
+        num_inference_steps=4,
+        num_samples=16,
+        max_out_samples=4,
+        early_stop=True,
+        guidance_range=(0.0, 0.0),
+        min_clip_image=0.75,
+        min_clip_dir=0.22,
+        min_clip_text=0.2,
+        max_clip_image=0.99,
+        min_change=0.01,
     ),
-}  # fmt: skip
+}
 # (model, autoencoder of its own) where --model does not say otherwise.
 PRESET_MODELS = {
     "ip2p": ("stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/sd-vae-ft-mse"),

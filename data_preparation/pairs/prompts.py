@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from data_preparation.making.inputs import Captions, OpenCaptions
+from data_preparation.generation.inputs import Captions, OpenCaptions
 from utils.errors import InputError
 
 IMAGE_NAME_COLUMNS = ("file_name", "image", "photograph", "image_file", "source")

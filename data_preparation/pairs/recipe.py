@@ -11,9 +11,9 @@ from typing import Any
 import datasets
 import torch
 
-from data_preparation.making.inputs import BadRow, Captions, Photographs
-from data_preparation.making.recipe import Made
-from data_preparation.making.rows import make_pair, pair_features
+from data_preparation.generation.inputs import BadRow, Captions, Photographs
+from data_preparation.generation.pair_rows import make_pair, pair_features
+from data_preparation.generation.recipe import Made
 from data_preparation.pairs.candidates import (
     CAPTION_REASON,
     CaptionJob,
@@ -31,11 +31,11 @@ from data_preparation.pairs.presets import PairSettings, effective_steps
 from data_preparation.pairs.prompts import find_image_name, read_text
 from data_preparation.pairs.sampling import decode, sample_pairs
 from data_preparation.photographs import centre_square
-from utils.edit.editing import native_resolution, size_multiple
-from utils.edit.schedulers import choose_scheduler
+from utils.editing.edit_images import native_resolution, size_multiple
+from utils.editing.schedulers import choose_scheduler
 from utils.errors import InputError
-from utils.network.conditioning import make_prompt_encoder
-from utils.network.loading import choose_device
+from utils.models.conditioning import make_prompt_encoder
+from utils.runtime import choose_device
 
 NOT_FINITE = "values that are no finite numbers"
 
@@ -147,9 +147,15 @@ class PairMaker:
         texts = self.encoder([text for job in jobs for text in (job.caption, job.output)])
         with explaining_out_of_memory():
             sampled = sample_pairs(
-                self.pipeline, self.scheduler, self.settings.num_inference_steps, texts, self.encoder.null_embeds,
-                [each.pair for each in drawn], (self.resolution, self.resolution), self._start(jobs),
-            )  # fmt: skip
+                self.pipeline,
+                self.scheduler,
+                self.settings.num_inference_steps,
+                texts,
+                self.encoder.null_embeds,
+                [each.pair for each in drawn],
+                (self.resolution, self.resolution),
+                self._start(jobs),
+            )
             originals, edited, finite = self._decode(sampled.latents, jobs)
         scores = self.clip.score(originals, edited, [job.features for job in jobs])
         for index, (job, sample) in enumerate(batch):
@@ -207,10 +213,20 @@ class PairMaker:
         cost = {"candidates": job.num_candidates, "unet_rows": job.unet_rows}
         start = {"strength": self.settings.strength, "original": self.settings.original} if self.photographs else {}
         return make_pair(
-            kept.original, job.edit, kept.edited, image_format=recipe.image_format, original_prompt=job.caption,
-            edited_prompt=job.output, source=job.source, source_dataset=inputs.dataset, source_license=inputs.license,
-            models=recipe.models, seed=pair.seed, settings=drawn | cost | start, scores=kept.scores,
-        )  # fmt: skip
+            kept.original,
+            job.edit,
+            kept.edited,
+            image_format=recipe.image_format,
+            original_prompt=job.caption,
+            edited_prompt=job.output,
+            source=job.source,
+            source_dataset=inputs.dataset,
+            source_license=inputs.license,
+            models=recipe.models,
+            seed=pair.seed,
+            settings=drawn | cost | start,
+            scores=kept.scores,
+        )
 
 
 def require_usable(scheduler: Any, original: str) -> None:

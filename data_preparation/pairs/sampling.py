@@ -17,10 +17,10 @@ import torch
 
 from data_preparation.pairs.photograph_start import PhotographStart
 from data_preparation.pairs.prompt_to_prompt import Sharing, sharing_self_attention
-from utils.edit.encodings import device_of, vae_in_its_precision
-from utils.edit.sampling import fresh_scheduler
-from utils.network.conditioning import PromptEmbeds, added_conditions, concatenate
-from utils.network.latents import unscale_latents
+from utils.editing.encodings import device_of, vae_in_its_precision
+from utils.editing.sampling import fresh_scheduler
+from utils.models.conditioning import PromptEmbeds, added_conditions, concatenate
+from utils.models.latents import unscale_latents
 
 DECODE_BATCH = 8  # images that the VAE decodes at once: its activations are far larger than the UNet's
 
@@ -101,14 +101,22 @@ def _share(sharing: Sharing, draws: list[PairDraw], step: int, num_branches: int
 
 
 def _predict(
-    unet: Any, latents: torch.Tensor, timestep: torch.Tensor, conditions: Conditions, num_branches: int,
+    unet: Any,
+    latents: torch.Tensor,
+    timestep: torch.Tensor,
+    conditions: Conditions,
+    num_branches: int,
     scales: torch.Tensor,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """The guided prediction (2P, 4, h, w) in float32."""
     predictions = unet(
-        latents.to(unet.dtype).repeat(num_branches, 1, 1, 1), timestep, encoder_hidden_states=conditions.hidden,
-        timestep_cond=conditions.guidance, added_cond_kwargs=conditions.added, return_dict=False,
-    )[0].float()  # fmt: skip
+        latents.to(unet.dtype).repeat(num_branches, 1, 1, 1),
+        timestep,
+        encoder_hidden_states=conditions.hidden,
+        timestep_cond=conditions.guidance,
+        added_cond_kwargs=conditions.added,
+        return_dict=False,
+    )[0].float()
     if num_branches == 1:
         return predictions
     uncond, text = predictions.chunk(2)

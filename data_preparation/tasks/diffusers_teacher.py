@@ -13,7 +13,7 @@ from PIL import Image
 
 from data_preparation.tasks.teachers import Picture, Teach, TeacherSettings
 from utils.errors import InputError
-from utils.network.loading import choose_device
+from utils.runtime import choose_device
 
 
 def open_diffusers(model: str, settings: TeacherSettings, rank: int) -> Teach:

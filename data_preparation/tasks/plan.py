@@ -9,8 +9,17 @@ from pathlib import Path
 from data_preparation.instructions import FOLDER, available_tasks
 
 LOW_LEVEL = (
-    "derain", "denoise", "deblur", "dehaze", "low_light", "raindrop", "sharpen", "colorize", "super_resolve", "jpeg",
-)  # fmt: skip
+    "derain",
+    "denoise",
+    "deblur",
+    "dehaze",
+    "low_light",
+    "raindrop",
+    "sharpen",
+    "colorize",
+    "super_resolve",
+    "jpeg",
+)
 DEGRADED = (*LOW_LEVEL, "identity")  # the original image is made, and the photograph is the edited one
 TOY = tuple(f"toy/{path.stem}" for path in sorted((FOLDER / "toy").glob("*.txt")))
 GROUPS = {"all": ("cartoonize", *DEGRADED), "low_level": LOW_LEVEL, "toy": TOY}

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import datasets
 import numpy as np
 
-from data_preparation.making.inputs import OpenPhotographs, Photographs
-from data_preparation.making.recipe import Made
-from data_preparation.making.rows import make_pair, pair_features
+from data_preparation.generation.inputs import OpenPhotographs, Photographs
+from data_preparation.generation.pair_rows import make_pair, pair_features
+from data_preparation.generation.recipe import Made
 from data_preparation.photographs import fit_picture, random_square, row_generator
 from data_preparation.tasks.plan import DEGRADATION, Task
 from data_preparation.tasks.teachers import TeacherSettings, batches_of_one_size, describe_models, open_teacher
@@ -122,12 +122,19 @@ class _Maker:
         original, edited = (edited, wish.picture) if is_degraded else (wish.picture, edited)
         recipe, photographs = self.recipe, self.photographs
         return make_pair(
-            original, wish.prompt, edited, image_format=recipe.image_format, task=wish.task.name, phrasing=wish.kind,
-            source=photographs.name(wish.photograph), source_dataset=photographs.dataset,
+            original,
+            wish.prompt,
+            edited,
+            image_format=recipe.image_format,
+            task=wish.task.name,
+            phrasing=wish.kind,
+            source=photographs.name(wish.photograph),
+            source_dataset=photographs.dataset,
             source_license=recipe.source_license or photographs.license_of(wish.photograph),
-            models=self._models(wish.task), seed=recipe.seed,
+            models=self._models(wish.task),
+            seed=recipe.seed,
             settings={"teacher": public_teacher(wish.task.teacher), **drawn},
-        )  # fmt: skip
+        )
 
 
 def public_teacher(teacher: str) -> str:

@@ -96,7 +96,7 @@ def _find_edit(task: Task) -> Callable[[Picture], Picture]:
         from data_preparation.tasks.cartoon import cartoonize
 
         return cartoonize
-    from data_preparation.edits import EDITS
+    from data_preparation.toy_edits import EDITS
 
     return EDITS[task.name]
 

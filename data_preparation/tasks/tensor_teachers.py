@@ -48,7 +48,7 @@ def open_torchhub(place: str, settings: TeacherSettings, rank: int) -> Teach:
     """A model of a repository on GitHub or in a folder, as `owner/name:branch:model`; its code runs on this machine."""
     import torch
 
-    from utils.network.loading import choose_device
+    from utils.runtime import choose_device
 
     if not settings.trusts_code:
         raise InputError(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from urllib.parse import urlencode
 
-from utils.edit.jobs import Recommended
+from utils.editing.jobs import Recommended
 from utils.errors import InputError
 
 LIMITS = {

@@ -12,15 +12,15 @@ from typing import Any
 
 from PIL import Image
 
-from utils.edit.editing import edit_images, fit_to_model
-from utils.edit.encodings import Encodings
-from utils.edit.jobs import Recommended, Settings, resolve_settings
-from utils.edit.picture_metadata import make_record
+from utils.editing.edit_images import edit_images, fit_to_model
+from utils.editing.encodings import Encodings
+from utils.editing.jobs import Recommended, Settings, resolve_settings
+from utils.editing.records import make_record
 from utils.errors import InputError
 from utils.pixels import BadRow, decode_image
 from utils.web.links import Wish, check_wish
-from utils.web.shelf import Shelf
-from utils.web.turns import Ticket, Turns
+from utils.web.model_cache import Shelf
+from utils.web.request_queue import Ticket, Turns
 
 LOOK_ROUND_SECONDS = 0.5  # how often one who waits looks whether they were stopped
 
@@ -148,14 +148,25 @@ class Studio:
                 ticket.check()
 
             edited = edit_images(
-                pipeline, [original], [wish.instruction], seeds=[seed], num_inference_steps=settings.steps,
-                guidance_scale=settings.guidance_scale, image_guidance_scale=settings.image_guidance_scale,
-                eta=settings.eta, on_step=after_step, encodings=encodings,
-            )[0]  # fmt: skip
+                pipeline,
+                [original],
+                [wish.instruction],
+                seeds=[seed],
+                num_inference_steps=settings.steps,
+                guidance_scale=settings.guidance_scale,
+                image_guidance_scale=settings.image_guidance_scale,
+                eta=settings.eta,
+                on_step=after_step,
+                encodings=encodings,
+            )[0]
             record = make_record(
-                opened.origin, name=upload.name, content=upload.content, instruction=wish.instruction, seed=seed,
+                opened.origin,
+                name=upload.name,
+                content=upload.content,
+                instruction=wish.instruction,
+                seed=seed,
                 settings=resolved,
-            )  # fmt: skip
+            )
             report(Edit(model, seed, settings, original, edited, record))
 
 

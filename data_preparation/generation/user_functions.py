@@ -1,0 +1,51 @@
+"""`python:FILE:FUNCTION`: a function of the user's own file, as a teacher, an image check or a moderator."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from utils.errors import InputError
+
+
+def find_function_problem(spec: str) -> str | None:
+    """Why `spec` cannot name a function, or None. Nothing is imported."""
+    kind, file, name = _split(spec)
+    if kind != "python" or not file or not name.isidentifier():
+        return f"{spec} must be python:FILE:FUNCTION, such as python:my_edits.py:paint"
+    return None if Path(file).is_file() else f"{spec}: the file {file} does not exist"
+
+
+def load_function(flag: str, spec: str) -> Callable[..., Any]:
+    """The function that `spec` names.
+
+    flag: for messages, such as "--teacher". Raises InputError if the file cannot be imported or lacks the function.
+    """
+    if problem := find_function_problem(spec):
+        raise InputError(f"{flag} {problem}")
+    _, file, name = _split(spec)
+    module_spec = importlib.util.spec_from_file_location(f"user_{Path(file).stem}", file)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        function = getattr(module, name)
+    except Exception as error:  # the user's own code may raise anything
+        raise InputError(f"{flag} {spec} cannot be loaded: {type(error).__name__}: {error}") from error
+    return function
+
+
+def call_function(flag: str, spec: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a function of `load_function`; whatever it raises becomes an InputError."""
+    try:
+        return function(*arguments)
+    except Exception as error:
+        raise InputError(f"{flag} {spec} failed: {type(error).__name__}: {error}") from error
+
+
+def _split(spec: str) -> tuple[str, str, str]:
+    """python:FILE:FUNCTION -> its three parts; a path may hold colons."""
+    kind, _, rest = spec.partition(":")
+    file, _, name = rest.rpartition(":")
+    return kind, file, name

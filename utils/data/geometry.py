@@ -1,0 +1,146 @@
+"""The same resize, crop and mirror for both images of a pair (design.md, section 4, "Geometry")."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from utils.pixels import BadRow, decode_with_size
+
+RESIZE_MODES = ("crop", "squash", "bucket")
+MAX_ASPECT_DIFFERENCE = 0.02
+# Words that stop being true when both images are mirrored.
+DIRECTION = re.compile(r"\b((left|right)(most|wards?|hand|handed)?|(counter|anti)?-?clockwise)\b", re.IGNORECASE)
+
+Size = tuple[int, int]  # always (h, w)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How the pixels of a pair are brought to the training size."""
+
+    resolution: int
+    resize_mode: str = "crop"
+    center_crop: bool = False
+    random_flip: bool = False
+
+    def __post_init__(self) -> None:
+        if self.resize_mode not in RESIZE_MODES:
+            raise ValueError(f"--resize_mode is {self.resize_mode!r}; it can be {', '.join(RESIZE_MODES)}")
+        if self.resolution < 8:
+            raise ValueError(f"--resolution is {self.resolution}; it must be at least 8")
+
+
+@dataclass(frozen=True)
+class PreparedPair:
+    """Pixels of both images after the same geometry, and what the geometry was (SDXL's time ids need it)."""
+
+    original: np.ndarray  # (3, H, W) uint8
+    edited: np.ndarray  # (3, H, W) uint8
+    original_size: Size  # of the stored original image
+    crop_top_left: tuple[int, int]  # (y, x) in the resized image, after mirroring
+    target_size: Size  # (H, W)
+    is_flipped: bool
+
+
+def mentions_direction(prompt: str) -> bool:
+    """Whether the prompt speaks of left, right or a sense of rotation, so that mirroring would falsify it."""
+    return DIRECTION.search(prompt) is not None
+
+
+def is_mirrored(geometry: Geometry, u_flip: float, prompt: str) -> bool:
+    """Whether a pair is mirrored: half of them, by the uniform draw `u_flip`, where that is asked for and harmless."""
+    return geometry.random_flip and u_flip < 0.5 and not mentions_direction(prompt)
+
+
+def make_buckets(resolution: int) -> list[Size]:
+    """Training sizes (h, w) of about resolution² pixels, from 1:2.5 to 2.5:1, in steps of 64 (or less)."""
+    step = next((step for step in (64, 32, 16) if resolution >= 4 * step), 8)
+    square = resolution // 8 * 8
+    buckets = {(square, square)}
+    for short in range(step, resolution + 1, step):
+        # No more pixels than the square has: memory is what the resolution was chosen for.
+        long = resolution * resolution // short // step * step
+        if long <= 2.5 * short:
+            buckets |= {(short, long), (long, short)}
+    return sorted(buckets)
+
+
+def nearest_bucket(size: Size, buckets: list[Size]) -> Size:
+    """The bucket whose aspect ratio is nearest to that of `size`; of two alike, the larger."""
+    aspect = math.log(size[0] / size[1])
+    return min(buckets, key=lambda bucket: (abs(math.log(bucket[0] / bucket[1]) - aspect), -bucket[0] * bucket[1]))
+
+
+def prepare_pair(
+    original: object,
+    edited: object,
+    geometry: Geometry,
+    u_crop: tuple[float, float] = (0.5, 0.5),
+    u_flip: float = 1.0,
+    prompt: str = "",
+    bucket: Size | None = None,
+) -> PreparedPair:
+    """Two stored images (anything `decode_image` takes) -> the pair at training size, both under the same geometry.
+
+    `u_crop` (y, x) and `u_flip` are uniform draws in [0, 1). In the mode "bucket", `bucket` (h, w) is the size to give;
+    without it the nearest is taken. Raises `BadRow`.
+    """
+    needed_side = max(bucket) if bucket else geometry.resolution * (2 if geometry.resize_mode == "bucket" else 1)
+    original_image, original_size = _decode("original image", original, needed_side)
+    edited_image, edited_size = _decode("edited image", edited, needed_side)
+    check_aspects(original_size, edited_size)
+    resized, target = _sizes(original_size, geometry, bucket)
+    u_crop = (0.5, 0.5) if geometry.center_crop else u_crop
+    top, left = (min(int(u * (r - t + 1)), r - t) for u, r, t in zip(u_crop, resized, target, strict=True))
+    is_flipped = is_mirrored(geometry, u_flip, prompt)
+    pixels = [_resize_and_crop(image, resized, (top, left), target) for image in (original_image, edited_image)]
+    if is_flipped:
+        pixels = [array[:, ::-1] for array in pixels]
+        left = resized[1] - target[1] - left
+    original_pixels, edited_pixels = (np.ascontiguousarray(array.transpose(2, 0, 1)) for array in pixels)
+    return PreparedPair(original_pixels, edited_pixels, original_size, (top, left), target, is_flipped)
+
+
+def _decode(what: str, value: object, needed_side: int) -> tuple[Image.Image, Size]:
+    try:
+        return decode_with_size(value, shorter_side=needed_side)
+    except BadRow as error:
+        raise BadRow(f"{what}: {error.reason}") from error
+
+
+def check_aspects(original_size: Size, edited_size: Size) -> None:
+    """Raise `BadRow` for two pictures that cannot show the same view."""
+    ratio = (original_size[0] / original_size[1]) / (edited_size[0] / edited_size[1])
+    if max(ratio, 1 / ratio) > 1 + MAX_ASPECT_DIFFERENCE:
+        sizes = " and ".join(f"{width}x{height}" for height, width in (original_size, edited_size))
+        raise BadRow(f"the aspect ratios of the two images differ by more than {MAX_ASPECT_DIFFERENCE:.0%} ({sizes})")
+
+
+def _sizes(size: Size, geometry: Geometry, bucket: Size | None) -> tuple[Size, Size]:
+    """(size the whole image is resized to, size that is then cut out of it)."""
+    target = (geometry.resolution, geometry.resolution)
+    if geometry.resize_mode == "squash":
+        return target, target
+    if geometry.resize_mode == "bucket":
+        target = bucket or nearest_bucket(size, make_buckets(geometry.resolution))
+    scale = max(target[0] / size[0], target[1] / size[1])
+    resized = tuple(max(round(side * scale), wanted) for side, wanted in zip(size, target, strict=True))
+    return resized, target
+
+
+def _resize_and_crop(image: Image.Image, resized: Size, top_left: tuple[int, int], target: Size) -> np.ndarray:
+    """Resize to `resized` and cut `target` out at `top_left` -> (H, W, 3) uint8.
+
+    One operation: only the box that is kept is resampled. An edited image of another size than the original, or a JPEG
+    decoded at reduced size, is brought to the original's grid by the same step.
+    """
+    y_scale, x_scale = image.height / resized[0], image.width / resized[1]
+    (top, left), (height, width) = top_left, target
+    box = (left * x_scale, top * y_scale, (left + width) * x_scale, (top + height) * y_scale)
+    box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))  # against rounding past the edge
+    return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0))

@@ -1,0 +1,237 @@
+"""Where pairs come from: a dataset on the Hub, a local folder, or a mix of several."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import yaml
+
+from utils.data.columns import Columns, refuse_unreadable, resolve_columns
+from utils.data.draws import random_subset
+from utils.data.rows import open_rows
+from utils.errors import InputError
+
+COLUMN_KEYS = {"original_image_column": "original", "edit_prompt_column": "prompt", "edited_image_column": "edited"}
+SAMPLED_ROWS = 64  # whose bytes go into the digest
+STREAMED_ROWS = 8
+MIX_KEYS = ("name", "config", "split", "weight", *COLUMN_KEYS)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows of one dataset: the three columns only, images undecoded (a dict with "bytes" and "path")."""
+
+    rows: datasets.Dataset | datasets.IterableDataset
+    columns: Columns
+    name: str  # as it stands before a row number in messages, such as "train"
+    weight: float = 1.0  # share of the draws beside the other sources' weights
+    is_streaming: bool = False
+    row_numbers: np.ndarray | None = None  # the number in the dataset of each row, where only some rows are taken
+
+    def row_name(self, row: int) -> str:
+        """A row as the user finds it, such as "train[12]"."""
+        return f"{self.name}[{row if self.row_numbers is None else self.row_numbers[row]}]"
+
+    def select(self, rows: np.ndarray) -> Source:
+        """The source with only these rows (integers), under the numbers that they had."""
+        numbers = rows if self.row_numbers is None else self.row_numbers[rows]
+        return replace(self, rows=self.rows.select(rows), row_numbers=numbers)
+
+
+def open_source(
+    dataset_name: str | None = None,
+    dataset_config_name: str | None = None,
+    train_data_dir: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
+    max_train_samples: int | None = None,
+    cache_dir: str | None = None,
+    original_image_column: str | None = None,
+    edit_prompt_column: str | None = None,
+    edited_image_column: str | None = None,
+    seed: int = 0,
+) -> Source:
+    """Open a dataset of the Hub or a local folder and find its columns. `InputError`: what is wrong and what exists."""
+    if bool(dataset_name) == bool(train_data_dir):
+        raise InputError("give the pairs with either --dataset_name (Hub id or folder) or --train_data_dir (folder)")
+    if max_train_samples is not None and max_train_samples < 1:
+        raise InputError(f"--max_train_samples is {max_train_samples}; it must be at least 1")
+    name = dataset_name or train_data_dir
+    if not Path(name).expanduser().exists():
+        refuse_unreadable(name)
+    rows = open_rows(name, bool(train_data_dir), dataset_config_name, split, streaming, cache_dir)
+    if not streaming and len(rows) == 0:
+        raise InputError(f"{name}, split {split!r}, has no rows")
+    columns = resolve_columns(name, rows.features, original_image_column, edit_prompt_column, edited_image_column)
+    source = Source(_undecoded(rows, columns), columns, split, is_streaming=streaming)
+    if max_train_samples is None:
+        return source
+    if streaming:
+        return replace(source, rows=source.rows.take(max_train_samples))
+    if max_train_samples < len(rows):
+        # A random subset, as in diffusers: the first rows of many datasets are of one kind.
+        source = source.select(random_subset(seed, len(rows), max_train_samples))
+    return source
+
+
+def open_mix(
+    path: str | Path, *, max_train_samples: int | None = None, cache_dir: str | None = None, seed: int = 0
+) -> list[Source]:
+    """Open all datasets that a YAML file lists under `datasets:`; every problem of every entry is in one `InputError`.
+
+    Keys of an entry: name (Hub id or folder, also relative to the file), config, split, weight and the three column
+    names. A weight is the share of the draws beside the other weights, whatever the numbers of rows; 1 by default.
+    """
+    path = Path(path)
+    entries = _read_mix(path)
+    sources, problems = [], []
+    for index, entry in enumerate(entries):
+        split = entry.get("split", "train")
+        beside = path.parent / entry["name"]
+        name = str(beside) if beside.is_dir() and not Path(entry["name"]).exists() else entry["name"]
+        columns = {key: entry.get(key) for key in COLUMN_KEYS}
+        try:
+            source = open_source(
+                name, entry.get("config"), None, split, False, max_train_samples, cache_dir, **columns, seed=seed
+            )
+            label = "/".join(part for part in (entry["name"], entry.get("config")) if part)
+            sources.append(replace(source, name=f"{label}:{split}", weight=float(entry.get("weight", 1.0))))
+        except InputError as error:
+            problems.append(f"--train_mix {path}, datasets[{index}]: {error}")
+    if problems:
+        raise InputError.from_problems(problems)
+    return sources
+
+
+def hold_out(sources: list[Source], fraction: float, seed: int) -> tuple[list[Source], list[Source]]:
+    """(sources to train on, sources held out): of each, `fraction` of the rows, at least one and never all."""
+    if not 0 < fraction < 1:
+        raise InputError(f"--validation_split is {fraction}; it must lie between 0 and 1, both excluded")
+    if any(source.is_streaming for source in sources):
+        raise InputError(
+            "--validation_split needs the number of rows, which --streaming does not know: drop one of them"
+        )
+    kept, held_out = [], []
+    for source in sources:
+        num_rows = len(source.rows)
+        size = min(max(1, round(fraction * num_rows)), num_rows - 1)
+        chosen = random_subset(seed, num_rows, size)
+        kept.append(source.select(np.setdiff1d(np.arange(num_rows), chosen)))
+        if size:
+            # Rows held out are each looked at once: no source counts for more than its rows.
+            held_out.append(replace(source.select(chosen), weight=float(size)))
+    if not held_out:
+        raise InputError("--validation_split cannot keep a row out: no dataset has two rows or more")
+    return kept, held_out
+
+
+def sources_digest(sources: list[Source]) -> str:
+    """Hex digest of the sources: columns, weights, row numbers, every prompt, the size of every image, sampled pixels.
+
+    Taken from the content: datasets' own fingerprint changes with the folder's place and the version of the library.
+    Of a stream only the first rows are known. Equal across processes and runs; another when rows change.
+    """
+    digest = hashlib.sha256()
+    for source in sources:
+        _add(digest, [source.columns.original, source.columns.prompt, source.columns.edited, source.weight])
+        if source.is_streaming:
+            for row in source.rows.take(STREAMED_ROWS):
+                _add_row(digest, source, row)
+        else:
+            _add_map_style(digest, source)
+    return digest.hexdigest()[:32]
+
+
+def _add(digest: hashlib._Hash, value: object) -> None:
+    digest.update(json.dumps(value, sort_keys=True, default=str).encode())
+
+
+def _add_map_style(digest: hashlib._Hash, source: Source) -> None:
+    num_rows = len(source.rows)
+    _add(digest, num_rows)
+    if source.row_numbers is not None:
+        digest.update(np.asarray(source.row_numbers, dtype="<i8").tobytes())
+    for batch in source.rows.select_columns([source.columns.prompt]).iter(batch_size=10_000):
+        _add(digest, batch[source.columns.prompt])
+    for name in (source.columns.original, source.columns.edited):
+        digest.update(_file_sizes(source.rows, name).tobytes())
+    for row in np.unique(np.linspace(0, num_rows - 1, SAMPLED_ROWS).astype(int)):
+        _add_row(digest, source, source.rows[int(row)])
+
+
+def _file_sizes(rows: datasets.Dataset, column: str) -> np.ndarray:
+    """Number of bytes of each image of the whole table (selected or not), as int64; -1 where there is none."""
+    images = rows.data.column(column)
+    sizes = [np.empty(0, dtype="<i8")]
+    for chunk in images.chunks:
+        # Offsets only: the images of a memory-mapped table stay on disk.
+        lengths = pc.binary_length(pc.struct_field(chunk, "bytes"))
+        sizes.append(pc.fill_null(lengths.cast(pa.int64()), -1).to_numpy(zero_copy_only=False).astype("<i8"))
+        if lengths.null_count:
+            is_on_disk = pc.is_null(lengths)
+            paths = pc.struct_field(chunk, "path").filter(is_on_disk).to_pylist()
+            sizes[-1][is_on_disk.to_numpy(zero_copy_only=False)] = [_size_on_disk(path) for path in paths]
+    return np.concatenate(sizes)
+
+
+def _size_on_disk(path: str | None) -> int:
+    return Path(path).stat().st_size if path and Path(path).is_file() else -1
+
+
+def _add_row(digest: hashlib._Hash, source: Source, row: dict) -> None:
+    _add(digest, row[source.columns.prompt])
+    for name in (source.columns.original, source.columns.edited):
+        image = row[name] or {}
+        content = image.get("bytes")
+        if content is None and image.get("path") and Path(image["path"]).is_file():
+            content = Path(image["path"]).read_bytes()
+        digest.update(hashlib.sha256(content or b"").digest())
+
+
+def _undecoded(rows: datasets.Dataset, columns: Columns) -> datasets.Dataset:
+    """Only the three columns, images as stored, so that a corrupt one is met row by row and inside a worker."""
+    rows = rows.select_columns([columns.original, columns.prompt, columns.edited])
+    for name in (columns.original, columns.edited):
+        rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows
+
+
+def _read_mix(path: Path) -> list[dict]:
+    """The entries of a mix file, their keys and values checked."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"--train_mix {path} cannot be read: {error}") from error
+    entries = content.get("datasets") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise InputError(f"--train_mix {path} must hold a list under `datasets:`, each entry with at least a `name:`")
+    problems = [f"unknown key {key!r} beside `datasets`" for key in content if key != "datasets"]
+    for index, entry in enumerate(entries):
+        problems += [f"datasets[{index}]: {problem}" for problem in _entry_problems(entry)]
+    if problems:
+        raise InputError.from_problems([f"--train_mix {path}: {problem}" for problem in problems])
+    return entries
+
+
+def _entry_problems(entry: object) -> list[str]:
+    if not isinstance(entry, dict):
+        return [f"{entry!r} is not a mapping with the keys {', '.join(MIX_KEYS)}"]
+    problems = [f"unknown key {key!r}; the keys are {', '.join(MIX_KEYS)}" for key in entry if key not in MIX_KEYS]
+    if not entry.get("name"):
+        problems.append("`name` is missing (a Hub id or a folder)")
+    for key in MIX_KEYS:
+        if key != "weight" and entry.get(key, "") is not None and not isinstance(entry.get(key, ""), str):
+            problems.append(f"{key} is {entry[key]!r}; it must be text")
+    weight = entry.get("weight", 1.0)
+    is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not is_number or not math.isfinite(weight) or weight <= 0:
+        problems.append(f"weight is {weight!r}; it must be a number above 0")
+    return problems

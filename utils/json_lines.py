@@ -1,0 +1,31 @@
+"""Files with one JSON object per line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from utils.errors import InputError
+
+
+def read_json_lines(path: Path, lines: Iterable[str] | None = None) -> Iterator[tuple[int, dict]]:
+    """(line number from 1, object) of each line that is not blank.
+
+    lines: the lines of the file, if they have been read already. Raises InputError that names file and line.
+    """
+    lines = path.read_text("utf-8").splitlines() if lines is None else lines
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            yield number, parse_json_object(line, f"{path}, line {number}")
+
+
+def parse_json_object(text: str, where: str) -> dict:
+    """The JSON object in `text`. where: start of the message of the InputError that is raised for anything else."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is not JSON: {error.msg} at column {error.colno}") from error
+    if not isinstance(value, dict):
+        raise InputError(f'{where} is not a JSON object such as {{"name": "value"}}: {text.strip()[:60]}')
+    return value

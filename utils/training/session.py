@@ -1,0 +1,68 @@
+"""A run that is under way: what the checks found, the models, and the batches."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass, replace
+
+from accelerate import Accelerator
+
+from utils.data.batches import make_loader
+from utils.data.latent_cache import make_latent_cache
+from utils.models.stable_diffusion import StableDiffusion
+from utils.training.loop import Trainee
+from utils.training.objective import Objective
+from utils.training.preflight import Plan
+from utils.training.settings import Settings
+
+Batches = Generator[dict, None, None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that validation and publishing look at."""
+
+    accelerator: Accelerator
+    settings: Settings
+    plan: Plan
+    parts: StableDiffusion
+    objective: Objective
+    trainee: Trainee
+
+    def training_batches(self) -> Batches:
+        """The endless stream of this process's micro-batches, from where the run stands."""
+        settings, samples = self.settings, self.settings.data.train_batch_size * self.accelerator.num_processes
+        cache = None
+        if settings.data.cache_latents and not settings.run.dry_run:
+            digest = self.plan.progress.identity["dataset"]
+            cache = make_latent_cache(
+                self.accelerator, settings.output_dir, self.plan.sources, digest, settings.geometry, self.parts.vae
+            )
+        loader = make_loader(
+            self.plan.sources,
+            settings.geometry,
+            **self._loader_settings(),
+            cache=cache,
+            start_batch=self.plan.progress.draws // samples,
+            num_workers=settings.data.dataloader_num_workers,
+        )
+        return iter(loader)
+
+    def held_out_batches(self) -> Batches:
+        """This process's share of the rows held out, from their start, with nothing left to chance but the noise."""
+        geometry = replace(self.settings.geometry, center_crop=True, random_flip=False)
+        if geometry.resize_mode == "bucket":  # buckets do not give the rows in order
+            geometry = replace(geometry, resize_mode="crop")
+        return iter(make_loader(self.plan.held_out, geometry, **self._loader_settings()))
+
+    def _loader_settings(self) -> dict:
+        return dict(
+            seed=self.plan.progress.seed,
+            batch_size=self.settings.data.train_batch_size,
+            latent_channels=self.parts.vae.config.latent_channels,
+            vae_scale_factor=self.parts.latent_scale,
+            num_train_timesteps=len(self.plan.schedule),
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            pin_memory=self.accelerator.device.type == "cuda",
+        )

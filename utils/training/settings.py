@@ -1,0 +1,102 @@
+"""What a run was asked for, by concern. The fields are flags; `utils.cli.pick` fills them."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from utils.data.geometry import Geometry
+from utils.models.adapters import AdapterOptions
+from utils.models.noise_schedules import ObjectiveOptions
+from utils.models.stable_diffusion import ModelOptions
+from utils.runtime import MachineOptions
+from utils.training.loop import LoopOptions
+from utils.training.optimizers import OptimizationOptions
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The fields are flags."""
+
+    dataset_name: str | None = None
+    dataset_config_name: str | None = None
+    train_data_dir: str | None = None
+    train_mix: str | None = None
+    dataset_split: str = "train"
+    streaming: bool = False
+    original_image_column: str | None = None
+    edit_prompt_column: str | None = None
+    edited_image_column: str | None = None
+    max_train_samples: int | None = None
+    max_bad_rows: float = 0.01
+    validation_split: float = 0.0
+    cache_dir: str | None = None
+    dataloader_num_workers: int = 0
+    train_batch_size: int = 16
+    cache_latents: bool = False
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """The fields are flags."""
+
+    output_dir: str = "instruct-pix2pix-model"
+    seed: int | None = None
+    dry_run: bool = False
+    num_train_epochs: int = 100
+    max_train_steps: int | None = None
+    resume_from_checkpoint: str | None = None
+    gradient_checkpointing: bool = False
+    gradient_checkpointing_blocks: list[str] | None = None
+    vae_precision: str | None = None
+    use_ema: bool = False
+    ema_decay: float = 0.9999
+    ema_device: str | None = None
+    val_image_url: list[str] | None = None
+    validation_prompt: list[str] | None = None
+
+
+@dataclass(frozen=True)
+class ValidationOptions:
+    """The fields are flags."""
+
+    num_validation_images: int = 4
+    validation_epochs: int = 1
+    validation_steps: int | None = None
+    save_best: bool = False
+
+
+@dataclass(frozen=True)
+class PublishingOptions:
+    """The fields are flags."""
+
+    push_to_hub: bool = False
+    hub_model_id: str | None = None
+    hub_private_repo: bool = False
+    hub_token: str | None = None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that a run was asked for, by concern."""
+
+    machine: MachineOptions
+    model: ModelOptions
+    adapter: AdapterOptions
+    data: DataOptions
+    geometry: Geometry
+    objective: ObjectiveOptions
+    optimization: OptimizationOptions
+    loop: LoopOptions
+    validation: ValidationOptions
+    publishing: PublishingOptions
+    run: RunOptions
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.run.output_dir)
+
+    def by_flag(self) -> dict:
+        """Every setting under the name of its flag, without the token."""
+        values = {flag: value for concern in asdict(self).values() for flag, value in concern.items()}
+        return values | {"hub_token": None}
