@@ -17,7 +17,7 @@ from PIL import Image
 from tests.hub_server import Hub, Refused, hub_server
 from utils.errors import InputError
 from utils.hub import check_push_rights, files_to_publish, redact, upload, upload_command
-from utils.licences import find_license
+from utils.licences import read_license_fields
 from utils.training.card import ModelFacts, write_card
 
 SECRET = "hf_" + "q" * 34
@@ -319,8 +319,8 @@ def test_card_of_a_hub_base_takes_its_licence(client: Hub):
     api.create_repo("user/base", private=True)
     api.upload_file(path_or_fileobj=content.encode(), path_in_repo="README.md", repo_id="user/base")
     known = {"license": "other", "license_name": "sd-licence", "license_link": "LICENSE.md"}
-    assert find_license("user/base", "write-token") == known
-    assert find_license("user/base") == {} and find_license("user/none", "write-token") == {}
+    assert read_license_fields("user/base", "write-token") == known
+    assert read_license_fields("user/base") == {} and read_license_fields("user/none", "write-token") == {}
 
 
 def test_redact_hides_tokens_and_nothing_else():

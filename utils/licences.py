@@ -97,12 +97,12 @@ class Licence:
     restrictions: tuple[str, ...]
 
 
-def find_licence(source: str, known: str | None = None, token: str | None = None) -> Licence:
+def look_up_licence(source: str, known: str | None = None, token: str | None = None) -> Licence:
     """What a model's card says, on the Hub or in its folder; else `known`, what is known of it beforehand.
 
     What either forbids is forbidden.
     """
-    fields = find_license(source, token)
+    fields = read_license_fields(source, token)
     told = fields.get("license_name") or fields.get("license") or ""
     names = " ".join([*fields.values(), known or ""])
     return Licence(source, told or known or "", restrictions_of(names))
@@ -174,7 +174,7 @@ def _family(name: str) -> str:
 LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
-def find_license(base_model: str, token: str | None = None) -> dict[str, str]:
+def read_license_fields(base_model: str, token: str | None = None) -> dict[str, str]:
     """The licence fields of the base model's card, from its folder or from the Hub; empty when they are not known."""
     readme = Path(base_model) / "README.md"
     try:

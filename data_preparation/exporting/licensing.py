@@ -16,7 +16,7 @@ from utils.licences import (
     NON_COMMERCIAL,
     USE_RESTRICTIONS,
     Licence,
-    find_licence,
+    look_up_licence,
     hub_id,
     is_hub_licence,
     known_licences,
@@ -62,7 +62,7 @@ def model_licences(models: Counter, token: str | None) -> list[Licence]:
     found = []
     for name in sorted(ids):
         is_on_hub = is_repo_id(name)
-        licence = find_licence(name, KNOWN_MODELS.get(name), token) if is_on_hub else Licence(name, "", ())
+        licence = look_up_licence(name, KNOWN_MODELS.get(name), token) if is_on_hub else Licence(name, "", ())
         found.append(Licence(scrub_text(name), licence.name, licence.restrictions))
     return found
 

@@ -12,7 +12,7 @@ from utils.atomic_files import make_writable, remove_unfinished
 from utils.editing.jobs import Recommended
 from utils.errors import InputError
 from utils.hub import check_push_rights, upload
-from utils.licences import Licence, find_licence
+from utils.licences import Licence, look_up_licence
 from utils.merging.deltas import Delta, Difference, StoredDifference
 from utils.merging.editor_folder import EditorFolder, find_editor, require_output_dir
 from utils.merging.lora_delta import LoraDelta
@@ -93,7 +93,7 @@ def open_ingredients(recipe: Recipe, token: str | None = None, unpacked: Path | 
     delta = _open_delta(recipe, located, shapes, layers, base)
     check_options(recipe.merge, list(shapes))
     names = [model.name, *(source.name for source in recipe.sources.values())]
-    licences = [find_licence(name, recipe.licences.get(name), token) for name in dict.fromkeys(names)]
+    licences = [look_up_licence(name, recipe.licences.get(name), token) for name in dict.fromkeys(names)]
     return Ingredients(editor, unet, delta, base, located, licences)
 
 

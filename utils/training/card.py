@@ -14,7 +14,7 @@ from urllib.parse import quote
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants, get_token
 
 from utils.hub import redact
-from utils.licences import find_license
+from utils.licences import read_license_fields
 
 LIMITATIONS = """\
 - It learned from {datasets} and edits in the way of those pairs; an instruction of another kind is often ignored.
@@ -55,7 +55,7 @@ def write_card(output_dir: str | Path, facts: ModelFacts, token: str | None = No
     """Write `README.md`, the model card, into a saved pipeline; no token gets into it, from wherever it comes."""
     output_dir, login = Path(output_dir), token or get_token()
     name = (facts.repo_id or output_dir.resolve().name).split("/")[-1]
-    license_fields = find_license(facts.base_model, token)
+    license_fields = read_license_fields(facts.base_model, token)
     metadata = _metadata(facts, name, license_fields)
     snippet = _snippet(facts, output_dir.name)
     body = _body(facts, name, license_fields, snippet, _scheduler_note(output_dir), login)
