@@ -85,7 +85,7 @@ def measure_ours(side: int, pairs: int) -> dict[str, float]:
     """Pairs per second by task, and of writing both pictures of a pair."""
     import cv2
 
-    from data_preparation.photographs import row_generator
+    from data_preparation.photographs import seeded_rng
     from data_preparation.tasks.cartoon import cartoonize
     from data_preparation.tasks.degradations import DEGRADATIONS
 
@@ -95,7 +95,7 @@ def measure_ours(side: int, pairs: int) -> dict[str, float]:
         if task != "identity":
             figures[task] = rate(
                 lambda number, degrade=degrade: degrade(
-                    photographs[number % len(photographs)], row_generator(0, number)
+                    photographs[number % len(photographs)], seeded_rng(0, number)
                 ),
                 pairs,
             )

@@ -92,14 +92,14 @@ def make_pairs(folder: Path, count: int) -> None:
     """A folder of images with a metadata.jsonl, as a user with two pictures a row would have it."""
     from PIL import Image
 
-    from data_preparation.photographs import list_photographs, random_square, read_photograph, row_generator
+    from data_preparation.photographs import list_photographs, random_square, read_photograph, seeded_rng
 
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     photographs = [read_photograph(path) for path in list_photographs(REPOSITORY / "assets/photos", "train")]
     lines = []
     for row in range(count):
-        rng = row_generator(SEED, row)
+        rng = seeded_rng(SEED, row)
         original = random_square(photographs[rng.integers(len(photographs))], SIDE, rng)
         names = {"original_image": f"{row}-original.png", "edited_image": f"{row}-edited.png"}
         for name, pixels in zip(names.values(), (original, night_vision(original)), strict=True):

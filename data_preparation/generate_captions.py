@@ -20,7 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_preparation.captions.flags import add_model_flags, model_problems, pick_sampling, pick_source  # noqa: E402
-from data_preparation.generation.flags import add_making_flags, making_problems, pick_workers  # noqa: E402
+from data_preparation.generation.generation_flags import add_generation_flags, choose_workers, generation_flag_problems  # noqa: E402
 from utils.cli import FlagParser  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
 from utils.quiet import quiet_libraries  # noqa: E402
@@ -67,7 +67,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         "what is made between two is lost when the run is killed (default 100)",
     )
     add_model_flags(parser)
-    add_making_flags(parser, image_format=None)
+    add_generation_flags(parser, image_format=None)
     parser.add_argument(
         "--jsonl",
         action=argparse.BooleanOptionalAction,
@@ -79,7 +79,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise one InputError with everything that can be told from the flags alone."""
-    problems = [*model_problems(args), *making_problems(args)]
+    problems = [*model_problems(args), *generation_flag_problems(args)]
     for name, (least, most) in LIMITS.items():
         value = getattr(args, name)
         if value is not None and not least <= value <= most:
@@ -99,7 +99,7 @@ def generate(args: argparse.Namespace) -> str:
     from data_preparation.captions.prompts import digest_prompts
     from data_preparation.captions.recipe import TripleRecipe
     from data_preparation.generation.inputs import Captions
-    from data_preparation.generation.runner import produce
+    from data_preparation.generation.runner import run_generation
 
     root = args.data_root.absolute()
     captions = Captions(args.captions, args.caption_column, args.split, args.config, args.dataset_revision)
@@ -133,13 +133,13 @@ def generate(args: argparse.Namespace) -> str:
         batch_size=args.batch_size,
         prompts=digest_prompts(),
     )
-    summary = produce(
+    summary = run_generation(
         recipe,
         args.data_root,
         settings,
         items_per_shard=args.items_per_shard,
         max_rows=args.num_samples,
-        workers=pick_workers(args, needs_gpu=not args.base_url and args.device != "cpu"),
+        workers=choose_workers(args, needs_gpu=not args.base_url and args.device != "cpu"),
         unit="triple",
         overwrite=args.overwrite,
         note=lambda: describe_cost(ledger.read(), args.price_in, args.price_out),

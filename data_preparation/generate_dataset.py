@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_preparation.generation.flags import add_making_flags, making_problems, pick_workers  # noqa: E402
+from data_preparation.generation.generation_flags import add_generation_flags, choose_workers, generation_flag_problems  # noqa: E402
 from data_preparation.instructions import available_tasks, read_phrasings  # noqa: E402
 from data_preparation.tasks.plan import GROUPS, TOY, Task, plan_tasks  # noqa: E402
 from utils.cli import FlagParser  # noqa: E402
@@ -129,7 +129,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--batch_size", type=int, default=1, metavar="N", help="pictures that a teacher gets at once (default 1)")
     add("--device", default="auto", help="of a teacher: cuda, mps or cpu (default: the best there is)")
     add("--dtype", choices=("fp32", "fp16", "bf16"), help="of a diffusers teacher (default fp16 on cuda, else fp32)")
-    add_making_flags(parser, data_root="cartoonizer-dataset")
+    add_generation_flags(parser, data_root="cartoonizer-dataset")
     parser.set_defaults(most=sys.maxsize)
     return parser.parse_args(argv)
 
@@ -155,7 +155,7 @@ def check_flags(args: argparse.Namespace) -> list[Task]:
         problems.append("--teacher torchhub runs the repository's code: read it, and say --trust_remote_code")
     if args.phrasings != "train" and args.heldout_phrasings == 0:
         problems.append(f"--phrasings {args.phrasings} needs --heldout_phrasings of at least 1")
-    problems += making_problems(args)
+    problems += generation_flag_problems(args)
     if problems:
         raise InputError.from_problems(problems)
     return tasks
@@ -246,10 +246,10 @@ def run(args: argparse.Namespace) -> int:
     tasks = check_flags(args)
     quiet_libraries()
     recipe, settings, uses_model = make_recipe(args, tasks)
-    from data_preparation.generation.runner import produce
+    from data_preparation.generation.runner import run_generation
 
-    summary = produce(
-        recipe, args.data_root, settings, workers=pick_workers(args, uses_model), overwrite=args.overwrite
+    summary = run_generation(
+        recipe, args.data_root, settings, workers=choose_workers(args, uses_model), overwrite=args.overwrite
     )
     print(summary.describe(args.data_root))
     return 0

@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_preparation.generation.flags import add_making_flags, making_problems, pick_workers  # noqa: E402
+from data_preparation.generation.generation_flags import add_generation_flags, choose_workers, generation_flag_problems  # noqa: E402
 from data_preparation.pairs.flags import add_settings_flags, pick_settings  # noqa: E402
 from data_preparation.pairs.presets import PRESET_FILE_ITEMS, PRESET_MODELS, PairSettings, find_setting_problems  # noqa: E402
 from utils.cli import FlagParser  # noqa: E402
@@ -115,13 +115,13 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
         metavar="N",
         help="captions between two files: what a kill costs at most (ip2p 2, fast 50)",
     )
-    add_making_flags(parser, image_format="jpeg100")
+    add_generation_flags(parser, image_format="jpeg100")
     return parser.parse_args(argv)
 
 
 def check_flags(args: argparse.Namespace, settings: PairSettings) -> None:
     """Refuse what cannot work, all problems at once."""
-    problems = making_problems(args) + find_setting_problems(settings, has_photographs=bool(args.init_images))
+    problems = generation_flag_problems(args) + find_setting_problems(settings, has_photographs=bool(args.init_images))
     if args.share_range and args.share_steps:
         problems.append("--share_range and --share_steps: give one of them")
     for name, limit in (("max_captions", 10**12), ("batch_size", 4096), ("captions_per_file", 100_000)):
@@ -187,19 +187,19 @@ def run(argv: list[str] | None) -> None:
     settings = pick_settings(args)
     check_flags(args, settings)
     quiet_libraries()
-    from data_preparation.generation.runner import produce
+    from data_preparation.generation.runner import run_generation
     from data_preparation.pairs.report import describe_cost
 
     recipe, decides = make_recipe(args, settings)
     hide_progress_bars()
     per_file = args.captions_per_file or PRESET_FILE_ITEMS[args.preset]
     decides = json.loads(json.dumps(decides))  # as the manifest gives it back: tuples are lists
-    summary = produce(
+    summary = run_generation(
         recipe,
         args.data_root,
         decides,
         items_per_shard=per_file,
-        workers=pick_workers(args, needs_gpu=True),
+        workers=choose_workers(args, needs_gpu=True),
         overwrite=args.overwrite,
     )
     print(summary.describe(args.data_root))

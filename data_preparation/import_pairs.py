@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_preparation.generation.flags import add_making_flags, making_problems, pick_workers  # noqa: E402
+from data_preparation.generation.generation_flags import add_generation_flags, choose_workers, generation_flag_problems  # noqa: E402
 from data_preparation.instructions import available_tasks, read_phrasings  # noqa: E402
 from utils.cli import FlagParser  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
@@ -106,13 +106,13 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--download_timeout", type=float, default=30, metavar="SECONDS", help="longest that one may take (default 30)")
     add("--download_retries", type=int, default=2, metavar="N", help="further attempts after a failure (default 2)")
     add("--download_threads", type=int, default=16, metavar="N", help="pictures fetched at a time (default 16)")
-    add_making_flags(parser)
+    add_generation_flags(parser)
     return parser.parse_args(argv)
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise one InputError with everything that can be told from the flags alone."""
-    problems = making_problems(args)
+    problems = generation_flag_problems(args)
     ranges = {
         "max_num_samples": 1,
         "samples_per_prompt": 1,
@@ -189,9 +189,10 @@ def open_source(args: argparse.Namespace, format_name: str, place: Path | str) -
 
 def provenance_of(args: argparse.Namespace, place: Path | str) -> dict[str, Any]:
     """What every row says of where it comes from: never a path of this machine."""
-    from data_preparation.generation.opening import find_license, public_name
+    from utils.hub_names import public_name
+    from utils.licences import find_dataset_license
 
-    name, license_name = public_name(str(place)), args.source_license or find_license(str(place), None)
+    name, license_name = public_name(str(place)), args.source_license or find_dataset_license(str(place))
     if license_name is None:
         print(f"warning: the licence of {name} is not known; --source_license notes it", file=sys.stderr)
     found = {"source_dataset": name, "source_license": license_name}
@@ -200,7 +201,7 @@ def provenance_of(args: argparse.Namespace, place: Path | str) -> dict[str, Any]
 
 def run(args: argparse.Namespace) -> None:
     check_flags(args)
-    from data_preparation.generation.runner import produce
+    from data_preparation.generation.runner import run_generation
     from data_preparation.importing.detect import find_format
     from data_preparation.importing.pairs import PairRecipe
     from utils.quiet import quiet_libraries
@@ -215,8 +216,8 @@ def run(args: argparse.Namespace) -> None:
     recipe = PairRecipe(source, args.seed, args.image_format, args.all_prompts, is_shuffled, provenance)
     drawn = {"seed": args.seed, "image_format": args.image_format, "all_prompts": args.all_prompts}
     settings = source.identity() | provenance | drawn
-    workers = pick_workers(args)
-    summary = produce(recipe, args.data_root, settings, max_rows=limit, workers=workers, overwrite=args.overwrite)
+    workers = choose_workers(args)
+    summary = run_generation(recipe, args.data_root, settings, max_rows=limit, workers=workers, overwrite=args.overwrite)
     print(summary.describe(args.data_root))
 
 

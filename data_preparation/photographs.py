@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import cv2
 import numpy as np
 
+from utils.json_lines import read_json_lines
 from utils.pixels import BadRow
 
 MIN_SIDE = 64  # of a photograph that pairs are made of
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
-def row_generator(seed: int, row: int) -> np.random.Generator:
+def seeded_rng(seed: int, row: int) -> np.random.Generator:
     """Counter-based randomness: (seed, row) always draws the same, in whatever order rows are made."""
     return np.random.Generator(np.random.Philox(key=[seed, row]))
 
 
 def read_metadata(folder: Path) -> list[dict]:
-    """The rows of a folder's metadata.jsonl; none where it has none. Raises ValueError for what is not JSON."""
+    """The rows of metadata.jsonl in `folder`, [] without that file. Raises InputError for a line that is not JSON."""
     metadata = folder / "metadata.jsonl"
-    if not metadata.exists():
-        return []
-    return [json.loads(line) for line in metadata.read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [row for _, row in read_json_lines(metadata)] if metadata.exists() else []
 
 
 def list_photographs(folder: Path, split: str = "all") -> list[Path]:
@@ -58,7 +56,7 @@ def random_square(image: np.ndarray, resolution: int, rng: np.random.Generator) 
     return np.ascontiguousarray(square[:, ::-1]) if rng.random() < 0.5 else square
 
 
-def fit_picture(image: np.ndarray, resolution: int, is_square: bool = False) -> np.ndarray:
+def fit_image(image: np.ndarray, resolution: int, is_square: bool = False) -> np.ndarray:
     """The whole view with its shorter side at `resolution`, or the square in its middle.
 
     A smaller picture is not enlarged. Sides are cut to multiples of 8, which is what an autoencoder takes. Raises

@@ -316,9 +316,9 @@ def test_what_cannot_pass_is_told_at_once(captions, server, tmp_path, capsys):
     nowhere = flags_of(captions, "http://127.0.0.1:9/v1", tmp_path / "out", "--retries=1")
     assert "did not answer, 2 times" in refusal(capsys, *nowhere)
     server.say = lambda caption, body: "no"
-    assert "not one row could be made (no JSON: 20)" in refusal(capsys, *flags)
+    assert "no rows were generated (no JSON: 20)" in refusal(capsys, *flags)
     server.say = lambda caption, body: speak(caption, body)
-    assert "other settings" in refusal(capsys, *flags, "--seed=1")
+    assert "different settings" in refusal(capsys, *flags, "--seed=1")
 
 
 def test_all_mistakes_in_the_flags_at_once(tmp_path, capsys):
@@ -358,7 +358,7 @@ def test_all_mistakes_in_the_flags_at_once(tmp_path, capsys):
 def test_other_settings_are_refused(captions, server, tmp_path, capsys):
     generate(captions, server, tmp_path / "out")
     message = refusal(capsys, *flags_of(captions, server.url, tmp_path / "out", "--temperature=1"))
-    assert "other settings" in message and "sampling" in message
+    assert "different settings" in message and "sampling" in message
 
 
 def test_as_a_process_without_anything_heavy(captions, server, tmp_path):

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_preparation.generation.store import DATA, write_whole
+from data_preparation.generation.dataset_folder import DATA, write_atomically
 
 PROMPTS = "prompts.jsonl"
 
@@ -19,7 +19,7 @@ def write_prompts(data_root: Path) -> Path:
     """
     lines = [json.dumps({"input": row["caption"], **row}, ensure_ascii=False) for row in _rows(data_root)]
     path = data_root / PROMPTS
-    write_whole(path, "".join(f"{line}\n" for line in lines).encode())
+    write_atomically(path, "".join(f"{line}\n" for line in lines).encode())
     return path
 
 

@@ -74,10 +74,10 @@ def digest_prompts() -> str:
 
 def draw_examples(seed: int, count: int) -> list[Triple]:
     """Other examples in another order for each seed: a model repeats what it is shown, and so repeats itself less."""
-    from data_preparation.photographs import row_generator
+    from data_preparation.photographs import seeded_rng
 
     examples = read_examples()
-    return [examples[index] for index in row_generator(seed, 0).permutation(len(examples))[:count]]
+    return [examples[index] for index in seeded_rng(seed, 0).permutation(len(examples))[:count]]
 
 
 def chat_messages(ask: Ask, num_examples: int) -> list[dict[str, str]]:

@@ -17,8 +17,8 @@ from data_preparation.captions.opening import Source, open_backend
 from data_preparation.captions.prompts import Ask, Sampling
 from data_preparation.captions.triples import MAX_TOKENS, PARSERS, Rejected, Triple, clean, count_tokens, fold
 from data_preparation.generation.inputs import Captions, OpenCaptions
-from data_preparation.generation.recipe import Made
-from data_preparation.photographs import row_generator
+from data_preparation.generation.runner import GeneratedRows
+from data_preparation.photographs import seeded_rng
 
 COLUMNS = ("caption", "edit", "output", "url", "source", "source_dataset", "source_license", "model")
 URL_COLUMNS = ("url", "URL", "image_url", "link")
@@ -47,7 +47,7 @@ class TripleRecipe:
         text = datasets.Value("string")
         return datasets.Features(dict.fromkeys(COLUMNS, text) | {"seed": datasets.Value("int64"), "settings": text})
 
-    def open(self, rank: int) -> Callable[[range], Made]:
+    def open(self, rank: int) -> Callable[[range], GeneratedRows]:
         """Raises InputError where the captions, the model or the moderation cannot be used."""
         backend = open_backend(self.source, self.sampling, rank)
         moderator = open_moderator(self.moderation, getattr(backend, "client", None))
@@ -62,7 +62,7 @@ class DrawnCaptions:
 
     def __init__(self, captions: OpenCaptions, seed: int) -> None:
         self.captions = captions
-        self._order = row_generator(seed, ORDER).permutation(len(captions))
+        self._order = seeded_rng(seed, ORDER).permutation(len(captions))
         self._seen: set[str] = set()
         self._faults: list[str | None] = []  # of the places looked at so far
 
@@ -101,12 +101,12 @@ class Maker:
         self._recipe, self._drawn, self._backend, self._moderator = recipe, drawn, backend, moderator
         self._ledger = Ledger(recipe.ledger)
 
-    def __call__(self, items: range) -> Made:
+    def __call__(self, items: range) -> GeneratedRows:
         rejected: Counter[str] = Counter()
         try:
             asked = self._choose(items, rejected)
             found = self._ask(asked)
-            return Made(list(self._rows(asked, found, rejected)), dict(rejected))
+            return GeneratedRows(list(self._rows(asked, found, rejected)), dict(rejected))
         finally:
             self._ledger.note(self._backend.usage.take())
 
@@ -165,7 +165,7 @@ class Maker:
 def draw_seeds(recipe: TripleRecipe, item: int) -> list[list[int]]:
     """Seeds of an item's questions: one for each edit and try."""
     shape = (recipe.edits_per_caption, recipe.tries)
-    return row_generator(recipe.seed, item).integers(0, MAX_SEED, shape).tolist()
+    return seeded_rng(recipe.seed, item).integers(0, MAX_SEED, shape).tolist()
 
 
 def _as_json(value: dict) -> str:

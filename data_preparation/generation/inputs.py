@@ -1,41 +1,40 @@
-"""What rows are made of: photographs or captions, in a folder, in a saved dataset, or on the Hub.
+"""The inputs of generators: photographs or captions in a folder, in a saved dataset, or on the Hub.
 
-`Photographs` and `Captions` are descriptions that every worker opens for itself.
+`Photographs` and `Captions` are picklable descriptions, which each worker opens for itself.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
 
-from data_preparation.generation.opening import (
-    SAMPLED_ROWS,
-    digest_rows,
-    find_license,
-    name_column,
-    open_dataset,
-    public_name,
-    whole_path,
-)
 from data_preparation.photographs import SUFFIXES, list_photographs, read_metadata
-from utils.data.rows import METADATA_NAMES
+from utils.data.rows import open_rows
 from utils.errors import InputError
-from utils.pixels import BadRow, decode_image
+from utils.hub_names import public_name
+from utils.licences import find_dataset_license
+from utils.pixels import decode_image
 
 IMAGE_COLUMNS = ("image", "original_image", "input_image", "source_image", "photo", "img", "jpg", "png")
 CAPTION_COLUMNS = ("caption", "text", "TEXT", "prompt", "input", "original_prompt", "sentence", "description")
+NAME_COLUMNS = ("file_name", "source", "id", "image_id", "img_id", "key", "url", "URL", "filename")
+CAPTION_READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+NUM_DIGESTED = 64  # rows or files whose content goes into a digest
 
 
 @dataclass(frozen=True)
 class Photographs:
-    """dataset_id: a folder of images (searched with its subfolders), a folder of data files or of `save_to_disk`, or
-    an id on the Hub. split: of the dataset; of a folder of images, that of its metadata.jsonl where it has one."""
+    """dataset_id: a folder of images (with subfolders), a folder of data files or of `save_to_disk`, or a Hub id.
+
+    split: of the dataset, or of the metadata.jsonl in a folder of images, if it names splits.
+    """
 
     dataset_id: str
     split: str = "train"
@@ -44,81 +43,62 @@ class Photographs:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dataset_id", whole_path(self.dataset_id))
+        object.__setattr__(self, "dataset_id", _absolute(self.dataset_id))
 
     def open(self) -> OpenPhotographs:
-        """Raises InputError: what is wrong, and what exists."""
-        folder = Path(self.dataset_id).expanduser()
-        if folder.is_dir() and not _holds_rows(folder):
-            return _open_folder(folder, self.split)
-        rows = open_dataset(self.dataset_id, self.config, self.split, self.revision)
+        """Raises InputError if the dataset or its column does not exist, or has no images."""
+        folder = Path(self.dataset_id)
+        if folder.is_dir() and not _holds_dataset(folder):
+            return _open_image_folder(folder, self.split)
+        rows = open_rows(self.dataset_id, False, self.config, self.split, False, None, self.revision)
         column = _find_image_column(self.dataset_id, rows, self.image_column)
-        names = name_column(rows)
-        read = rows.cast_column(column, datasets.Image(decode=False))
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+        names, images = _find_name_column(rows), rows.select_columns([column])
+        name_rows = rows.select_columns([names]) if names else None
         return OpenPhotographs(
-            _RowImages(read, column, names),
-            digest_rows(read, [column, *([names] if names else [])]),
+            len(rows),
+            lambda index: str(name_rows[index][names]) if names else str(index),
+            lambda index: images[index][column],
+            _digest_rows(rows, [column, *([names] if names else [])]),
             public_name(self.dataset_id),
-            find_license(self.dataset_id, rows),
+            find_dataset_license(self.dataset_id) or rows.info.license or None,
         )
 
 
+@dataclass(frozen=True)
 class OpenPhotographs:
-    """digest: changes with the photographs; dataset: the name of where they come from; license: None where unknown."""
+    """digest: changes with the photographs; dataset: public name of the source; license: None if unknown.
 
-    def __init__(
-        self, images: Sequence, digest: str, dataset: str, license_name: str | None, licenses: dict | None = None
-    ) -> None:
-        self._images, self.digest, self.dataset, self.license = images, digest, dataset, license_name
-        self._licenses = licenses or {}
+    get_name, get_image: name and stored image of an index. licenses: of single photographs, by name.
+    """
+
+    count: int
+    get_name: Callable[[int], str]
+    get_image: Callable[[int], Any]
+    digest: str
+    dataset: str
+    license: str | None
+    licenses: dict[str, str] | None = None
 
     def __len__(self) -> int:
-        return len(self._images)
+        return self.count
 
     def name(self, index: int) -> str:
-        """What a row calls its photograph: a path in the folder, or what the dataset calls it."""
-        return self._images[index][0]
+        """The path in the folder, the value of a name column, or the row number."""
+        return self.get_name(int(index))
 
     def license_of(self, index: int) -> str | None:
-        """The licence of one photograph, where the folder's metadata.jsonl names it; else that of all."""
-        return self._licenses.get(self.name(index), self.license) if self._licenses else self.license
+        """The licence of one photograph: from metadata.jsonl, else that of the dataset."""
+        return self.licenses.get(self.name(index), self.license) if self.licenses else self.license
 
     def read(self, index: int) -> np.ndarray:
         """uint8 RGB (H, W, 3), upright. Raises BadRow."""
-        return np.asarray(decode_image(self._images[index][1]()))
-
-
-class _FolderImages:
-    def __init__(self, folder: Path, paths: list[Path]) -> None:
-        self._folder, self._paths = folder, paths
-
-    def __len__(self) -> int:
-        return len(self._paths)
-
-    def __getitem__(self, index: int) -> tuple:
-        path = self._paths[index]
-        return path.relative_to(self._folder).as_posix(), lambda: path
-
-
-class _RowImages:
-    def __init__(self, rows: datasets.Dataset, column: str, names: str | None) -> None:
-        self._images, self._column = rows.select_columns([column]), column
-        self._names = rows.select_columns([names]) if names else None
-        self.name_column = names
-
-    def __len__(self) -> int:
-        return len(self._images)
-
-    def __getitem__(self, index: int) -> tuple:
-        index = int(index)
-        name = str(self._names[index][self.name_column]) if self._names is not None else str(index)
-        return name, lambda: self._images[index][self._column]
+        return np.asarray(decode_image(self.get_image(int(index))))
 
 
 @dataclass(frozen=True)
 class Captions:
-    """dataset_id: a .txt file (a caption in each line), a .jsonl, .json, .csv or .parquet file, a folder of such or of
-    `save_to_disk`, or an id on the Hub."""
+    """dataset_id: a .txt file (one caption per line), a .jsonl, .json, .csv or .parquet file, a folder, or a Hub id."""
 
     dataset_id: str
     caption_column: str | None = None
@@ -127,90 +107,104 @@ class Captions:
     revision: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dataset_id", whole_path(self.dataset_id))
+        object.__setattr__(self, "dataset_id", _absolute(self.dataset_id))
 
     def open(self) -> OpenCaptions:
-        """Raises InputError: what is wrong, and what exists."""
-        rows = _open_texts(self)
-        texts = [name for name, feature in rows.features.items() if getattr(feature, "dtype", "") in _TEXT_TYPES]
+        """Raises InputError if the dataset or its column does not exist, or has no captions."""
+        if Path(self.dataset_id).is_file():
+            rows = _read_caption_file(Path(self.dataset_id))
+        else:
+            rows = open_rows(self.dataset_id, False, self.config, self.split, False, None, self.revision)
+        texts = [name for name, feature in rows.features.items() if _is_text(feature)]
         column = self.caption_column or next((name for name in CAPTION_COLUMNS if name in texts), None)
         if column is None and len(texts) == 1:
             column = texts[0]
         if column not in texts:
-            given = "which column holds the captions is not known" if column is None else f"no text column {column!r}"
-            raise InputError(f"{self.dataset_id}: {given}; --caption_column takes {', '.join(texts) or 'none here'}")
+            problem = "cannot tell which column holds the captions" if column is None else f"no text column {column!r}"
+            raise InputError(
+                f"{self.dataset_id}: {problem}; --caption_column must be one of: {', '.join(texts) or '(none)'}"
+            )
         rows = rows.select_columns(texts)
-        return OpenCaptions(
-            rows, column, digest_rows(rows, texts), public_name(self.dataset_id), find_license(self.dataset_id, rows)
-        )
+        license_name = find_dataset_license(self.dataset_id) or rows.info.license or None
+        return OpenCaptions(rows, column, _digest_rows(rows, texts), public_name(self.dataset_id), license_name)
 
 
-_TEXT_TYPES = ("string", "large_string")
-
-
+@dataclass(frozen=True)
 class OpenCaptions:
-    """column: the one that holds the captions; digest, dataset, license: as of photographs."""
+    """rows: all text columns; column: of the captions; digest, dataset, license: as in `OpenPhotographs`."""
 
-    def __init__(
-        self, rows: datasets.Dataset, column: str, digest: str, dataset: str, license_name: str | None
-    ) -> None:
-        self._rows, self.column = rows, column
-        self.digest, self.dataset, self.license = digest, dataset, license_name
-        self._names = name_column(rows)
+    rows: datasets.Dataset
+    column: str
+    digest: str
+    dataset: str
+    license: str | None
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def row(self, index: int) -> dict[str, str | None]:
         """All text columns."""
-        return self._rows[int(index)]
-
-    def text(self, index: int) -> str:
-        """The caption, without space around it; "" where there is none."""
-        return (self.row(index)[self.column] or "").strip()
-
-    def texts(self) -> list[str]:
-        """All captions, as `text` gives them."""
-        return [(text or "").strip() for text in self._rows[self.column]]
+        return self.rows[int(index)]
 
     def name(self, index: int) -> str:
-        """What the dataset calls the row, or its number."""
-        return str((self._names and self.row(index)[self._names]) or index)
+        """The value of a name column, or the row number."""
+        column = _find_name_column(self.rows)
+        return str((column and self.row(index)[column]) or index)
 
 
-def _holds_rows(folder: Path) -> bool:
-    """Whether a folder holds a dataset, and not loose images."""
-    saved = any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
-    return saved or any(folder.rglob("*.parquet")) or any(folder.rglob("*.arrow"))
+def _is_text(feature: Any) -> bool:
+    return getattr(feature, "dtype", "") in ("string", "large_string")
 
 
-def _open_folder(folder: Path, split: str) -> OpenPhotographs:
+def _absolute(dataset: str) -> str:
+    """An absolute path, because a worker may have another working directory; a Hub id unchanged."""
+    path = Path(dataset).expanduser()
+    return str(path.absolute()) if path.exists() else dataset
+
+
+def _holds_dataset(folder: Path) -> bool:
+    """Whether a folder holds a dataset, not image files."""
+    is_saved = any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
+    return is_saved or any(folder.rglob("*.parquet")) or any(folder.rglob("*.arrow"))
+
+
+def _open_image_folder(folder: Path, split: str) -> OpenPhotographs:
+    metadata = folder / "metadata.jsonl"
     try:
-        paths, described = list_photographs(folder, split), read_metadata(folder)
-    except (ValueError, KeyError, AttributeError) as error:
-        raise InputError(f"{folder / 'metadata.jsonl'}: a line is not a JSON object with file_name ({error})") from None
-    missing = [path for path in paths if not path.is_file()]
+        paths = list_photographs(folder, split)
+        licenses = {
+            row["file_name"]: found
+            for row in read_metadata(folder)
+            if (found := row.get("license") or row.get("licence"))
+        }
+    except KeyError:
+        raise InputError(f"{metadata}: a line has no file_name") from None
+    missing = [path.name for path in paths if not path.is_file()]
     if missing:
-        raise InputError(f"{folder / METADATA_NAMES[0]} names {missing[0].name}, which is not there")
+        raise InputError(f"{metadata} names {missing[0]}, which does not exist")
     if not paths:
-        raise InputError(f"{folder} holds no image of split {split!r}; {', '.join(sorted(SUFFIXES))} files are read")
+        raise InputError(f"{folder} has no images of split {split!r}; supported are {', '.join(sorted(SUFFIXES))}")
+    names = [path.relative_to(folder).as_posix() for path in paths]
     digest = hashlib.blake2b(digest_size=16)
-    for path in paths:
-        digest.update(json.dumps([path.relative_to(folder).as_posix(), path.stat().st_size]).encode())
-    for index in np.unique(np.linspace(0, len(paths) - 1, SAMPLED_ROWS).astype(int)):
+    for name, path in zip(names, paths, strict=True):
+        digest.update(json.dumps([name, path.stat().st_size]).encode())
+    for index in _sampled(len(paths)):
         digest.update(paths[index].read_bytes())
-    licenses = {row["file_name"]: found for row in described if (found := row.get("license") or row.get("licence"))}
-    name, license_name = folder.resolve().name, find_license(str(folder), None)
-    return OpenPhotographs(_FolderImages(folder, paths), digest.hexdigest(), name, license_name, licenses)
+    return OpenPhotographs(
+        len(paths),
+        names.__getitem__,
+        paths.__getitem__,
+        digest.hexdigest(),
+        folder.resolve().name,
+        find_dataset_license(str(folder)),
+        licenses,
+    )
 
 
-def _open_texts(captions: Captions) -> datasets.Dataset:
-    path = Path(captions.dataset_id).expanduser()
-    if not path.is_file():
-        return open_dataset(captions.dataset_id, captions.config, captions.split, captions.revision)
-    kind = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}.get(path.suffix)
+def _read_caption_file(path: Path) -> datasets.Dataset:
+    kind = CAPTION_READERS.get(path.suffix)
     if kind is None:
-        raise InputError(f"{path}: captions are read from .txt, .jsonl, .json, .csv and .parquet files")
+        raise InputError(f"{path}: captions must be in a {', '.join(CAPTION_READERS)} file")
     if kind == "text":
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig", errors="replace").splitlines()]
         rows = datasets.Dataset.from_dict({"caption": [line for line in lines if line]})
@@ -220,22 +214,40 @@ def _open_texts(captions: Captions) -> datasets.Dataset:
         except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
             raise InputError(f"{path} cannot be read: {error.__cause__ or error}") from error
     if len(rows) == 0:
-        raise InputError(f"{path} holds no caption")
+        raise InputError(f"{path} has no captions")
     return rows
 
 
-def _find_image_column(dataset: str, rows: datasets.Dataset, wanted: str | None) -> str:
+def _find_image_column(dataset: str, rows: datasets.Dataset, requested: str | None) -> str:
     images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
-    if wanted is not None and wanted not in images:
+    available = f"its image columns: {', '.join(images) or '(none)'}"
+    if requested is not None and requested not in images:
+        raise InputError(f"--image_column {requested}: not an image column of {dataset}; {available}")
+    column = requested or next((name for name in IMAGE_COLUMNS if name in images), None)
+    if column is None and len(images) == 1:
+        column = images[0]
+    if column is None:
         raise InputError(
-            f"--image_column {wanted}: no image column of {dataset}; they are {', '.join(images) or 'none'}"
+            f"{dataset}: cannot tell which column holds the photographs; give --image_column ({available})"
         )
-    found = wanted or next((name for name in IMAGE_COLUMNS if name in images), None)
-    if found is None and len(images) == 1:
-        found = images[0]
-    if found is None:
-        raise InputError(f"{dataset}: give --image_column; its image columns are {', '.join(images) or 'none'}")
-    return found
+    return column
 
 
-__all__ = ["BadRow", "Captions", "OpenCaptions", "OpenPhotographs", "Photographs"]
+def _find_name_column(rows: datasets.Dataset) -> str | None:
+    return next((name for name in NAME_COLUMNS if name in rows.features), None)
+
+
+def _digest_rows(rows: datasets.Dataset, columns: list[str]) -> str:
+    """A digest of the number of rows and of the content of some of them."""
+    digest = hashlib.blake2b(json.dumps([len(rows), columns]).encode(), digest_size=16)
+    for index in _sampled(len(rows)):
+        for name, value in sorted(rows[int(index)].items()):
+            if name in columns:
+                content = value.get("bytes") or str(value.get("path")).encode() if isinstance(value, dict) else None
+                digest.update(content if content is not None else json.dumps(value, default=str).encode())
+    return digest.hexdigest()
+
+
+def _sampled(count: int) -> np.ndarray:
+    """Indices of `NUM_DIGESTED` items at most, evenly spaced."""
+    return np.unique(np.linspace(0, count - 1, NUM_DIGESTED).astype(int))

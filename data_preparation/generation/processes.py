@@ -1,7 +1,11 @@
-"""Work spread over processes of this machine: lost workers are replaced, and all workers end with their parent."""
+"""Jobs in parallel, in processes of this machine or on a Ray cluster. Lost workers are replaced.
+
+Processes of this machine end with their parent. Ray is optional (requirements-ray.txt).
+"""
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import signal
@@ -9,13 +13,17 @@ import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import connection
+from pathlib import Path
 from typing import Any
 
 from utils.errors import InputError
 
 MAX_LOSSES = 3  # of workers in a row, without a result in between
 JOBS_PER_WORKER = 2  # submitted at a time
+MAX_RAY_ROUNDS = 3  # how often jobs are submitted, in addition to Ray's own retries
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 Work = Callable[[Any], Any]
 
@@ -96,3 +104,102 @@ def _run_job(job: Any) -> Any:
         return _worker["work"](job)
     except InputError as error:
         return error
+
+
+def run_on_ray(
+    open_worker: Callable[[int], Callable[[range], bytes]],
+    jobs: Mapping[int, range],
+    address: str,
+    num_workers: int,
+    gpus_per_worker: float,
+) -> Iterator[tuple[int, bytes]]:
+    """(key, result) of every job, in the order in which they finish, from the actors of a Ray cluster.
+
+    address: of the cluster, "auto", or "local" for one on this machine. num_workers: actors, 0 for as many as fit.
+    The results come back to this process, so that the cluster needs no shared disk. Raises InputError.
+    """
+    with _ray_cluster(address):
+        left = dict(jobs)
+        for _ in range(MAX_RAY_ROUNDS):
+            for key, result in _run_ray_round(open_worker, left, num_workers, gpus_per_worker):
+                if left.pop(key, None) is not None:
+                    yield key, result
+            if not left:
+                return
+    raise InputError(
+        f"--ray {address}: the cluster lost {len(left)} jobs {MAX_RAY_ROUNDS} times; run the command again to resume"
+    )
+
+
+class _RayWorker:
+    """An actor: opens its worker once, then runs one job per call."""
+
+    def __init__(self, open_worker: Callable[[int], Callable[[range], bytes]]) -> None:
+        self._error = None
+        try:
+            self._work = open_worker(0)  # Ray shows each actor only its own GPUs
+        except InputError as error:
+            self._error = str(error)
+
+    def __call__(self, batch: dict) -> dict:
+        """{"key", "start", "stop"} of one job, in lists -> {"key", "result", "error"}."""
+        result, error = b"", self._error or ""
+        if not error:
+            try:
+                result = self._work(range(int(batch["start"][0]), int(batch["stop"][0])))
+            except InputError as problem:  # if raised here, Ray would retry and print a traceback
+                error = str(problem)
+        return {"key": [int(batch["key"][0])], "result": [result], "error": [error]}
+
+
+def _run_ray_round(
+    open_worker: Callable, jobs: dict[int, range], num_workers: int, gpus_per_worker: float
+) -> Iterator[tuple[int, bytes]]:
+    import ray
+
+    items = [{"key": key, "start": items.start, "stop": items.stop} for key, items in jobs.items()]
+    resources = ray.cluster_resources()
+    capacity = resources.get("GPU", 0) / gpus_per_worker if gpus_per_worker else resources.get("CPU", 1)
+    max_size = max(1, min(num_workers or int(capacity), len(items)))
+    rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
+        _RayWorker,
+        fn_constructor_args=(open_worker,),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max_size),
+        **({"num_gpus": gpus_per_worker} if gpus_per_worker else {"num_cpus": 1}),
+    )
+    for row in rows.iter_rows():
+        if row["error"]:
+            raise InputError(row["error"])
+        yield int(row["key"]), row["result"]
+
+
+@contextmanager
+def _ray_cluster(address: str) -> Iterator[None]:
+    try:
+        # Set before the import, against a warning for each actor without a GPU and one about restarts.
+        os.environ |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+        import ray
+        import ray.data
+    except ImportError:
+        raise InputError(f"--ray {address} needs Ray: pip install -r requirements-ray.txt") from None
+    is_started_here = not ray.is_initialized()
+    if is_started_here:
+        # Workers of a remote cluster get our two packages; what these import must be installed on its nodes.
+        local = dict(include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY)}})
+        packages = [str(REPOSITORY / name) for name in ("data_preparation", "utils")]
+        remote = dict(address=address, runtime_env={"py_modules": packages})
+        try:
+            ray.init(**(local if address == "local" else remote), log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise InputError(f"--ray {address}: no cluster can be reached ({str(error).splitlines()[0]})") from error
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False  # the caller shows its own
+    context.max_errored_blocks = -1  # the next round submits failed jobs again
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        if is_started_here:
+            ray.shutdown()

@@ -1,28 +1,66 @@
-"""The way from a recipe to a whole pair set: shards in any order, by any number of workers, killed at any moment."""
+"""Runs a row generator to a finished dataset: in this process, in worker processes, or on a Ray cluster.
+
+The items of a generator are split into shards, which finish in any order. A run that is killed resumes with the
+missing shards. The rows do not depend on the kind or the number of workers.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
+import datasets
 from tqdm.auto import tqdm
 
-from data_preparation.generation.pools import Workers, run_shards
-from data_preparation.generation.recipe import Made, Recipe
-from data_preparation.generation.shards import Counts, shard_items
-from data_preparation.generation.store import Store
+from data_preparation.generation.dataset_folder import DatasetFolder, ShardCounts, encode_shard
+from data_preparation.generation.processes import run_in_processes, run_on_ray
 
-__all__ = ["Made", "Recipe", "Summary", "Workers", "produce"]
+
+class GeneratedRows(NamedTuple):
+    """The rows of some items in order, and how many items gave none, by reason."""
+
+    rows: list[dict]
+    rejected: dict[str, int] = {}
+
+
+GenerateRows = Callable[[range], GeneratedRows]
+
+
+class RowGenerator(Protocol):
+    """Picklable settings, from which each worker opens the same function.
+
+    num_items: number of captions, photographs or rows to draw. The rows of an item depend only on the settings and on
+    its index: random numbers come from `seeded_rng(seed, index)`. An item that cannot be used is counted in
+    `GeneratedRows.rejected`; if nothing can work (no server, no model), InputError is raised.
+    """
+
+    num_items: int
+
+    def features(self) -> datasets.Features:
+        """Columns of the rows."""
+
+    def open(self, rank: int) -> GenerateRows:
+        """Load models and open inputs. rank: index of the worker, which chooses its GPU."""
 
 
 @dataclass(frozen=True)
-class Summary:
-    """rows: of the whole set; rejected: items that gave none, by reason; seconds: of this run."""
+class WorkerSettings:
+    """num_workers: extra processes, 0 for none; ray: address of a cluster, or "local"; gpus_per_worker: for Ray."""
+
+    num_workers: int = 0
+    ray: str | None = None
+    gpus_per_worker: float = 0.0
+
+
+@dataclass(frozen=True)
+class GenerationSummary:
+    """rows: of the whole dataset; rejected: items without rows, by reason; seconds: duration of this run."""
 
     rows: int
     rejected: Counter = field(default_factory=Counter)
@@ -30,89 +68,114 @@ class Summary:
     seconds: float = 0.0
 
     def describe(self, data_root: Path, unit: str = "pair") -> str:
-        """The lines that a script ends with."""
-        kind = f"{unit}s"
-        lines = [f"{data_root} holds {self.rows:,} {kind}" + (", made before" if self.was_complete else "")]
+        """The lines that a script prints at its end."""
+        lines = [f"{data_root} holds {self.rows:,} {unit}s" + (" (already complete)" if self.was_complete else "")]
         lines += [f"  rejected, {reason}: {count:,}" for reason, count in self.rejected.most_common()]
         return "\n".join(lines)
 
 
-def produce(
-    recipe: Recipe,
+def run_generation(
+    generator: RowGenerator,
     data_root: Path,
     settings: dict[str, Any],
     *,
     items_per_shard: int | None = None,
     max_rows: int | None = None,
-    workers: Workers | None = None,
+    workers: WorkerSettings | None = None,
     unit: str = "pair",
     overwrite: bool = False,
     note: Callable[[], str] | None = None,
-) -> Summary:
-    """Make every shard that is not there yet, then the set.
+) -> GenerationSummary:
+    """Generate the missing shards, then the dataset.
 
-    settings: what decides the rows, as JSON; a folder with others is refused. max_rows: rows that are wanted, where
-    items may give none or several: no more shards are made than needed, and the last one is cut. note: what else the
-    progress bar says, such as the cost so far. items_per_shard: default a 32nd of them, 4 to 100. Raises InputError.
+    settings: JSON values that determine the rows; a folder with different settings is refused. items_per_shard:
+    default a 32nd of the items, from 4 to 100. max_rows: stop after so many rows, for items that give none or
+    several. note: further text for the progress bar, such as the cost. Raises InputError.
     """
     started = time.monotonic()
-    items_per_shard = items_per_shard or min(max(recipe.num_items // 32, 4), 100)
-    plan = {"items": recipe.num_items, "items_per_shard": items_per_shard, "max_rows": max_rows}
-    store = Store(data_root, settings | plan, overwrite)
+    items_per_shard = items_per_shard or min(max(generator.num_items // 32, 4), 100)
+    plan = {"items": generator.num_items, "items_per_shard": items_per_shard, "max_rows": max_rows}
+    folder = DatasetFolder(data_root, settings | plan, overwrite)
     try:
-        if store.is_complete:
-            return Summary(*store.counts(), was_complete=True)
-        shards = _make_missing(recipe, store, items_per_shard, max_rows, workers or Workers(), unit, note)
-        return Summary(*store.finish(shards, max_rows), seconds=time.monotonic() - started)
+        if folder.is_complete:
+            return GenerationSummary(*folder.counts(), was_complete=True)
+        starts = range(0, generator.num_items, items_per_shard)
+        items = [range(start, min(start + items_per_shard, generator.num_items)) for start in starts]
+        shards = _generate_missing(generator, folder, items, max_rows, workers or WorkerSettings(), unit, note)
+        return GenerationSummary(*folder.finish(shards, max_rows), seconds=time.monotonic() - started)
     except KeyboardInterrupt:
-        print(f"\nstopped: the same command goes on where this one was ({data_root})", file=sys.stderr)
+        print(f"\ninterrupted: run the same command again to resume {data_root}", file=sys.stderr)
         raise SystemExit(130) from None
     finally:
-        store.close()
+        folder.close()
 
 
-def _make_missing(
-    recipe: Recipe,
-    store: Store,
-    items_per_shard: int,
+def _generate_missing(
+    generator: RowGenerator,
+    folder: DatasetFolder,
+    items: list[range],
     max_rows: int | None,
-    workers: Workers,
+    workers: WorkerSettings,
     unit: str,
     note: Callable[[], str] | None,
-) -> dict[int, Counts]:
-    num_shards = -(-recipe.num_items // items_per_shard)
-    shards = store.finished_shards()
-    jobs = [(index, shard_items(recipe, items_per_shard, index)) for index in range(num_shards) if index not in shards]
-    sizes = {index: len(items) for index, items in jobs}
-    # Where rows are wanted they are counted, as most of a million captions may never be needed.
-    total = recipe.num_items if max_rows is None else max_rows
-    done = recipe.num_items - sum(sizes.values()) if max_rows is None else sum(part.rows for part in shards.values())
+) -> dict[int, ShardCounts]:
+    """Counts of all shards, or of as many as `max_rows` needs. items: those of each shard."""
+    shards = folder.finished_shards()
     if _has_enough(shards, max_rows):
         return shards
-    running = run_shards(recipe, jobs, workers)
+    jobs = {index: part for index, part in enumerate(items) if index not in shards}
+    # With max_rows the bar counts rows, because most of a million captions may never be needed.
+    total, done = max_rows, sum(counts.rows for counts in shards.values())
+    if max_rows is None:
+        total, done = generator.num_items, generator.num_items - sum(map(len, jobs.values()))
+    running = _run_jobs(partial(_open_shard_worker, generator), jobs, workers)
     try:
         with tqdm(total=total, initial=min(done, total), desc=f"{unit}s", unit=unit, smoothing=0.05) as bar:
             for index, content in running:
-                shards[index] = store.add(index, content)
-                bar.update(min(sizes[index] if max_rows is None else shards[index].rows, total - bar.n))
+                shards[index] = folder.add(index, content)
+                bar.update(min(len(jobs[index]) if max_rows is None else shards[index].rows, total - bar.n))
                 bar.set_postfix_str(_describe(shards, unit) + (f", {note()}" if note else ""))
                 if _has_enough(shards, max_rows):
                     break
     finally:
-        if hasattr(running, "close"):
-            running.close()
+        running.close()  # stops the workers
     return shards
 
 
-def _has_enough(shards: dict[int, Counts], max_rows: int | None) -> bool:
-    """Whether the shards from the first on without a gap hold the rows wanted: later ones must not decide them."""
+def _run_jobs(
+    open_worker: Callable[[int], Callable[[range], bytes]], jobs: Mapping[int, range], workers: WorkerSettings
+) -> Iterator[tuple[int, bytes]]:
+    """(index, bytes) of each shard, in the order in which they finish."""
+    if jobs and workers.ray:
+        yield from run_on_ray(open_worker, jobs, workers.ray, workers.num_workers, workers.gpus_per_worker)
+    elif jobs and workers.num_workers:
+        yield from run_in_processes(open_worker, jobs, workers.num_workers)
+    elif jobs:
+        generate_shard = open_worker(0)
+        for index, items in jobs.items():
+            yield index, generate_shard(items)
+
+
+def _open_shard_worker(generator: RowGenerator, rank: int) -> Callable[[range], bytes]:
+    """The function from the items of a shard to the bytes of its file."""
+    generate, features = generator.open(rank), generator.features()
+    # The number of threads would change the last bits of a row.
+    if "cv2" in sys.modules:
+        sys.modules["cv2"].setNumThreads(1)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+    return lambda items: encode_shard(*generate(items), features)
+
+
+def _has_enough(shards: dict[int, ShardCounts], max_rows: int | None) -> bool:
+    """Whether the shards before the first missing one have `max_rows` rows; later shards must not decide the rows."""
     rows, index = 0, 0
     while max_rows is not None and rows < max_rows and index in shards:
         rows, index = rows + shards[index].rows, index + 1
     return max_rows is not None and rows >= max_rows
 
 
-def _describe(shards: dict[int, Counts], unit: str) -> str:
+def _describe(shards: dict[int, ShardCounts], unit: str) -> str:
     rows = sum(counts.rows for counts in shards.values())
     rejected = sum(counts.rejected.total() for counts in shards.values())
     return f"{rows:,} {unit}s" + (f", {rejected:,} rejected" if rejected else "")

@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image
 
 from data_preparation.generation.pair_rows import encode_image, make_pair, pair_features
-from data_preparation.generation.recipe import Made, Maker
-from data_preparation.photographs import row_generator
+from data_preparation.generation.runner import GeneratedRows, GenerateRows
+from data_preparation.photographs import seeded_rng
 from utils.data.geometry import Size, check_aspects
 from utils.pixels import ORIENTATION_TAG, BadRow, decode_image
 
@@ -81,7 +81,7 @@ class PairRecipe:
     def features(self) -> datasets.Features:
         return pair_features()
 
-    def open(self, rank: int) -> Maker:
+    def open(self, rank: int) -> GenerateRows:
         return _PairMaker(self)
 
 
@@ -92,14 +92,14 @@ class _PairMaker:
         self._recipe, self._read, self._num_named, self._order = recipe, recipe.source.open(), 0, None
         if recipe.is_shuffled:
             # No item has this number, and so no draw of an item is drawn again here.
-            self._order = row_generator(recipe.seed, recipe.num_items).permutation(recipe.num_items).tolist()
+            self._order = seeded_rng(recipe.seed, recipe.num_items).permutation(recipe.num_items).tolist()
 
-    def __call__(self, items: range) -> Made:
+    def __call__(self, items: range) -> GeneratedRows:
         rows, rejected = [], Counter()
         generators: dict[int, np.random.Generator] = {}
         for item, found in self._read(items if self._order is None else [self._order[item] for item in items]):
             if item not in generators:
-                generators[item] = row_generator(self._recipe.seed, item)
+                generators[item] = seeded_rng(self._recipe.seed, item)
             try:
                 rows += self._rows_of(found, generators[item])
             except BadRow as error:
@@ -107,7 +107,7 @@ class _PairMaker:
                 self._num_named += 1
                 if self._num_named <= MAX_NAMED:
                     logger.warning("rejected %s: %s", name_of(found, item), error.reason)
-        return Made(rows, dict(rejected))
+        return GeneratedRows(rows, dict(rejected))
 
     def _rows_of(self, found: Found | BadRow, generator: np.random.Generator) -> list[dict]:
         if isinstance(found, BadRow):

@@ -21,7 +21,7 @@ from data_preparation.importing.provenance import Extras, find_extras
 from utils.data.columns import ROLES, Columns, resolve_columns
 from utils.data.rows import image_column_name, names_images, read_columns
 from utils.errors import InputError
-from utils.pictures import download
+from utils.image_sources import download
 from utils.pixels import BadRow
 
 SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")

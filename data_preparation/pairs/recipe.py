@@ -13,7 +13,7 @@ import torch
 
 from data_preparation.generation.inputs import BadRow, Captions, Photographs
 from data_preparation.generation.pair_rows import make_pair, pair_features
-from data_preparation.generation.recipe import Made
+from data_preparation.generation.runner import GeneratedRows
 from data_preparation.pairs.candidates import (
     CAPTION_REASON,
     CaptionJob,
@@ -91,7 +91,7 @@ class PairMaker:
                 f"--resolution {self.resolution}: must be a multiple of {size_multiple(self.pipeline)} for this model"
             )
 
-    def __call__(self, items: range) -> Made:
+    def __call__(self, items: range) -> GeneratedRows:
         rejected: Counter = Counter()
         jobs = [job for job in (self._begin(item, rejected) for item in items) if job]
         for batch in plan_batches(jobs, self.settings.num_samples, self.recipe.batch_size):
@@ -99,7 +99,7 @@ class PairMaker:
         without = sum(not job.passed for job in jobs)
         rejected |= {f"{CAPTION_REASON}no candidate passed": without} if without else {}
         rows = [self._make_row(job, kept) for job in jobs for kept in sorted(job.passed, key=by_direction)]
-        return Made(rows, dict(rejected))
+        return GeneratedRows(rows, dict(rejected))
 
     def _begin(self, item: int, rejected: Counter) -> CaptionJob | None:
         """The caption of an item; None, and the reason counted, where no pair can come of it."""
