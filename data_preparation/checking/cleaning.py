@@ -15,7 +15,7 @@ from PIL import Image
 
 from data_preparation.checking.diagnosis import Diagnosis
 from data_preparation.checking.scan import DatasetToCheck
-from data_preparation.generation.pair_rows import JSON_COLUMNS, PROVENANCE_COLUMNS, make_pair, pair_features
+from data_preparation.generation.pair_rows import JSON_COLUMNS, PROVENANCE_COLUMNS, make_pair, pair_features, parse_json
 from data_preparation.generation.runner import (
     GeneratedRows,
     GenerateRows,
@@ -93,19 +93,12 @@ def read_provenance(row: dict[str, Any]) -> dict[str, Any]:
     provenance: dict[str, Any] = {}
     for name, value in row.items():
         if name in JSON_COLUMNS:
-            value = _parse_json(value)
+            value = parse_json(value)
         elif not isinstance(value, int if name == "seed" else str):
             value = None
         if value is not None:
             provenance[name] = value
     return provenance
-
-
-def _parse_json(value: Any) -> Any:
-    try:
-        return json.loads(value) if isinstance(value, str) else None
-    except ValueError:
-        return None
 
 
 def crop_shift(original: object, edited: object) -> tuple[np.ndarray, np.ndarray]:

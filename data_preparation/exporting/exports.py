@@ -1,96 +1,89 @@
-"""An export folder: made beside its place, gone on with after a kill, and renamed when it is whole.
+"""Make an export folder, resume after an interruption, and upload it.
 
-data/train-00000-of-00002.parquet   assets/grid.jpg   README.md   export.json (what was exported, for machines)
+data/train-00000-of-00002.parquet   assets/grid.jpg   README.md   export.json (what was exported, for programs)
+
+The folder gets its name when it is complete; until then it is called NAME.unfinished.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import shutil
 import sys
+import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub.utils import disable_progress_bars
 from tqdm import tqdm
 
-from data_preparation.exporting.card import GRID, card_text, save_card
-from data_preparation.exporting.facts import gather
-from data_preparation.exporting.grid import save_grid
-from data_preparation.exporting.licensing import Decision, decide, model_licences, source_licences
-from data_preparation.exporting.reading import Pairs, open_pairs
-from data_preparation.exporting.scrubbing import scrub
-from data_preparation.exporting.sections import Export
-from data_preparation.exporting.splitting import LEFT_OUT, SPLITS, Keys, assign, read_keys
-from data_preparation.exporting.writing import is_written, plan_digest, plan_shards, sizes_of, write_shards
+from data_preparation.exporting.card import GRID, gather_facts, make_card
+from data_preparation.exporting.export_shards import (
+    DROPPED,
+    RowKeys,
+    assign_splits,
+    is_written,
+    plan_shards,
+    read_keys,
+    write_shards,
+)
+from data_preparation.exporting.grid import make_grid
+from data_preparation.exporting.licensing import LicenceChoice, choose_licence, model_licences, source_licences
+from data_preparation.exporting.reading import ExportInput, ExportOptions, open_input, scrub
+from data_preparation.generation.dataset_folder import write_atomically
 from utils.errors import InputError
+from utils.hub import failure_reason, is_temporary
 
 FORMAT = 1
 RECORD, DATA = "export.json", "data"
+UPLOADED = ["data/*.parquet", "assets/*", RECORD]
 
 
-@dataclass(frozen=True)
-class Options:
-    """What an export is made of and how. split: shares of train, validation, test; max_shard_size: bytes."""
-
-    data_root: Path
-    export_dir: Path
-    split: Sequence[float]
-    max_shard_size: int
-    seed: int = 0
-    num_workers: int = 0
-    license: str | None = None
-    accept_unknown_license: bool = False
-    language: str = "en"
-    dataset_split: str = "train"
-    overwrite: bool = False
-    hub_token: str | None = None
-
-
-def make_export(options: Options, repo_id: str) -> Path:
-    """Make the folder, or what is missing of it, and return it. Raises InputError."""
+def make_export(options: ExportOptions, repo_id: str) -> Path:
+    """Make the export folder, or what is missing of it, and return it. Raises InputError."""
     former = read_record(options.export_dir)
-    pairs = open_pairs(options.data_root, options.dataset_split)
-    if not pairs.rows_of.sum():
+    rows = open_input(options.data_root, options.dataset_split)
+    if not rows.rows_of.sum():
         raise InputError(f"--data_root {options.data_root}: has no rows")
-    if pairs.left_out:
-        print(f"not exported: columns {', '.join(pairs.left_out)}, which are none of our schema", file=sys.stderr)
-    keys = read_keys(pairs)
+    if rows.left_out:
+        print(f"columns that are not exported: {', '.join(rows.left_out)}", file=sys.stderr)
+    keys = read_keys(rows)
     sources, models = source_licences(keys.origins), model_licences(keys.models, options.hub_token)
-    decision = decide(sources, models, options.license, options.accept_unknown_license)
-    splits = assign(keys, options.split, options.seed)
-    left_out = int((splits == LEFT_OUT).sum())
-    if left_out:
-        print(
-            f"left out: {left_out} rows whose way of asking is held out and whose source is in train", file=sys.stderr
-        )
-    plan = plan_digest(
-        {"input": keys.digest, "split": list(options.split), "seed": options.seed, "bytes": options.max_shard_size}
-    )
-    if former and former.get("plan") != plan and not options.overwrite:
+    choice = choose_licence(sources, models, options.license, options.accept_unknown_license)
+    splits = assign_splits(keys, options.split, options.seed)
+    if num_dropped := int((splits == DROPPED).sum()):
+        print(f"dropped: {num_dropped} rows with held-out phrasings, whose source is in train", file=sys.stderr)
+    plan = {"input": keys.digest, "split": list(options.split), "seed": options.seed, "bytes": options.max_shard_size}
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:32]
+    has_data = former is not None and former["plan"] == digest
+    if former and not has_data and not options.overwrite:
         raise InputError(
-            f"--export_dir {options.export_dir}: holds an export of other rows or other settings: give another folder, "
-            "or --overwrite to replace it once the new one is complete"
+            f"--export_dir {options.export_dir}: holds an export with other rows or settings: give another folder, "
+            "or --overwrite to replace it when the new one is complete"
         )
-    is_there = bool(former) and former.get("plan") == plan
-    folder = options.export_dir if is_there else _unfinished(options.export_dir)
+    unfinished = options.export_dir.with_name(f"{options.export_dir.name}.unfinished")
+    folder = options.export_dir if has_data else unfinished
     try:
-        if not is_there:
-            _write_data(pairs, splits, plan, options, folder)
-        _describe(folder, repo_id, options, pairs, keys, splits, decision, plan)
-        if not is_there:
+        if not has_data:
+            _write_data(rows, splits, digest, options, folder)
+        _describe(folder, repo_id, options, rows, keys, splits, choice, digest)
+        if not has_data:
             _put_in_place(folder, options.export_dir)
     except OSError as error:
         raise InputError(
-            f"--export_dir {options.export_dir}: cannot be written ({error.strerror or error}). What is there stands: "
-            "mend this, and the same command goes on"
+            f"--export_dir {options.export_dir}: cannot be written ({error.strerror or error}). Finished files are "
+            "kept: fix the problem and run the same command again"
         ) from error
     return options.export_dir
 
 
 def read_record(export_dir: Path) -> dict | None:
-    """What stands in the folder, or None where it is not there, or empty. Raises InputError: something else is."""
+    """export.json of the folder; None if the folder does not exist or is empty. Raises InputError for anything else."""
     if not export_dir.exists():
         return None
     if not export_dir.is_dir():
@@ -103,92 +96,121 @@ def read_record(export_dir: Path) -> dict | None:
             return record
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise InputError(f"--export_dir {export_dir}: is not empty and holds no export; give another folder")
+    raise InputError(f"--export_dir {export_dir}: is not empty and is not an export; give another folder")
 
 
-def _write_data(pairs: Pairs, splits: np.ndarray, plan: str, options: Options, folder: Path) -> None:
-    """Write the shards that are not there yet; those of another plan go."""
-    shards = plan_shards(pairs, splits, options.max_shard_size, plan)
+def _write_data(rows: ExportInput, splits: np.ndarray, digest: str, options: ExportOptions, folder: Path) -> None:
+    """Write the missing shards, and delete files that do not belong to the plan."""
+    shards = plan_shards(rows, splits, options.max_shard_size, digest)
     data = folder / DATA
     data.mkdir(parents=True, exist_ok=True)
     names = {shard.name for shard in shards}
-    for path in data.iterdir():  # also what a killed process left half-written
+    for path in data.iterdir():  # also the temporary files of a killed process
         if path.name not in names:
             path.unlink()
-    todo = [shard for shard in shards if not is_written(shard, data)]
+    missing = [shard for shard in shards if not is_written(shard, data)]
     total = sum(len(shard.rows) for shard in shards)
-    done = total - sum(len(shard.rows) for shard in todo)
+    done = total - sum(len(shard.rows) for shard in missing)
     if done:
-        print(f"going on: {len(shards) - len(todo)} of {len(shards)} files are there", file=sys.stderr)
+        print(f"resuming: {len(shards) - len(missing)} of {len(shards)} files are complete", file=sys.stderr)
     with tqdm(total=total, initial=done, desc="export", unit="row", mininterval=0.5) as bar:
-        for shard in write_shards(pairs, todo, data, options.num_workers):
+        for shard in write_shards(rows, missing, data, options.num_workers):
             bar.update(len(shard.rows))
 
 
 def _describe(
     folder: Path,
     repo_id: str,
-    options: Options,
-    pairs: Pairs,
-    keys: Keys,
+    options: ExportOptions,
+    rows: ExportInput,
+    keys: RowKeys,
     splits: np.ndarray,
-    decision: Decision,
-    plan: str,
+    choice: LicenceChoice,
+    digest: str,
 ) -> None:
-    """Write the card, its picture and the record of a folder whose data are complete."""
-    sizes, facts = sizes_of(folder / DATA), gather(folder / DATA)
-    sources = {
-        split: len({key for key, is_here in zip(keys.sources, splits == number, strict=True) if is_here})
-        for number, split in enumerate(SPLITS)
-    }
-    export = Export(
-        repo_id,
-        pairs.features,
-        sizes,
-        pairs.settings,
-        pairs.rejected,
-        decision,
-        options.split,
-        options.seed,
-        sources,
-        left_out=int((splits == LEFT_OUT).sum()),
-        language=options.language,
-    )
+    """Write the card, its image and the record of a folder with complete data."""
+    facts = gather_facts(folder / DATA, keys, splits)
     if not (folder / GRID).is_file():
-        save_grid(folder / DATA, folder / GRID)
+        (folder / GRID).parent.mkdir(exist_ok=True)
+        write_atomically(folder / GRID, make_grid(folder / DATA))
     record = {
         "format": FORMAT,
-        "plan": plan,
+        "plan": digest,
         "split": list(options.split),
         "seed": options.seed,
-        "splits": sizes,
-        "source_images": sources,
-        "heldout_left_out": export.left_out,
-        "license": decision.carried,
-        "sources": [asdict(one) for one in decision.sources],
-        "models": [asdict(one) for one in decision.models],
-        "settings": scrub(dict(pairs.settings)),
-        "rejected": scrub(dict(pairs.rejected)),
+        "splits": facts.sizes,
+        "source_images": facts.num_sources,
+        "heldout_left_out": facts.num_dropped,
+        "license": choice.licence,
+        "sources": [asdict(one) for one in choice.sources],
+        "models": [asdict(one) for one in choice.models],
+        "settings": scrub(rows.settings),
+        "rejected": scrub(rows.rejected),
     }
-    _write_text(folder / RECORD, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
-    save_card(card_text(export, facts), folder)
-
-
-def _write_text(path: Path, text: str) -> None:
-    half_written = path.with_name(f".{path.name}")
-    half_written.write_text(text, encoding="utf-8")
-    half_written.replace(path)
-
-
-def _unfinished(export_dir: Path) -> Path:
-    return export_dir.with_name(f"{export_dir.name}.unfinished")
+    write_atomically(folder / RECORD, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
+    write_atomically(folder / "README.md", make_card(repo_id, options, rows, facts, choice).encode())
 
 
 def _put_in_place(folder: Path, export_dir: Path) -> None:
-    """One rename; a former export goes only when the new one is there to follow it."""
+    """Rename the complete folder; a former export is deleted only after that."""
     old = export_dir.with_name(f"{export_dir.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if export_dir.exists():
         export_dir.rename(old)
     folder.rename(export_dir)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def push(folder: Path, repo_id: str, token: str | None = None, waits: Sequence[float] = (5, 20, 60)) -> str:
+    """Upload an export and return the URL of the dataset. waits: seconds between attempts.
+
+    The last commit adds the card and deletes files of a former export; until then, readers get the former export.
+    Raises InputError.
+    """
+    login = token or get_token()
+    api = HfApi(token=login)
+    _quiet_client()
+    for pause in (*waits, None):
+        try:
+            # Commits in batches and skips files that are on the Hub already, so that the same call resumes.
+            api.upload_folder(
+                repo_id=repo_id,
+                repo_type="dataset",
+                folder_path=folder,
+                allow_patterns=list(UPLOADED),
+                ignore_patterns=[".*", "*/.*"],
+                commit_message="Add pairs",
+            )
+            _push_card(api, folder, repo_id)
+            return f"{api.endpoint}/datasets/{repo_id}"
+        except Exception as error:  # wide, because hf_xet raises its own types
+            failure = error
+            if pause is None or not is_temporary(error):
+                break
+            print(f"upload: {failure_reason(error, login)}; trying again in {pause:g} s", file=sys.stderr, flush=True)
+            time.sleep(pause)
+    raise InputError(
+        f"the upload to {repo_id} failed: {failure_reason(failure, login)}\nThe complete export is in {folder}. "
+        "Run the same command again: files that have arrived are not uploaded again"
+    ) from failure
+
+
+def _push_card(api: HfApi, folder: Path, repo_id: str) -> None:
+    """Add the card and delete the files of a former export, in one commit."""
+    ours = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    found = api.list_repo_files(repo_id, repo_type="dataset")
+    stale = [path for path in found if path.startswith(("data/", "assets/")) and path not in ours]
+    operations = [CommitOperationDelete(path) for path in stale]
+    operations.append(CommitOperationAdd("README.md", folder / "README.md"))
+    api.create_commit(repo_id, operations, repo_type="dataset", commit_message="Card")
+
+
+def _quiet_client() -> None:
+    """Silence the client's warnings; without a terminal, log a line every half minute instead of progress bars."""
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    # The client retries five times and warns each time; `push` prints one line when it has given up.
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+        logging.getLogger("huggingface_hub").propagate = False  # it has its own handler and would print twice
+        logging.getLogger("huggingface_hub._upload_pipeline").setLevel(logging.INFO)

@@ -1,4 +1,4 @@
-"""The picture of a card: rows of several tasks, each as original, edited and instruction."""
+"""The image of a dataset card: rows of several tasks, each with original image, edited image and instruction."""
 
 from __future__ import annotations
 
@@ -8,107 +8,94 @@ from pathlib import Path
 import pyarrow.parquet as pq
 from PIL import Image, ImageDraw, ImageFont
 
-from data_preparation.exporting.facts import UNNAMED_TASK, first_text, text_groups
+from data_preparation.exporting.card import NO_TASK, first_instruction, read_text_groups
+from data_preparation.generation.pair_rows import IMAGES
 from utils.errors import InputError
 from utils.pixels import BadRow, decode_image
 
-SIDE = 240  # of the box for a picture, in pixels
-MARGIN = 12
-LINES = 2  # of an instruction
-Place = tuple[Path, int, int, str, str]  # file, row group, row in it, task, instruction
+NUM_PAIRS = 8
+SIDE, MARGIN = 240, 12  # pixels
+MAX_LINES = 2  # of an instruction
+RowPlace = tuple[Path, int, int, str, str]  # file, row group, row in the group, task, instruction
 
 
-def make_grid(folder: Path, rows: int = 8) -> Image.Image:
-    """Two pairs side by side in a line, of as many tasks as there is room for. Raises InputError: none is readable."""
+def make_grid(folder: Path) -> bytes:
+    """A JPEG with pairs from the files in `folder`, two in a line. Raises InputError if no pair can be read."""
     pairs = []
-    for place in _choose(folder, rows):
+    for path, group, row, task, prompt in _choose_rows(folder):
+        table = pq.ParquetFile(path).read_row_group(group, list(IMAGES)).slice(row, 1)
         try:
-            pairs.append((*_decode(place), *place[3:]))
+            pairs.append(([_fit(decode_image(table[name].to_pylist()[0])) for name in IMAGES], task, prompt))
         except BadRow:
             continue
-        if len(pairs) == rows:
+        if len(pairs) == NUM_PAIRS:
             break
     if not pairs:
-        raise InputError("no row that was looked at has two readable pictures: run check_dataset.py first")
-    return _draw(pairs)
+        raise InputError("--data_root: no pair with two readable images was found: run check_dataset.py first")
+    content = io.BytesIO()
+    _draw_pairs(pairs).save(content, "JPEG", quality=90)
+    return content.getvalue()
 
 
-def _choose(folder: Path, rows: int) -> list[Place]:
-    """Rows in the order in which they are wanted: the first of each task, then the second ...; of other sources first.
+def _choose_rows(folder: Path) -> list[RowPlace]:
+    """The first row of each task, then the second, and so on; rows with a new source come first within a task.
 
-    More than `rows`, because some may be unreadable.
+    More than `NUM_PAIRS`, because some may not be readable.
     """
-    by_task: dict[str, list[Place]] = {}
-    seen: set[tuple] = set()
-    later: dict[str, list[Place]] = {}
-    for path, group, columns in text_groups(folder, "train"):
-        absent = [None] * len(columns["edit_prompt"])
-        names = zip(columns["edit_prompt"], columns.get("task") or absent, columns.get("source") or absent, strict=True)
-        for row, (prompt, task, source) in enumerate(names):
-            task = task or UNNAMED_TASK
-            place = (path, group, row, task, first_text(prompt))
-            is_new = source is None or source not in seen
-            kept = by_task if is_new else later
-            if len(kept.setdefault(task, [])) < rows:
-                kept[task].append(place)
+    first: dict[str, list[RowPlace]] = {}
+    later: dict[str, list[RowPlace]] = {}
+    seen: set[str] = set()
+    for path, group, columns in read_text_groups(folder, "train"):
+        rows = zip(columns["edit_prompt"], columns["task"], columns["source"], strict=True)
+        for row, (prompt, task, source) in enumerate(rows):
+            task = task or NO_TASK
+            chosen = (first if source is None or source not in seen else later).setdefault(task, [])
+            if len(chosen) < NUM_PAIRS:
+                chosen.append((path, group, row, task, first_instruction(prompt)))
                 seen.add(source)
-    queues = {task: by_task.get(task, []) + later.get(task, []) for task in sorted(by_task | later)}
-    longest = max(map(len, queues.values()), default=0)
-    return [queue[i] for i in range(longest) for queue in queues.values() if i < len(queue)][: 4 * rows]
+    queues = [first.get(task, []) + later.get(task, []) for task in sorted(first | later)]
+    longest = max(map(len, queues), default=0)
+    return [queue[i] for i in range(longest) for queue in queues if i < len(queue)][: 4 * NUM_PAIRS]
 
 
-def _decode(place: Place) -> tuple[Image.Image, Image.Image]:
-    path, group, row = place[:3]
-    table = pq.ParquetFile(path).read_row_group(group, ["original_image", "edited_image"]).slice(row, 1)
-    return tuple(decode_image(table[name].to_pylist()[0]) for name in ("original_image", "edited_image"))
-
-
-def _draw(pairs: list[tuple]) -> Image.Image:
+def _draw_pairs(pairs: list[tuple[list[Image.Image], str, str]]) -> Image.Image:
+    """pairs: (the two images, task, instruction)."""
     font, small = ImageFont.load_default(17), ImageFont.load_default(13)
-    fitted = [(_fit(original), _fit(edited), task, prompt) for original, edited, task, prompt in pairs]
-    tallest = max(picture.height for pair in fitted for picture in pair[:2])
-    width, height = 2 * SIDE + 3 * MARGIN, tallest + LINES * 21 + 22 + 2 * MARGIN
-    across = min(2, len(pairs))
-    sheet = Image.new("RGB", (across * width, -(-len(pairs) // across) * height), "white")
+    tallest = max(image.height for images, _, _ in pairs for image in images)
+    width, height = 2 * SIDE + 3 * MARGIN, tallest + MAX_LINES * 21 + 22 + 2 * MARGIN
+    num_columns = min(2, len(pairs))
+    sheet = Image.new("RGB", (num_columns * width, -(-len(pairs) // num_columns) * height), "white")
     draw = ImageDraw.Draw(sheet)
-    for index, (original, edited, task, prompt) in enumerate(fitted):
-        left, top = index % across * width + MARGIN, index // across * height + MARGIN
-        for column, picture in enumerate((original, edited)):
-            indent = (SIDE - picture.width) // 2, (tallest - picture.height) // 2
-            sheet.paste(picture, (left + column * (SIDE + MARGIN) + indent[0], top + indent[1]))
+    for index, (images, task, prompt) in enumerate(pairs):
+        left, top = index % num_columns * width + MARGIN, index // num_columns * height + MARGIN
+        for column, image in enumerate(images):
+            indent = (SIDE - image.width) // 2, (tallest - image.height) // 2
+            sheet.paste(image, (left + column * (SIDE + MARGIN) + indent[0], top + indent[1]))
         draw.text((left, top + tallest + 4), task, fill="#666666", font=small)
         for line, text in enumerate(_wrap(prompt, font, 2 * SIDE + MARGIN)):
             draw.text((left, top + tallest + 22 + 21 * line), text, fill="black", font=font)
     return sheet
 
 
-def _fit(picture: Image.Image) -> Image.Image:
-    """The picture with its longer side at SIDE; a tiny one shows its pixels."""
-    factor = SIDE / max(picture.size)
-    size = tuple(max(1, round(side * factor)) for side in picture.size)
-    return picture.resize(size, Image.Resampling.NEAREST if factor >= 4 else Image.Resampling.LANCZOS)
+def _fit(image: Image.Image) -> Image.Image:
+    """Scaled to a longer side of SIDE pixels; very small images keep sharp pixels."""
+    factor = SIDE / max(image.size)
+    size = tuple(max(1, round(side * factor)) for side in image.size)
+    return image.resize(size, Image.Resampling.NEAREST if factor >= 4 else Image.Resampling.LANCZOS)
 
 
 def _wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
-    """Lines that fit into `width` pixels; the last ends in "..." where not all fits."""
-    lines, words = [""], text.split()
-    for word in words:
+    """At most MAX_LINES lines of `width` pixels; a text that does not fit ends in "..."."""
+    lines = [""]
+    for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
         if font.getlength(longer) <= width or not lines[-1]:
             lines[-1] = longer
         else:
             lines.append(word)
-    if len(lines) > LINES:
-        lines = lines[:LINES]
+    if len(lines) > MAX_LINES:
+        lines = lines[:MAX_LINES]
         while lines[-1] and font.getlength(lines[-1] + " ...") > width:
             lines[-1] = lines[-1].rpartition(" ")[0]
         lines[-1] += " ..."
     return lines
-
-
-def save_grid(folder: Path, place: Path) -> None:
-    """Make the picture of the files in `folder` and write it as a JPEG."""
-    content = io.BytesIO()
-    make_grid(folder).save(content, "JPEG", quality=90)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    place.write_bytes(content.getvalue())

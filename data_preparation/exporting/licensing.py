@@ -1,34 +1,34 @@
-"""Which licence an export may carry: no more permissive than that of any source, nor of the models that made it."""
+"""Choose the licence of an export: no more permissive than that of any source, or of the models that made it."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from data_preparation.exporting.scrubbing import scrub_text
+from data_preparation.exporting.reading import scrub_text
+from data_preparation.generation.pair_rows import parse_json
 from utils.errors import InputError
+from utils.hub_names import is_hub_id
 from utils.licences import (
     NO_DERIVATIVES,
     NON_COMMERCIAL,
     USE_RESTRICTIONS,
     Licence,
-    look_up_licence,
-    hub_id,
+    find_dataset_license,
+    hub_licences,
     is_hub_licence,
-    known_licences,
-    problems_of_carrying,
+    licence_conflicts,
+    look_up_licence,
     restrictions_of,
-    strictest,
+    strictest_licence,
     terms_of,
+    to_hub_licence,
 )
 
-UNNAMED = "rows that name no source"
+NO_SOURCE = "rows without a source"
 OTHER = "other"
-# Licences of models whose cards name a file and not an id.
+# Models whose card links to a licence file instead of naming an id.
 KNOWN_MODELS = {
     "stabilityai/sdxl-turbo": "sai-nc-community",
     "stabilityai/sd-turbo": "sai-nc-community",
@@ -37,143 +37,108 @@ KNOWN_MODELS = {
 
 
 @dataclass(frozen=True)
-class Decision:
-    """carried: what the front matter of the card says. sources, models: what is known of each; notes: for the card."""
+class LicenceChoice:
+    """licence: for the front matter of the card; notes: sentences for the card."""
 
-    carried: str
+    licence: str
     sources: list[Licence]
     models: list[Licence]
     notes: list[str]
 
 
+def names_repository(name: str | None) -> bool:
+    """Whether `name` is written like owner/name on the Hub and is not a path on this machine."""
+    return bool(name) and "/" in name and is_hub_id(name)
+
+
 def source_licences(origins: Counter) -> list[Licence]:
-    """One for each (dataset, licence) that rows name; where the rows name none, what the dataset's card says."""
+    """One for each (source_dataset, source_license) of the rows; without a licence, the one in the dataset's card."""
     found = {}
     for dataset, licence in sorted(origins, key=str):
-        name = scrub_text(dataset) if dataset else UNNAMED
-        licence = licence or (_of_dataset(dataset) if is_repo_id(dataset) else None) or ""
+        name = scrub_text(dataset) if dataset else NO_SOURCE
+        licence = licence or (find_dataset_license(dataset) if names_repository(dataset) else None) or ""
         found[name, licence] = Licence(name, licence, restrictions_of(licence))
     return list(found.values())
 
 
 def model_licences(models: Counter, token: str | None) -> list[Licence]:
-    """Of every model that rows name, by its card on the Hub; of a file or a folder no more is known than its name."""
-    ids = {entry["id"] for text in models for entry in _entries(text)}
+    """One for each model that the rows name, from its card on the Hub; unknown for local models."""
+    entries = [entry for text in models for entry in parse_json(text) or ()]
     found = []
-    for name in sorted(ids):
-        is_on_hub = is_repo_id(name)
-        licence = look_up_licence(name, KNOWN_MODELS.get(name), token) if is_on_hub else Licence(name, "", ())
+    for name in sorted({e["id"] for e in entries if isinstance(e, dict) and isinstance(e.get("id"), str)}):
+        on_hub = names_repository(name)
+        licence = look_up_licence(name, KNOWN_MODELS.get(name), token) if on_hub else Licence(name, "", ())
         found.append(Licence(scrub_text(name), licence.name, licence.restrictions))
     return found
 
 
-def decide(sources: Sequence[Licence], models: Sequence[Licence], wanted: str | None, accept_unknown: bool) -> Decision:
-    """The licence to carry: `wanted`, or that of the strictest source. Raises InputError where it may not be."""
+def choose_licence(
+    sources: Sequence[Licence], models: Sequence[Licence], requested: str | None, accept_unknown: bool
+) -> LicenceChoice:
+    """The licence `requested` by --license, or that of the strictest source. Raises InputError if it is not allowed."""
     unknown = [one for one in (*sources, *models) if terms_of(one.name) is None]
-    if unknown and not accept_unknown and wanted != OTHER:
-        raise InputError(_refuse_unknown(unknown))
-    if wanted == OTHER:
-        return Decision(OTHER, list(sources), list(models), _notes(OTHER, sources, models))
-    if wanted and not is_hub_licence(hub_id(wanted)):
+    if unknown and not accept_unknown and requested != OTHER:
+        names = ", ".join(one.source + (f" ({one.name})" if one.name else "") for one in unknown)
         raise InputError(
-            f"--license {wanted}: not a licence of the Hub whose terms are known here; allowed are "
-            f"{', '.join(known_licences())}, and other"
+            f"the terms of the licence of {names} are not known. If the images are yours, or you have read the terms, "
+            "pass --license ID --accept_unknown_license, or --license other"
         )
-    best = _strictest(sources, models)
-    carried = hub_id(wanted) if wanted else best
-    if carried is None:
-        raise InputError(_refuse_default(sources))
-    problems = problems_of_carrying(carried, sources) + _problems_of_models(carried, models)
-    if problems:
+    if requested == OTHER:
+        return LicenceChoice(OTHER, list(sources), list(models), _notes(OTHER, sources, models))
+    if requested and not is_hub_licence(to_hub_licence(requested)):
+        raise InputError(
+            f"--license {requested}: is not a licence of the Hub with known terms; choose one of "
+            f"{', '.join(hub_licences())}, or other"
+        )
+    # Images made by a non-commercial model need at least a non-commercial licence. Other terms of a model are about its
+    # weights (attribution, share-alike) or bind whoever uses the model (OpenRAIL), not the images.
+    non_commercial = with_term(NON_COMMERCIAL, models)
+    at_least = [Licence("a model", "cc-by-nc-4.0", (NON_COMMERCIAL,))] if non_commercial else []
+    best = strictest_licence([*sources, *at_least])
+    licence = to_hub_licence(requested) if requested else best
+    if licence is None:
+        raise InputError(_explain_no_default(sources))
+    conflicts = licence_conflicts(licence, sources)
+    if NON_COMMERCIAL not in (terms_of(licence) or ()):
+        made = [f"{one.source}, which made images, is {one.name}" for one in non_commercial]
+        conflicts += [f"{reason}, and {licence} drops its {NON_COMMERCIAL}" for reason in made]
+    if conflicts:
         allowed = f"{best} or other" if best and is_hub_licence(best) else "other"
-        raise InputError.from_problems([*problems, f"--license may be {allowed}"])
-    barred = [one for one in sources if NO_DERIVATIVES in (terms_of(one.name) or ())]
-    if barred and not wanted:
-        names = ", ".join(f"{one.source} ({one.name})" for one in barred)
+        raise InputError.from_problems([*conflicts, f"--license must be {allowed}"])
+    if (no_derivatives := with_term(NO_DERIVATIVES, sources)) and not requested:
+        names = ", ".join(f"{one.source} ({one.name})" for one in no_derivatives)
         raise InputError(
-            f"{names}: bars works made of it, and an edited picture is one. If you pass on pairs as they were "
-            f"published, or have the owner's leave, say so with --license {carried}"
+            f"{names}: forbids derived works, and an edited image is one. If you republish unchanged pairs, or have "
+            f"the owner's permission, pass --license {licence}"
         )
-    return Decision(carried, list(sources), list(models), _notes(carried, sources, models))
+    return LicenceChoice(licence, list(sources), list(models), _notes(licence, sources, models))
 
 
-def _strictest(sources: Sequence[Licence], models: Sequence[Licence]) -> str | None:
-    """The licence that permits no more than any source; what a non-commercial model has made is under NC at least."""
-    stand_in = [Licence("a model", "cc-by-nc-4.0", (NON_COMMERCIAL,))] if _non_commercial(models) else []
-    return strictest([*sources, *stand_in])
+def with_term(term: str, licences: Sequence[Licence]) -> list[Licence]:
+    """Those of the licences that are known to have a term."""
+    return [one for one in licences if term in (terms_of(one.name) or ())]
 
 
-def _non_commercial(models: Sequence[Licence]) -> list[Licence]:
-    return [one for one in models if NON_COMMERCIAL in (terms_of(one.name) or ())]
-
-
-def _problems_of_models(carried: str, models: Sequence[Licence]) -> list[str]:
-    """Of a model's licence only this binds the pictures: attribution and share-alike are about its weights, and the
-    use restrictions of an OpenRAIL bind who uses it, which the card tells."""
-    if NON_COMMERCIAL in (terms_of(carried) or ()):
-        return []
-    return [
-        f"{one.source}, which made pictures, is {one.name}, and {carried} drops its {NON_COMMERCIAL}"
-        for one in _non_commercial(models)
-    ]
-
-
-def _refuse_default(sources: Sequence[Licence]) -> str:
-    known = [one for one in sources if terms_of(one.name) is not None]
-    if not known:
-        return "no source has a known licence: say under which one this is to be published, with --license"
-    names = ", ".join(f"{one.source}: {one.name}" for one in known)
+def _explain_no_default(sources: Sequence[Licence]) -> str:
+    names = ", ".join(f"{one.source}: {one.name}" for one in sources if terms_of(one.name) is not None)
+    if not names:
+        return "no source has a known licence: choose one with --license"
     return (
-        f"none of the licences of the sources meets the terms of all others ({names}): give --license other, and the "
-        "card names each source's, or export the sources apart"
+        f"no licence of a source meets the terms of all others ({names}): pass --license other, then the card lists "
+        "the licence of each source, or export the sources separately"
     )
 
 
-def _refuse_unknown(unknown: Sequence[Licence]) -> str:
-    names = ", ".join(f"{one.source}{f' ({one.name})' if one.name else ''}" for one in unknown)
-    return (
-        f"the terms of the licence of {names} are not known. If the pictures are yours, or you have looked the terms "
-        "up, say so: --license ID --accept_unknown_license, or --license other"
-    )
-
-
-def _notes(carried: str, sources: Sequence[Licence], models: Sequence[Licence]) -> list[str]:
+def _notes(licence: str, sources: Sequence[Licence], models: Sequence[Licence]) -> list[str]:
     notes = []
     if any(terms_of(one.name) is None for one in sources):
-        notes.append("The terms of some sources are not known to the script that wrote this card; its author vouches.")
-    if any(NO_DERIVATIVES in (terms_of(one.name) or ()) for one in sources):
-        notes.append("A source bars works made of it: check that you may use these pairs.")
-    if any(NON_COMMERCIAL in (terms_of(one.name) or ()) for one in (*sources, *models)):
-        notes.append("A source or a model forbids commercial use; that holds for these pairs.")
-    if any(USE_RESTRICTIONS in (terms_of(one.name) or ()) for one in models):
-        notes.append(
-            "Pictures were made with a model under an OpenRAIL licence: the uses that its Attachment A lists "
-            "are forbidden to whoever makes pictures with it."
-        )
-    if carried == OTHER:
-        notes.append("No single licence holds for the whole: each row is under that of its source (`source_license`).")
+        notes.append("The terms of some sources are not known; the author of this dataset vouches for them.")
+    if with_term(NO_DERIVATIVES, sources):
+        notes.append("A source forbids derived works: check that you may use these pairs.")
+    if with_term(NON_COMMERCIAL, [*sources, *models]):
+        notes.append("A source or a model forbids commercial use; this applies to these pairs too.")
+    if with_term(USE_RESTRICTIONS, models):
+        notes.append("A model has an OpenRAIL licence, which forbids its users the uses listed in its Attachment A.")
+    if licence == OTHER:
+        notes.append("Each row has the licence of its source (`source_license`).")
     return notes
-
-
-def _of_dataset(dataset: str) -> str | None:
-    from huggingface_hub import DatasetCard
-
-    try:
-        data = DatasetCard.load(dataset, ignore_metadata_errors=True).data
-        found = data.get("license_name") or data.get("license")
-    except Exception:  # a card that cannot be had leaves the licence unknown, which is then said
-        return None
-    return found if isinstance(found, str) else None
-
-
-def is_repo_id(name: str | None) -> bool:
-    """Whether this can be an id on the Hub, and is no folder here."""
-    return bool(name and re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name)) and not Path(name).exists()
-
-
-def _entries(text: str) -> list[dict]:
-    try:
-        entries = json.loads(text)
-    except ValueError:
-        return []
-    return [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]

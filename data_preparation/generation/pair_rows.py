@@ -61,6 +61,14 @@ def as_json(value: Any) -> str:
     return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
 
+def parse_json(text: Any) -> Any:
+    """The value of JSON text; None for anything else."""
+    try:
+        return json.loads(text) if isinstance(text, str) else None
+    except ValueError:
+        return None
+
+
 def encode_image(pixels: np.ndarray | Image.Image, image_format: str = "png") -> bytes:
     """The bytes of an image file. image_format: a key of `IMAGE_FORMATS`."""
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
