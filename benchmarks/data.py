@@ -86,11 +86,11 @@ def measure_ours(side: int, pairs: int) -> dict[str, float]:
     import cv2
 
     from data_preparation.photographs import seeded_rng
-    from data_preparation.tasks.cartoon import cartoonize
+    from data_preparation.tasks.cartoon import draw_cartoon
     from data_preparation.tasks.degradations import DEGRADATIONS
 
     photographs = load_photographs(side)
-    figures = {"cartoonize": rate(lambda number: cartoonize(photographs[number % len(photographs)]), pairs)}
+    figures = {"cartoonize": rate(lambda number: draw_cartoon(photographs[number % len(photographs)]), pairs)}
     for task, degrade in DEGRADATIONS.items():
         if task != "identity":
             figures[task] = rate(

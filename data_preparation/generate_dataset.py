@@ -1,4 +1,4 @@
-"""Pairs for instruction tuning from photographs: an original image, an instruction, the edited image.
+"""Generate an instruction-tuning dataset from photographs: original image, instruction, edited image.
 
     python data_preparation/generate_dataset.py --dataset_id photos/ --task cartoonize --data_root pairs
     python data_preparation/generate_dataset.py --dataset_id frgfm/imagenette --config 320px --task low_level cartoonize=5 \\
@@ -6,9 +6,9 @@
     python data_preparation/generate_dataset.py --dataset_id photos/ --task cartoonize --teacher onnx:whitebox.onnx --data_root pairs
     python data_preparation/generate_dataset.py --dataset_id photos/ --task vaporwave.txt --teacher python:mine.py:paint --data_root pairs
 
-For a restoration (derain, denoise ...) the photograph is the edited image, and the original is made by degrading it; for
-an edit (cartoonize, your own) a teacher makes the edited image. Killed at any moment, the same command goes on; the same
-seed gives the same rows for any number of workers. docs/data.md shows every task and says what each column holds.
+For a restoration task (derain, denoise ...) the photograph is the edited image, and the original image is a degraded
+copy of it. For an edit (cartoonize, your own task) a teacher generates the edited image. The same seed gives the same
+rows for any number of workers. Run the same command again to resume. See docs/data.md for all tasks and columns.
 """  # noqa: E501
 
 from __future__ import annotations
@@ -16,145 +16,100 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_preparation.generation.generation_flags import add_generation_flags, choose_workers, generation_flag_problems  # noqa: E402
 from data_preparation.instructions import available_tasks, read_phrasings  # noqa: E402
-from data_preparation.tasks.plan import GROUPS, TOY, Task, plan_tasks  # noqa: E402
-from utils.cli import FlagParser  # noqa: E402
+from data_preparation.tasks.plan import TASK_GROUPS, TEACHERS, TOY_TASKS, Task, TeacherSettings, plan_tasks  # noqa: E402
+from utils.cli import FlagParser, pick  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
 from utils.quiet import quiet_libraries  # noqa: E402
 
-IMAGENETTE, IMAGENETTE_HUB, IMAGENETTE_SAMPLES = "imagenette", ("frgfm/imagenette", "full_size"), 5000
-BATCHED = ("onnx", "torchhub", "diffusers")
+# The default dataset of instruction-tuned-sd: its name, and (Hub id, config, number of pairs).
+IMAGENETTE, IMAGENETTE_SETTINGS = "imagenette", ("frgfm/imagenette", "full_size", 5000)
+CROPS = ("none", "square", "random")
+ROW_FLAGS = ("seed", "resolution", "crop", "image_format", "source_license")
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("photographs").add_argument
-    add(
-        "--dataset_id",
-        default=IMAGENETTE,
-        metavar="PHOTOS",
-        help="a folder of photographs (searched with its "
-        "subfolders), a saved dataset, or an id on the Hub (default imagenette, of which 5,000 photographs)",
-    )
-    add("--image_column", metavar="NAME", help="of a dataset (default: image, or the only column of images)")
-    add("--config", metavar="NAME", help="configuration of a dataset on the Hub")
-    add("--revision", metavar="COMMIT", help="commit, tag or branch of a dataset on the Hub")
-    add(
-        "--split",
-        default="train",
-        help="of a dataset, or of a folder whose metadata.jsonl names splits; `all` takes "
-        "all of such a folder (default train)",
-    )
-    add("--source_license", metavar="ID", help="licence of the photographs (default: what their card or metadata says)")
-    add("--max_num_samples", type=int, metavar="N", help="pairs to make (default: one of each photograph)")
-    add(
-        "--resolution",
-        type=int,
-        default=256,
-        metavar="PIXELS",
-        help="shorter side of the pictures; smaller photographs are not enlarged but by --crop random (default 256)",
-    )
-    add(
-        "--crop",
-        choices=("none", "square", "random"),
-        default="none",
-        help="none: the whole view; square: the square "
-        "in the middle; random: a square of half to all of the shorter side, anywhere, mirrored half the time, for few "
-        "photographs (default none)",
-    )
+    id_help = "folder (with subfolders), saved dataset or Hub id (default imagenette: 5,000 photographs)"
+    add("--dataset_id", default=IMAGENETTE, metavar="PHOTOS", help=id_help)
+    add("--image_column", metavar="NAME", help="image column (default: image, or the only one)")
+    add("--config", metavar="NAME", help="configuration of the dataset on the Hub")
+    add("--revision", metavar="COMMIT", help="commit, tag or branch of the dataset on the Hub")
+    add("--split", default="train", help="split of the dataset or of metadata.jsonl; all for all of a folder (train)")
+    license_help = "licence of the photographs (default: from the dataset card or metadata.jsonl)"
+    add("--source_license", metavar="ID", help=license_help)
+    add("--max_num_samples", type=int, metavar="N", help="number of pairs (default: one per photograph)")
+    size_help = "shorter side of the images; only --crop random enlarges smaller photographs (default 256)"
+    add("--resolution", type=int, default=256, metavar="PIXELS", help=size_help)
+    crop_help = "whole image, centre square, or random square of at least half the side, mirrored or not (default none)"
+    add("--crop", choices=CROPS, default="none", help=crop_help)
     add = parser.add_argument_group("tasks").add_argument
-    add(
-        "--task",
-        nargs="+",
-        default=["cartoonize"],
-        metavar="TASK[=WEIGHT]",
-        help=f"{', '.join(available_tasks())}; a "
-        f"group ({', '.join(GROUPS)}); or your own text file with one phrasing a line. A weight is the share of "
-        "the rows (default cartoonize)",
+    task_help = (
+        f"{', '.join(available_tasks())}; a group ({', '.join(TASK_GROUPS)}); or a text file with one instruction per "
+        "line. WEIGHT is the relative share of the rows (default cartoonize)"
     )
-    add(
-        "--heldout_phrasings",
-        type=int,
-        default=10,
-        metavar="N",
-        help="of each task, so many last phrasings stay out of training (default 10; 3 of a task of the toy world)",
-    )
-    add(
-        "--phrasings",
-        choices=("train", "heldout", "both"),
-        default="train",
-        help="which ways of asking the rows take; heldout and both are for evaluation (default train)",
-    )
-    add = parser.add_argument_group("teacher, who makes the edited image of a task that is no restoration").add_argument
-    add(
-        "--teacher",
-        action="append",
-        default=[],
-        metavar="[TASK=]TEACHER",
-        help="opencv (cartoons, the default), "
-        "onnx:FILE, torchhub:REPO:MODEL (asks for --trust_remote_code), diffusers:MODEL (an editing or image-to-image "
-        "pipeline), python:FILE:FUNCTION; may repeat with the names of tasks",
-    )
-    add("--teacher_prompt", metavar="TEXT", help="what a diffusers teacher is asked (default: the row's instruction)")
-    add(
-        "--teacher_settings",
-        default="{}",
-        metavar="JSON",
-        help="further arguments of a diffusers call, such "
-        'as \'{"num_inference_steps": 20}\', or of a torchhub model, such as \'{"pretrained": "paprika"}\'',
-    )
-    add(
-        "--teacher_range",
-        default="-1,1",
-        metavar="BLACK,WHITE",
-        help="values that an onnx or torchhub network takes "
-        "(default -1,1; a negative one is written --teacher_range=-1,1)",
-    )
-    add("--teacher_output_range", metavar="BLACK,WHITE", help="values that it gives (default: as it takes)")
-    add("--teacher_layout", choices=("auto", "nchw", "nhwc"), default="auto", help="order of its dimensions")
-    add(
-        "--teacher_multiple",
-        type=int,
-        default=1,
-        metavar="N",
-        help="what sides must be a multiple of, reached by mirroring the border (default 1)",
-    )
-    add("--teacher_channels", choices=("rgb", "bgr"), default="rgb", help="order of its colours (default rgb)")
-    add("--trust_remote_code", action="store_true", help="run the code of a torchhub repository, which you have read")
-    add("--batch_size", type=int, default=1, metavar="N", help="pictures that a teacher gets at once (default 1)")
-    add("--device", default="auto", help="of a teacher: cuda, mps or cpu (default: the best there is)")
-    add("--dtype", choices=("fp32", "fp16", "bf16"), help="of a diffusers teacher (default fp16 on cuda, else fp32)")
+    add("--task", nargs="+", default=["cartoonize"], metavar="TASK[=WEIGHT]", help=task_help)
+    heldout_help = "last phrasings of each task to hold out from training (default 10; toy tasks 3)"
+    add("--heldout_phrasings", type=int, default=10, metavar="N", help=heldout_help)
+    kind_help = "phrasings to use as instructions; heldout and both are for evaluation (default train)"
+    add("--phrasings", choices=("train", "heldout", "both"), default="train", help=kind_help)
+    add_teacher_flags(parser)
     add_generation_flags(parser, data_root="cartoonizer-dataset")
-    parser.set_defaults(most=sys.maxsize)
     return parser.parse_args(argv)
 
 
+def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("teacher, which generates the edited images").add_argument
+    teacher_help = f"{TEACHERS} (default opencv, for cartoonize); may be repeated with task names"
+    add("--teacher", action="append", default=[], metavar="[TASK=]TEACHER", help=teacher_help)
+    add("--teacher_prompt", metavar="TEXT", help="prompt of a diffusers teacher (default: the instruction of the row)")
+    settings_help = (
+        "further arguments of the diffusers call, such as '{\"num_inference_steps\": 20}', or of the torchhub model, "
+        'such as \'{"pretrained": "paprika"}\''
+    )
+    add("--teacher_settings", default="{}", metavar="JSON", help=settings_help)
+    range_help = "input range of an onnx or torchhub network; write --teacher_range=-1,1 (default -1,1)"
+    add("--teacher_range", default="-1,1", metavar="BLACK,WHITE", help=range_help)
+    add("--teacher_output_range", metavar="BLACK,WHITE", help="its output range (default: --teacher_range)")
+    add("--teacher_layout", choices=("auto", "nchw", "nhwc"), default="auto", help="its dimension order (default auto)")
+    multiple_help = "pad its input to a multiple of N by mirroring the border (default 1)"
+    add("--teacher_multiple", type=int, default=1, metavar="N", help=multiple_help)
+    add("--teacher_channels", choices=("rgb", "bgr"), default="rgb", help="its channel order (default rgb)")
+    add("--trust_remote_code", action="store_true", help="allow running the code of a torchhub repository")
+    add("--batch_size", type=int, default=1, metavar="N", help="images per call of a teacher (default 1)")
+    add("--device", default="auto", help="device of the teacher: cuda, mps or cpu (default: the best available)")
+    dtype_help = "precision of a diffusers teacher (default fp16 on cuda, else fp32)"
+    add("--dtype", choices=("fp32", "fp16", "bf16"), help=dtype_help)
+
+
 def check_flags(args: argparse.Namespace) -> list[Task]:
-    """The tasks; raises one InputError with everything that can be told from the flags alone."""
+    """The tasks. Raises one InputError with all problems of the flags."""
     tasks, problems = plan_tasks(args.task, args.teacher)
     if args.resolution < 64 or args.resolution > 4096 or args.resolution % 8:
         problems.append(f"--resolution {args.resolution}: must be a multiple of 8 from 64 to 4096")
     if args.max_num_samples is not None and args.max_num_samples < 1:
         problems.append(f"--max_num_samples {args.max_num_samples}: must be at least 1")
-    for flag, least, most in (("batch_size", 1, 4096), ("teacher_multiple", 1, 1024), ("heldout_phrasings", 0, 10_000)):
-        if not least <= getattr(args, flag) <= most:
-            problems.append(f"--{flag} {getattr(args, flag)}: must be from {least} to {most}")
+    for flag, low, high in (("batch_size", 1, 4096), ("teacher_multiple", 1, 1024), ("heldout_phrasings", 0, 10_000)):
+        if not low <= getattr(args, flag) <= high:
+            problems.append(f"--{flag} {getattr(args, flag)}: must be from {low} to {high}")
     for flag in ("teacher_range", "teacher_output_range"):
         if getattr(args, flag) is not None and read_range(getattr(args, flag)) is None:
             problems.append(f"--{flag} {getattr(args, flag)}: must be two different numbers, as in 0,1 or -1,1")
-    if read_settings(args.teacher_settings) is None:
-        problems.append(
-            f"--teacher_settings {args.teacher_settings}: must be a JSON object, as in '{{\"strength\": 0.6}}'"
-        )
+    if read_json_object(args.teacher_settings) is None:
+        example = '{"strength": 0.6}'
+        problems.append(f"--teacher_settings {args.teacher_settings}: must be a JSON object, as in '{example}'")
     if any(task.teacher.startswith("torchhub:") for task in tasks) and not args.trust_remote_code:
-        problems.append("--teacher torchhub runs the repository's code: read it, and say --trust_remote_code")
+        problems.append("--teacher torchhub runs the code of the repository: read it, then give --trust_remote_code")
     if args.phrasings != "train" and args.heldout_phrasings == 0:
-        problems.append(f"--phrasings {args.phrasings} needs --heldout_phrasings of at least 1")
+        problems.append(f"--phrasings {args.phrasings}: needs --heldout_phrasings of at least 1")
     problems += generation_flag_problems(args)
     if problems:
         raise InputError.from_problems(problems)
@@ -169,95 +124,76 @@ def read_range(text: str) -> tuple[float, float] | None:
     return (black, white) if black != white and abs(black) + abs(white) < 1e6 else None
 
 
-def read_settings(text: str) -> dict | None:
+def read_json_object(text: str) -> dict | None:
     try:
-        settings = json.loads(text)
+        value = json.loads(text)
     except ValueError:
         return None
-    return settings if isinstance(settings, dict) else None
+    return value if isinstance(value, dict) else None
 
 
-def make_recipe(args: argparse.Namespace, tasks: list[Task]) -> tuple:
-    """(recipe, settings of the manifest). The heavy imports begin here."""
+def make_generator(args: argparse.Namespace, tasks: list[Task]) -> tuple[Any, dict]:
+    """(PhotographPairGenerator, settings for the manifest). Opens the photographs and finds the models."""
     from data_preparation.generation.inputs import Photographs
-    from data_preparation.tasks.recipe import PairRecipe, public_teacher
-    from data_preparation.tasks.teachers import TeacherSettings, describe_models
+    from data_preparation.tasks.photograph_pairs import PhotographPairGenerator
+    from data_preparation.tasks.teachers import describe_models, public_teacher
 
-    if args.dataset_id == IMAGENETTE:  # as in instruction-tuned-sd, whose commands name neither
-        args.dataset_id, args.config = IMAGENETTE_HUB[0], args.config or IMAGENETTE_HUB[1]
-        args.most = IMAGENETTE_SAMPLES
-    photographs = Photographs(args.dataset_id, args.split, args.image_column, args.config, args.revision)
-    found = photographs.open()
-    phrasings = {task.phrasings: read_phrasings(task.phrasings, num_heldout(args, task)) for task in tasks}
-    output_range = read_range(args.teacher_output_range) if args.teacher_output_range else None
-    teacher = TeacherSettings(
-        read_range(args.teacher_range),
-        output_range,
-        args.teacher_layout,
-        args.teacher_multiple,
-        args.teacher_channels,
-        args.teacher_prompt,
-        read_settings(args.teacher_settings),
-        args.device,
-        args.dtype,
-        args.trust_remote_code,
+    dataset_id, config, max_pairs = args.dataset_id, args.config, sys.maxsize
+    if dataset_id == IMAGENETTE:
+        dataset_id, config, max_pairs = IMAGENETTE_SETTINGS
+        config = args.config or config
+    photographs = Photographs(dataset_id, args.split, args.image_column, config, args.revision)
+    opened = photographs.open()
+    models = {task.teacher: describe_models(task.teacher) for task in tasks}
+    generator = PhotographPairGenerator(
+        photographs=photographs,
+        tasks=tuple(tasks),
+        phrasings={task.phrasings: read_phrasings(task.phrasings, num_heldout(args, task)) for task in tasks},
+        phrasing_split=args.phrasings,
+        models=models,
+        teacher_settings=read_teacher_settings(args),
+        num_items=args.max_num_samples or min(len(opened), max_pairs),
+        **{name: getattr(args, name) for name in (*ROW_FLAGS, "batch_size")},
     )
-    count = args.max_num_samples or min(len(found), args.most)
-    recipe = PairRecipe(
-        photographs,
-        tuple(tasks),
-        phrasings,
-        count,
-        args.seed,
-        args.resolution,
-        args.crop,
-        args.phrasings,
-        args.image_format,
-        args.source_license,
-        args.batch_size,
-        teacher,
-    )
-    uses_model = any(task.teacher.partition(":")[0] in BATCHED for task in tasks)
+    names = ["split", "phrasings", *ROW_FLAGS]
+    if uses_model(tasks):
+        names += ["batch_size", *(name for name in vars(args) if name.startswith("teacher_"))]
     settings = {
         "generator": "generate_dataset",
-        "photographs": found.dataset,
-        "photographs_digest": found.digest,
-        "split": args.split,
-        "seed": args.seed,
-        "resolution": args.resolution,
-        "crop": args.crop,
-        "image_format": args.image_format,
-        "phrasings": args.phrasings,
-        "source_license": args.source_license,
-        "tasks": {task.name: [task.weight, public_teacher(task.teacher), describe_models(task)] for task in tasks},
-        "instructions": {name: list(map(len, both)) for name, both in phrasings.items()},
+        "photographs": opened.dataset,
+        "photographs_digest": opened.digest,
+        "tasks": {task.name: [task.weight, public_teacher(task.teacher), models[task.teacher]] for task in tasks},
+        "instructions": {name: list(map(len, both)) for name, both in generator.phrasings.items()},
     }
-    if uses_model:
-        settings |= {name: value for name, value in vars(args).items() if name.startswith("teacher_")}
-        settings["batch_size"] = args.batch_size
-    return recipe, settings, uses_model
+    return generator, settings | {name: getattr(args, name) for name in names}
+
+
+def read_teacher_settings(args: argparse.Namespace) -> TeacherSettings:
+    output_range = read_range(args.teacher_output_range) if args.teacher_output_range else None
+    settings, extra = pick(args, TeacherSettings), read_json_object(args.teacher_settings)
+    return replace(settings, input_range=read_range(args.teacher_range), output_range=output_range, extra=extra)
 
 
 def num_heldout(args: argparse.Namespace, task: Task) -> int:
-    return min(args.heldout_phrasings, 3) if task.phrasings in TOY else args.heldout_phrasings
+    return min(args.heldout_phrasings, 3) if task.phrasings in TOY_TASKS else args.heldout_phrasings
 
 
-def run(args: argparse.Namespace) -> int:
-    tasks = check_flags(args)
-    quiet_libraries()
-    recipe, settings, uses_model = make_recipe(args, tasks)
-    from data_preparation.generation.runner import run_generation
-
-    summary = run_generation(
-        recipe, args.data_root, settings, workers=choose_workers(args, uses_model), overwrite=args.overwrite
-    )
-    print(summary.describe(args.data_root))
-    return 0
+def uses_model(tasks: list[Task]) -> bool:
+    return any(task.teacher.startswith(("onnx:", "torchhub:", "diffusers:")) for task in tasks)
 
 
 def main(argv: list[str] | None = None) -> int:
     with exit_on_input_error():
-        return run(parse_flags(argv))
+        args = parse_flags(argv)
+        tasks = check_flags(args)
+        quiet_libraries()
+        from data_preparation.generation.runner import run_generation
+
+        generator, settings = make_generator(args, tasks)
+        workers = choose_workers(args, needs_gpu=uses_model(tasks))
+        summary = run_generation(generator, args.data_root, settings, workers=workers, overwrite=args.overwrite)
+        print(summary.describe(args.data_root))
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Phase two of InstructPix2Pix: captions with an edit -> pairs of images, by Prompt-to-Prompt, filtered by CLIP.
+"""Generate image pairs from captions and edits, as in InstructPix2Pix: Prompt-to-Prompt, filtered by CLIP.
 
     python data_preparation/generate_pairs.py --prompts captions --data_root pairs --preset fast
     python data_preparation/generate_pairs.py --prompts captions --data_root pairs --preset ip2p --batch_size 16
     python data_preparation/generate_pairs.py --prompts captions --data_root pairs --preset fast \\
         --init_images photographs --original real --num_inference_steps 8
 
---prompts holds a caption, an edit and the edited caption in each row, as generate_captions.py writes them. See
+Each row of --prompts has a caption, an edit and the edited caption, as written by generate_captions.py. See
 docs/pairs.md.
 """
 
@@ -21,117 +21,84 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_preparation.generation.generation_flags import add_generation_flags, choose_workers, generation_flag_problems  # noqa: E402
-from data_preparation.pairs.flags import add_settings_flags, pick_settings  # noqa: E402
-from data_preparation.pairs.presets import PRESET_FILE_ITEMS, PRESET_MODELS, PairSettings, find_setting_problems  # noqa: E402
-from utils.cli import FlagParser  # noqa: E402
+from data_preparation.generation.user_functions import find_function_problem  # noqa: E402
+from data_preparation.pairs.settings import (
+    PRESETS,
+    PairSettings,
+    add_settings_flags,
+    choose_settings,
+    find_setting_problems,
+)  # noqa: E402
+from utils.cli import FlagParser, pick  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
 from utils.quiet import hide_progress_bars, quiet_libraries  # noqa: E402
+
+ROW_FLAGS = ("seed", "batch_size", "device", "dtype", "image_format", "init_image_column")
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = parser.add_argument_group("what to make pairs of").add_argument
-    add(
-        "--prompts",
-        required=True,
-        metavar="CAPTIONS",
-        help="a folder written by generate_captions.py, a .jsonl "
-        "file, a folder of such, or an id on the Hub; its columns are caption (or input), edit and output",
+    add = parser.add_argument_group("input").add_argument
+    prompts_help = (
+        "output of generate_captions.py, .jsonl file, folder, or Hub id, with columns caption, edit and output"
     )
-    add("--caption_column", metavar="NAME", help="the original captions' column (default: caption, or input)")
-    add("--split", default="train", help="of --prompts, and of --init_images (default train)")
-    add("--max_captions", type=int, metavar="N", help="take the first N captions alone")
-    add(
-        "--init_images",
-        metavar="PHOTOGRAPHS",
-        help="start from photographs, not from noise: a folder, a saved "
-        "dataset or an id on the Hub. A caption names its photograph in a column; where this is the same dataset as "
-        "--prompts, it is the row's own",
-    )
-    add(
-        "--init_image_column",
-        metavar="NAME",
-        help="the column of --prompts that names the photograph (default: "
-        "file_name, image, photograph, image_file or source)",
-    )
-    add("--image_column", metavar="NAME", help="the column of --init_images that holds the photographs")
-    add(
-        "--strength",
-        type=float,
-        metavar="S",
-        help="with --init_images, the share of the steps that is taken: 1 "
-        "leaves nothing of the photograph (default 0.6)",
-    )
-    add(
-        "--original",
-        choices=("real", "generated"),
-        help="with --init_images, the original image of a pair: the "
-        "photograph itself, or the picture generated from it (default generated)",
-    )
+    add("--prompts", required=True, metavar="CAPTIONS", help=prompts_help)
+    add("--caption_column", metavar="NAME", help="column of the original captions (default: caption, or input)")
+    add("--split", default="train", help="split of --prompts and --init_images (default train)")
+    add("--max_captions", type=int, metavar="N", help="use only the first N captions")
+    init_help = "start from photographs instead of noise: a folder, a saved dataset or a Hub id"
+    add("--init_images", metavar="PHOTOGRAPHS", help=init_help)
+    column_help = "column of --prompts with the photograph's name (default: file_name, image, photograph ...)"
+    add("--init_image_column", metavar="NAME", help=column_help)
+    add("--image_column", metavar="NAME", help="image column of --init_images")
+    strength_help = "with --init_images: share of the steps to run; 1 ignores the photograph (default 0.6)"
+    add("--strength", type=float, metavar="S", help=strength_help)
+    original_help = "with --init_images: the photograph itself, or the image generated from it (default generated)"
+    add("--original", choices=("real", "generated"), help=original_help)
     add_settings_flags(parser)
-    add = parser.add_argument_group("checks").add_argument
-    add(
-        "--safety_checker",
-        metavar="MODEL",
-        help="reject what it flags, such as CompVis/stable-diffusion-safety-"
-        "checker (default: the one of --model, if any)",
-    )
-    add("--no_safety_checker", action="store_true", help="without the one of --model")
-    add(
-        "--image_check",
-        metavar="python:FILE:FUNCTION",
-        help="reject what this function of a list of uint8 RGB arrays (H, W, 3) gives True for; FILE is run",
-    )
-    add = parser.add_argument_group("model").add_argument
-    add(
-        "--model",
-        help="a text-to-image model of Stable Diffusion 1.x/2.x or SDXL: a folder, an id on the Hub, or "
-        "one .safetensors file (ip2p stable-diffusion-v1-5, fast stabilityai/sdxl-turbo)",
-    )
-    add("--revision", help="branch, tag or commit of it; the commit that it is goes into every row")
-    add("--variant", help="variant of its weight files, such as fp16")
-    add("--single_file_config", metavar="PIPELINE", help="for a --model in one file: a pipeline of its family")
-    add(
-        "--vae",
-        metavar="MODEL",
-        help="an autoencoder in the place of its own (ip2p stabilityai/sd-vae-ft-mse, with the preset's model)",
-    )
-    add(
-        "--lora",
-        metavar="ADAPTER",
-        help="merged into it, such as latent-consistency/lcm-lora-sdv1-5 (with --scheduler lcm)",
-    )
-    add("--lora_scale", type=float, default=1.0, metavar="S", help="how strongly it applies (default 1)")
-    add(
-        "--device",
-        default="auto",
-        help="cuda, cuda:1, mps or cpu (default: the best there is, and workers share the GPUs)",
-    )
-    add("--dtype", choices=("fp32", "fp16", "bf16"), help="precision (default fp16 on cuda, else fp32)")
-    add("--batch_size", type=int, default=8, metavar="N", help="pairs denoised at once (default 8)")
-    add(
-        "--captions_per_file",
-        type=int,
-        metavar="N",
-        help="captions between two files: what a kill costs at most (ip2p 2, fast 50)",
-    )
+    add = parser.add_argument_group("image checks").add_argument
+    safety_help = "such as CompVis/stable-diffusion-safety-checker (default: that of --model, if any)"
+    add("--safety_checker", metavar="MODEL", help=safety_help)
+    add("--no_safety_checker", action="store_true", help="disable the safety checker of --model")
+    check_help = "function from a list of uint8 RGB arrays (H, W, 3) to a list of bools, True to reject"
+    add("--image_check", metavar="python:FILE:FUNCTION", help=check_help)
+    add_model_flags(parser)
     add_generation_flags(parser, image_format="jpeg100")
     return parser.parse_args(argv)
 
 
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    model_help = "Stable Diffusion 1.x/2.x or SDXL: folder, Hub id or .safetensors file (default: that of the preset)"
+    add("--model", help=model_help)
+    add("--revision", help="branch, tag or commit of the model")
+    add("--variant", help="variant of its weight files, such as fp16")
+    add("--single_file_config", metavar="PIPELINE", help="for a --model in one file: a pipeline of its family")
+    vae_help = "another autoencoder (default: stabilityai/sd-vae-ft-mse with the ip2p model, else that of the model)"
+    add("--vae", metavar="MODEL", help=vae_help)
+    lora_help = "adapter to fuse, such as latent-consistency/lcm-lora-sdv1-5 (with --scheduler lcm)"
+    add("--lora", metavar="ADAPTER", help=lora_help)
+    add("--lora_scale", type=float, default=1.0, metavar="S", help="scale of the adapter (default 1)")
+    device_help = "cuda, cuda:1, mps or cpu; workers share the GPUs (default: the best available)"
+    add("--device", default="auto", help=device_help)
+    add("--dtype", choices=("fp32", "fp16", "bf16"), help="precision (default fp16 on cuda, else fp32)")
+    add("--batch_size", type=int, default=8, metavar="N", help="pairs denoised at once (default 8)")
+    shard_help = "captions per file, the most that a killed run loses (ip2p 2, fast 50)"
+    add("--captions_per_file", type=int, metavar="N", help=shard_help)
+
+
 def check_flags(args: argparse.Namespace, settings: PairSettings) -> None:
-    """Refuse what cannot work, all problems at once."""
+    """Raises one InputError with all problems of the flags."""
     problems = generation_flag_problems(args) + find_setting_problems(settings, has_photographs=bool(args.init_images))
-    if args.share_range and args.share_steps:
-        problems.append("--share_range and --share_steps: give one of them")
     for name, limit in (("max_captions", 10**12), ("batch_size", 4096), ("captions_per_file", 100_000)):
         value = getattr(args, name)
         if value is not None and not 1 <= value <= limit:
             problems.append(f"--{name} {value}: must be from 1 to {limit}")
-    if args.image_check and not args.image_check.startswith("python:"):
-        problems.append(f"--image_check {args.image_check}: must be python:FILE:FUNCTION")
-    if args.safety_checker and args.no_safety_checker:
-        problems.append("--safety_checker and --no_safety_checker: give one of them")
+    for first, second in (("share_range", "share_steps"), ("safety_checker", "no_safety_checker")):
+        if getattr(args, first) and getattr(args, second):
+            problems.append(f"--{first} and --{second}: give only one of them")
+    if args.image_check and (problem := find_function_problem(args.image_check)):
+        problems.append(f"--image_check {problem}")
     if not args.init_images:
         names = ("init_image_column", "image_column", "strength", "original")
         problems += [f"--{name}: needs --init_images" for name in names if getattr(args, name) is not None]
@@ -139,76 +106,64 @@ def check_flags(args: argparse.Namespace, settings: PairSettings) -> None:
         raise InputError.from_problems(problems)
 
 
-def make_recipe(args: argparse.Namespace, settings: PairSettings) -> tuple[Any, dict]:
-    """The recipe, and what decides its rows. Opens the captions and finds the models. Raises InputError."""
+def make_generator(args: argparse.Namespace, settings: PairSettings) -> tuple[Any, dict]:
+    """(CaptionPairGenerator, settings for the manifest). Opens the captions and finds the models. Raises InputError."""
     from data_preparation.generation.inputs import Captions, Photographs
-    from data_preparation.pairs.image_checks import load_function
-    from data_preparation.pairs.models import ModelChoice, resolve
-    from data_preparation.pairs.prompts import open_prompts
-    from data_preparation.pairs.recipe import PairRecipe
+    from data_preparation.pairs.candidates import open_prompts
+    from data_preparation.pairs.caption_pairs import CaptionPairGenerator
+    from data_preparation.pairs.filters import load_image_check
+    from data_preparation.pairs.models import ModelChoice, resolve_models
     from utils.hub_names import digest_files
 
-    model, vae = PRESET_MODELS[args.preset]
-    model, vae = (args.model, args.vae) if args.model else (model, args.vae or vae)
-    names = {each.name for each in dataclasses.fields(ModelChoice)} - {"model", "vae"}
-    choice = ModelChoice(model, vae=vae, **{name: value for name, value in vars(args).items() if name in names})
+    preset = PRESETS[args.preset]
+    choice = pick(args, ModelChoice)
+    if not args.model:
+        choice = dataclasses.replace(choice, model=preset.model, vae=args.vae or preset.vae)
     prompts = Captions(args.prompts, args.caption_column, args.split)
     opened = open_prompts(prompts)
     photographs = Photographs(args.init_images, args.split, args.image_column) if args.init_images else None
     inputs = {"prompts": opened.digest, "photographs": photographs.open().digest if photographs else None}
     if args.image_check:
-        load_function(args.image_check)
-        _, file = args.image_check.split(":", 1)
-        file, function = file.rsplit(":", 1)
+        load_image_check(args.image_check)
+        file, function = args.image_check.removeprefix("python:").rsplit(":", 1)
         inputs["image_check"] = [function, digest_files(Path(file))]
-    choice, models = resolve(choice)
-    recipe = PairRecipe(
-        min(len(opened), args.max_captions or len(opened)),
-        prompts,
-        settings,
-        choice,
-        models,
-        args.seed,
-        args.batch_size,
-        args.device,
-        args.dtype,
-        args.image_format,
-        photographs,
-        args.init_image_column,
-        args.image_check,
+    choice, models = resolve_models(choice)
+    generator = CaptionPairGenerator(
+        num_items=min(len(opened), args.max_captions or len(opened)),
+        prompts=prompts,
+        settings=settings,
+        choice=choice,
+        models=models,
+        photographs=photographs,
+        image_check=args.image_check,
+        **{name: getattr(args, name) for name in ROW_FLAGS},
     )
-    how = ("seed", "batch_size", "device", "dtype", "image_format", "init_image_column", "variant", "lora_scale")
-    told = {name: getattr(args, name) for name in (*how, "no_safety_checker")}
-    return recipe, {"generator": "generate_pairs", "models": models, **inputs, **told, **dataclasses.asdict(settings)}
-
-
-def run(argv: list[str] | None) -> None:
-    args = parse_flags(argv)
-    settings = pick_settings(args)
-    check_flags(args, settings)
-    quiet_libraries()
-    from data_preparation.generation.runner import run_generation
-    from data_preparation.pairs.report import describe_cost
-
-    recipe, decides = make_recipe(args, settings)
-    hide_progress_bars()
-    per_file = args.captions_per_file or PRESET_FILE_ITEMS[args.preset]
-    decides = json.loads(json.dumps(decides))  # as the manifest gives it back: tuples are lists
-    summary = run_generation(
-        recipe,
-        args.data_root,
-        decides,
-        items_per_shard=per_file,
-        workers=choose_workers(args, needs_gpu=True),
-        overwrite=args.overwrite,
-    )
-    print(summary.describe(args.data_root))
-    print(describe_cost(args.data_root, summary.rows, summary.rejected))
+    flags = {name: getattr(args, name) for name in (*ROW_FLAGS, "variant", "lora_scale", "no_safety_checker")}
+    manifest = {"generator": "generate_pairs", "models": models, **inputs, **flags, **dataclasses.asdict(settings)}
+    return generator, json.loads(json.dumps(manifest))  # tuples become lists, as in the stored manifest
 
 
 def main(argv: list[str] | None = None) -> None:
     with exit_on_input_error():
-        run(argv)
+        args = parse_flags(argv)
+        settings = choose_settings(args)
+        check_flags(args, settings)
+        quiet_libraries()
+        from data_preparation.generation.runner import run_generation
+        from data_preparation.pairs.candidates import describe_cost
+
+        generator, manifest = make_generator(args, settings)
+        hide_progress_bars()
+        summary = run_generation(
+            generator,
+            args.data_root,
+            manifest,
+            items_per_shard=args.captions_per_file or PRESETS[args.preset].captions_per_shard,
+            workers=choose_workers(args, needs_gpu=True),
+            overwrite=args.overwrite,
+        )
+        print(summary.describe(args.data_root))
+        print(describe_cost(args.data_root, summary.rows, summary.rejected))
 
 
 if __name__ == "__main__":

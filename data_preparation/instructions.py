@@ -1,8 +1,8 @@
-"""The ways to ask for each edit; the last ones of each file are kept out of training.
+"""The phrasings of each task: the ways to ask for an edit. The last ones of a file are held out from training.
 
-One phrasing a line, fifty or more a file. Only the toy world's edits, in instructions/toy, have fifteen: its text
-encoder, frozen when the demo's editor is trained, has seen their words and no others. Of 38 new ways of asking for a
-cartoon it took 10 for another edit; hence cartoonize.txt stands in both folders.
+The files hold one phrasing per line, fifty or more. The tasks of the toy world, in instructions/toy, have only fifteen:
+its text encoder, frozen when the demo trains its editor, knows their words and no others. Of 38 further phrasings of
+cartoonize it mistook 10 for other edits, which is why cartoonize.txt exists in both folders.
 """
 
 from __future__ import annotations
@@ -15,64 +15,58 @@ FOLDER = Path(__file__).resolve().parent / "instructions"
 
 
 def available_tasks() -> list[str]:
-    """Names of the tasks that have a file of phrasings, sorted. Needs no import of the edits themselves."""
-    return sorted(name for name in _files() if not name.startswith("toy/"))
+    """Sorted names of the tasks with a file of phrasings."""
+    return sorted(name for name in _phrasing_files() if not name.startswith("toy/"))
 
 
-def _files() -> dict[str, Path]:
-    """Every name that `read_phrasings` takes, with its file."""
+def _phrasing_files() -> dict[str, Path]:
+    """File by task name; a task of the toy world is also "toy/NAME"."""
     toy = sorted((FOLDER / "toy").glob("*.txt"))
     return {f"toy/{path.stem}": path for path in toy} | {path.stem: path for path in (*toy, *FOLDER.glob("*.txt"))}
 
 
 def read_phrasings(task: str, num_heldout: int = 3) -> tuple[list[str], list[str]]:
-    """(phrasings for training, phrasings kept out of it) of one task, by its name or by the path of a .txt file.
+    """(phrasings for training, held-out phrasings) of a task, given by name or by the path of a .txt file.
 
-    "toy/cartoonize" and its like name the toy world's file; a plain name means that only where there is no larger one.
-    The last `num_heldout` lines of the file are kept out. Raises `InputError` for an unknown task, an unreadable file,
-    a file without a phrasing or with one twice, and where none would be left for training.
+    "toy/NAME" is the file of the toy world; NAME alone means it only if there is no other file of that name. The last
+    `num_heldout` lines are held out. Raises `InputError` for an unknown task, an unreadable file, a file without
+    phrasings or with duplicates, and if no phrasing is left for training.
     """
     path = _find_file(task)
     lines = _read_lines(path)
     if not 0 <= num_heldout < len(lines):
         raise InputError(
-            f"{num_heldout} phrasings of '{task}' were to be held out: it has {len(lines)}, and training needs at "
-            f"least one; give a number from 0 to {len(lines) - 1}, or add lines to {path}"
+            f"cannot hold out {num_heldout} of the {len(lines)} phrasings of '{task}': give a number from 0 to "
+            f"{len(lines) - 1}, or add lines to {path}"
         )
     return lines[: len(lines) - num_heldout], lines[len(lines) - num_heldout :]
 
 
 def _find_file(task: str) -> Path:
-    path = Path(task)
+    path, files = Path(task), _phrasing_files()
     if path.suffix.lower() == ".txt":
         if not path.is_file():
-            raise InputError(f"{task}: no such file; give a text file with one phrasing a line")
+            raise InputError(f"{task} does not exist; give a text file with one phrasing per line")
         return path
-    if task not in _files():
-        raise InputError(
-            f"'{task}' is no task: choose from {', '.join(available_tasks())}, or give the path of a .txt file with "
-            "one phrasing a line"
-        )
-    return _files()[task]
+    if task not in files:
+        names = ", ".join(available_tasks())
+        raise InputError(f"unknown task '{task}': choose from {names}, or give a .txt file with one phrasing per line")
+    return files[task]
 
 
 def _read_lines(path: Path) -> list[str]:
-    """The phrasings of a file, stripped; empty lines do not count."""
+    """The phrasings of a file without surrounding whitespace and empty lines."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 (byte {error.start}); save it as UTF-8") from None
+        raise InputError(f"{path} is not UTF-8 (byte {error.start}): save it as UTF-8") from None
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
-        raise InputError(f"{path}: holds no phrasing; write one a line")
-    first_seen: dict[str, str] = {}
-    problems = []
-    for line in lines:
-        if line.casefold() in first_seen:
-            problems.append(f"{path}: '{line}' stands there twice; delete one")
-        first_seen.setdefault(line.casefold(), line)
-    if problems:
-        raise InputError.from_problems(problems)
+        raise InputError(f"{path} has no phrasings: write one per line")
+    folded = [line.casefold() for line in lines]
+    repeated = [line for index, line in enumerate(lines) if folded[index] in folded[:index]]
+    if repeated:
+        raise InputError.from_problems([f"{path}: '{line}' is repeated; delete one of them" for line in repeated])
     return lines

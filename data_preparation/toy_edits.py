@@ -1,8 +1,8 @@
-"""Exact edits: what each instruction of the toy world should do to a photograph.
+"""The exact edits of the toy world: the result of each instruction for any photograph.
 
-Every edit is a pure function, uint8 RGB (H, W, 3) in 0-255 -> uint8 RGB of the same size. All are local: a small
-UNet at 64 pixels can learn them. They were chosen far apart from one another and from the unedited picture, because the
-demo counts an edit as right when the result is nearer to its own exact result than to any other.
+Each edit is a pure function, uint8 RGB (H, W, 3) -> uint8 RGB of the same size. All are local, so that a small UNet can
+learn them at 64 pixels. They differ strongly from one another and from the original image, because the demo counts an
+edit as correct if it is closer to its own exact result than to any other.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def _scale(image: np.ndarray) -> int:
-    """Width of a line in pixels: 1 at 64 pixels, growing with the picture so that an edit looks alike at any size."""
+    """Width of a line in pixels: 1 at 64 pixels, proportional to the image, so that edits look alike at any size."""
     return max(1, round(min(image.shape[:2]) / 64))
 
 
@@ -41,14 +41,14 @@ def _lines(image: np.ndarray) -> np.ndarray:
 
 
 def cartoonize(image: np.ndarray) -> np.ndarray:
-    """Flat, vivid colours in few steps of brightness, with dark ink lines."""
+    """Flat, vivid colours in few brightness steps, with dark ink lines."""
     scale = _scale(image)
     flat = image
     for _ in range(3):
         flat = cv2.bilateralFilter(flat, 4 * scale + 1, 60, 2.0 * scale)
     hue, saturation, value = np.moveaxis(cv2.cvtColor(flat.astype(np.float32) / 255, cv2.COLOR_RGB2HSV), 2, 0)
     saturation = np.clip(saturation * 1.9 + 0.08, 0, 1)
-    # Four steps, lifted: a cartoon has no deep shadow but its ink.
+    # Four brightened steps: only the ink of a cartoon is dark.
     value = (np.floor(np.clip(value, 0, 0.999) * 4) + 1.4) / 4.4
     colours = cv2.cvtColor(np.dstack([hue, saturation, value]).astype(np.float32), cv2.COLOR_HSV2RGB)
     return _to_uint8(colours * (1 - 0.9 * _lines(image)[..., None]))
@@ -80,7 +80,7 @@ def night(image: np.ndarray) -> np.ndarray:
 
 
 def sunset(image: np.ndarray) -> np.ndarray:
-    """Warm light: red and orange over the picture, purple towards the bottom."""
+    """Warm light: red and orange at the top, purple towards the bottom."""
     values = image.astype(np.float32) / 255
     top, bottom = np.array([1.0, 0.45, 0.05], np.float32), np.array([0.55, 0.08, 0.35], np.float32)
     glow = top + (bottom - top) * _rows(image)
@@ -112,7 +112,7 @@ def mosaic(image: np.ndarray) -> np.ndarray:
 
 
 def thermal(image: np.ndarray) -> np.ndarray:
-    """A heat camera's false colours: blue where dark, red in the middle, yellow where bright."""
+    """False colours of a thermal camera: blue where dark, red in the middle, yellow where bright."""
     stops = np.array([0.0, 0.3, 0.6, 0.85, 1.0], np.float32)
     colours = np.array([[0, 0, 90], [110, 0, 160], [235, 40, 60], [255, 190, 0], [255, 255, 200]], np.float32) / 255
     gray = _gray(image)
@@ -126,5 +126,5 @@ EDITS = {
 
 
 def exact_results(image: np.ndarray, tasks: list[str] | None = None) -> dict[str, np.ndarray]:
-    """The exact result of every task (default: all) for one photograph, by name, in the order given."""
+    """The exact result of each task (default: all) for one photograph, by name, in the given order."""
     return {task: EDITS[task](image) for task in (EDITS if tasks is None else tasks)}

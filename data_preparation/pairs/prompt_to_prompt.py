@@ -1,9 +1,9 @@
-"""Prompt-to-Prompt as InstructPix2Pix uses it: a pair's two images share the attention maps of their self-attention.
+"""Prompt-to-Prompt as in InstructPix2Pix: the two images of a pair share the attention maps of self-attention.
 
-In the paper's code (2211.09800, section 3.1.2) the logits q k of the second image are replaced by those of the first
-before the softmax, in every self-attention layer, at every resolution, and each image keeps its own values v.
-Cross-attention stays as it is. softmax(q0 k0) v1 needs no attention map: the second image takes q and k of the first,
-and attention is the usual fused one.
+In the code of the paper (2211.09800, section 3.1.2), the logits q k of the second image are replaced by those of the
+first before the softmax, in all self-attention layers, while each image keeps its own values v; cross-attention is
+unchanged. softmax(q0 k0) v1 needs no explicit attention map: the second image takes q and k of the first, and the fused
+attention of PyTorch computes the rest.
 """
 
 from __future__ import annotations
@@ -18,52 +18,46 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
 
-class Sharing:
-    """Which row of the UNet's batch each row takes queries and keys from; None: each from itself."""
+class AttentionSources:
+    """The row of the UNet batch from which each row takes queries and keys; None: each from itself."""
 
     def __init__(self) -> None:
-        self.sources: torch.Tensor | None = None  # (B,) row numbers
+        self.rows: torch.Tensor | None = None  # (B,) row indices
 
     def set(self, is_shared: list[bool], num_branches: int, device: torch.device | str = "cpu") -> None:
         """Share within those of the P pairs that are marked.
 
-        The UNet's batch is `num_branches` times (1 without, 2 with classifier-free guidance) the 2P rows
-        first, second, first, second ... of the pairs.
+        The UNet batch has the 2P rows first, second, first, second ... of the pairs, `num_branches` times (2 with
+        classifier-free guidance, else 1).
         """
         if not any(is_shared):
-            self.sources = None
+            self.rows = None
             return
         rows = torch.arange(2 * len(is_shared) * num_branches)
         marks = torch.tensor(is_shared).repeat_interleave(2).repeat(num_branches)
-        self.sources = torch.where(marks, rows // 2 * 2, rows).to(device)
+        self.rows = torch.where(marks, rows // 2 * 2, rows).to(device)
 
 
 class SharedSelfAttention:
-    """An attention processor that follows a `Sharing` in self-attention, and is the former one in all else."""
+    """An attention processor with shared queries and keys in self-attention; otherwise the original processor."""
 
-    def __init__(self, sharing: Sharing, former: Any) -> None:
-        self.sharing, self.former = sharing, former
+    def __init__(self, sources: AttentionSources, original: Any) -> None:
+        self.sources, self.original = sources, original
 
     def __call__(
-        self,
-        attn: Attention,
-        hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        temb: torch.Tensor | None = None,
-        **settings: Any,
+        self, attn: Attention, hidden_states: torch.Tensor, temb: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        sources = self.sharing.sources
-        if sources is None or encoder_hidden_states is not None:
-            return self.former(attn, hidden_states, encoder_hidden_states, attention_mask, temb, **settings)
-        assert attention_mask is None and len(sources) == len(hidden_states), "one source for each row, and no mask"
-        return _attend(attn, hidden_states, sources)
+        rows = self.sources.rows
+        if rows is None or kwargs.get("encoder_hidden_states") is not None:
+            return self.original(attn, hidden_states, temb=temb, **kwargs)
+        assert kwargs.get("attention_mask") is None and len(rows) == len(hidden_states), "one source per row, no mask"
+        return _attend(attn, hidden_states, rows)
 
 
 def _attend(attn: Attention, hidden_states: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
-    """Self-attention with q and k of the rows `sources` (B,): as diffusers' AttnProcessor2_0 but for that."""
+    """The AttnProcessor2_0 of diffusers for self-attention, but with q and k of the rows `sources` (B,)."""
     residual, shape = hidden_states, hidden_states.shape
-    if len(shape) == 4:  # an attention block of its own, as in AttnDownBlock2D: (B, C, h, w) -> (B, h * w, C)
+    if len(shape) == 4:  # a separate attention block, as in AttnDownBlock2D: (B, C, h, w) -> (B, h * w, C)
         hidden_states = hidden_states.flatten(2).transpose(1, 2)
     if attn.group_norm is not None:
         hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
@@ -84,19 +78,19 @@ def _attend(attn: Attention, hidden_states: torch.Tensor, sources: torch.Tensor)
 
 
 @contextmanager
-def sharing_self_attention(unet: UNet2DConditionModel) -> Iterator[Sharing]:
-    """Inside, the UNet's self-attention follows the `Sharing` that is yielded; outside it is as it was."""
-    former, sharing = unet.attn_processors, Sharing()
-    unet.set_attn_processor({name: SharedSelfAttention(sharing, each) for name, each in former.items()})
+def shared_self_attention(unet: UNet2DConditionModel) -> Iterator[AttentionSources]:
+    """Within the context, the self-attention of the UNet follows the `AttentionSources` that it yields."""
+    original, sources = unet.attn_processors, AttentionSources()
+    unet.set_attn_processor({name: SharedSelfAttention(sources, each) for name, each in original.items()})
     try:
-        yield sharing
+        yield sources
     finally:
-        unet.set_attn_processor(former)
+        unet.set_attn_processor(original)
 
 
 def count_shared_steps(threshold: float, num_steps: int) -> int:
-    """The reference's rule as a number of steps: step i is shared while `threshold > i / (num_steps - 1)`.
+    """The number of shared steps, always the first ones: as in the paper, those with threshold > i / (num_steps - 1).
 
-    The shared steps are always the first ones. Needs two steps at least.
+    num_steps: at least 2.
     """
     return sum(threshold > step / (num_steps - 1) for step in range(num_steps))

@@ -1,8 +1,7 @@
-"""Image pairs from pairs of captions: two images of one noise, denoised side by side with shared self-attention.
+"""Samples the two images of a pair side by side, from the same noise and with shared self-attention.
 
-Unlike diffusers' pipelines: many pairs in a batch, each with a seed, a guidance scale and a number of shared steps of
-its own; the latents and the schedulers' arithmetic are in float32 whatever the UNet runs in, so that the noise is the
-same in every precision.
+Unlike the pipelines of diffusers, each pair of a batch has its own seed, guidance scale and number of shared steps.
+Latents and schedulers use float32 whatever the dtype of the UNet, so that the noise does not depend on it.
 """
 
 from __future__ import annotations
@@ -15,38 +14,89 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from data_preparation.pairs.photograph_start import PhotographStart
-from data_preparation.pairs.prompt_to_prompt import Sharing, sharing_self_attention
+from data_preparation.pairs.prompt_to_prompt import shared_self_attention
 from utils.editing.encodings import device_of, vae_in_its_precision
 from utils.editing.sampling import fresh_scheduler
 from utils.models.conditioning import PromptEmbeds, added_conditions, concatenate
-from utils.models.latents import unscale_latents
+from utils.models.latents import encode_moments, scale_latents, unscale_latents
 
-DECODE_BATCH = 8  # images that the VAE decodes at once: its activations are far larger than the UNet's
+DECODE_BATCH = 8  # images that the VAE decodes at once: its activations are much larger than those of the UNet
 
 
 @dataclass(frozen=True)
 class PairDraw:
-    """What is drawn for a pair. guidance: up to 1 is none; share_steps: the first steps in which it shares."""
+    """The random values of a pair.
+
+    share_steps: number of first steps with shared attention, computed from `threshold` if that was drawn; guidance: up
+    to 1 is none.
+    """
 
     seed: int
     share_steps: int
     guidance: float = 0.0
+    threshold: float | None = None
 
 
-class Sampled(NamedTuple):
-    """latents (2P, 4, h, w) float32, of each pair first and second image; unet_rows: rows that the UNet evaluated."""
+@dataclass(frozen=True)
+class PhotographStart:
+    """Start both images of each pair from the noised latents of a photograph (SDEdit, 2108.01073).
+
+    latents: (P, 4, h, w), scaled; num_steps: the last steps of the schedule, which run. keeps_photograph: the first
+    image remains the photograph. At each step the UNet sees it with the noise of that step, which provides the queries
+    and keys for the second image; the prediction for the first is replaced by the exact one. The second image then has
+    the geometry of the photograph itself, not of a similar image.
+    """
+
+    latents: torch.Tensor
+    num_steps: int
+    keeps_photograph: bool = False
+
+    def add_noise(self, scheduler: Any, noise: torch.Tensor) -> torch.Tensor:
+        """The photographs with the noise of the first step, for both images of each pair: (2P, 4, h, w)."""
+        skipped = scheduler.num_inference_steps - self.num_steps
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(skipped)
+        first = scheduler.timesteps[skipped : skipped + 1]
+        return scheduler.add_noise(self.latents.repeat_interleave(2, dim=0), noise, first.repeat(len(noise)))
+
+    def correct(
+        self, scheduler: Any, prediction: torch.Tensor, model_input: torch.Tensor, timestep: torch.Tensor
+    ) -> torch.Tensor:
+        """The prediction (2P, 4, h, w), exact for the first images if they remain the photographs."""
+        if not self.keeps_photograph:
+            return prediction
+        signal, sigma = _noise_level(scheduler, timestep)
+        noise = (model_input[::2] - signal * self.latents) / sigma
+        targets = {"epsilon": noise, "v_prediction": signal * noise - sigma * self.latents, "sample": self.latents}
+        corrected = prediction.clone()
+        corrected[::2] = targets[scheduler.config.prediction_type]
+        return corrected
+
+
+def _noise_level(scheduler: Any, timestep: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(signal, sigma) of the UNet input at a step: signal * latents + sigma * noise, with signal^2 + sigma^2 = 1."""
+    if hasattr(scheduler, "is_scale_input_called"):  # the Euler family, whose latents are clean + sigma * noise
+        ratio = scheduler.sigmas[scheduler.step_index]
+        signal = (ratio**2 + 1) ** -0.5
+        return signal, ratio * signal
+    signal_power = scheduler.alphas_cumprod.to(timestep.device)[timestep.long()]
+    return signal_power**0.5, (1 - signal_power) ** 0.5
+
+
+class SampledPairs(NamedTuple):
+    """latents: (2P, 4, h, w) float32, first and second image of each pair; unet_rows: rows that the UNet evaluated."""
 
     latents: torch.Tensor
     unet_rows: int
 
 
 class Conditions(NamedTuple):
-    """What the UNet is told beside the latents: prompts, SDXL's additions, the guidance of a distilled UNet."""
+    """Inputs of the UNet for K branches: prompt embeddings, SDXL's conditions, guidance of a distilled UNet."""
 
-    hidden: torch.Tensor  # (K*2P, 77, D)
+    hidden: torch.Tensor  # (K * 2P, 77, D)
     added: dict[str, torch.Tensor] | None
-    guidance: torch.Tensor | None  # (K*2P, E)
+    guidance: torch.Tensor | None  # (K * 2P, E)
+    num_branches: int
 
 
 @torch.no_grad()
@@ -60,64 +110,51 @@ def sample_pairs(
     size: tuple[int, int],
     start: PhotographStart | None = None,
     after_step: Callable[[torch.Tensor], None] | None = None,
-) -> Sampled:
+) -> SampledPairs:
     """Denoise P pairs.
 
-    texts: embeddings of 2P captions, of each pair first and second; null: 1 row; size: (height, width) in pixels.
-    Both images of a pair have generators with the pair's seed, so that initial noise and the noise of every step
-    (ancestral, LCM, TCD, SDE) are the same. The generators are the CPU's, which draw the same for every device.
-    `start` begins with photographs in place of noise. `after_step` sees the latents (2P, 4, h, w) after each step.
-    Raises InputError for steps that the scheduler cannot do.
+    texts: embeddings of 2P captions, first and second of each pair; null: 1 row; size: (height, width) in pixels;
+    after_step: called with the latents (2P, 4, h, w) after each step. Both images of a pair have a CPU generator with
+    the seed of the pair: the initial noise and that of each step (ancestral, LCM, TCD, SDE) is the same for both, and
+    on every device. Raises InputError for steps that the scheduler does not support.
     """
     device = device_of(pipeline)
     scheduler = fresh_scheduler(scheduler, num_inference_steps, device)
     generators = [torch.Generator().manual_seed(draw.seed) for draw in draws for _ in range(2)]
-    known = inspect.signature(scheduler.step).parameters
-    extra = {"generator": generators} if "generator" in known else {}
+    extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
     factor = pipeline.vae_scale_factor
     shape = (1, pipeline.vae.config.latent_channels, size[0] // factor, size[1] // factor)
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(device)
-    latents = start.begin(scheduler, noise) if start else noise * scheduler.init_noise_sigma
-    timesteps = start.timesteps(scheduler) if start else scheduler.timesteps
+    latents = start.add_noise(scheduler, noise) if start else noise * scheduler.init_noise_sigma
+    timesteps = scheduler.timesteps[num_inference_steps - start.num_steps if start else 0 :]
     scales = torch.tensor([draw.guidance for draw in draws for _ in range(2)], device=device)  # (2P,)
-    conditions, num_branches = _make_conditions(pipeline, texts, null, scales, size)
-    unet_rows = 0
-    with sharing_self_attention(pipeline.unet) as sharing:
+    conditions = _make_conditions(pipeline, texts, null, scales, size)
+    with shared_self_attention(pipeline.unet) as sources:
         for step, timestep in enumerate(timesteps):
-            _share(sharing, draws, step, num_branches, device)
+            sources.set([step < draw.share_steps for draw in draws], conditions.num_branches, device)
             model_input = scheduler.scale_model_input(latents, timestep)
-            prediction = _predict(pipeline.unet, model_input, timestep, conditions, num_branches, scales)
-            unet_rows += len(latents) * num_branches
+            prediction = _predict(pipeline.unet, model_input, timestep, conditions, scales)
             if start:
                 prediction = start.correct(scheduler, prediction, model_input, timestep)
             latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
             if after_step:
                 after_step(latents)
-    return Sampled(latents, unet_rows)
-
-
-def _share(sharing: Sharing, draws: list[PairDraw], step: int, num_branches: int, device: torch.device) -> None:
-    sharing.set([step < draw.share_steps for draw in draws], num_branches, device)
+    return SampledPairs(latents, len(timesteps) * len(latents) * conditions.num_branches)
 
 
 def _predict(
-    unet: Any,
-    latents: torch.Tensor,
-    timestep: torch.Tensor,
-    conditions: Conditions,
-    num_branches: int,
-    scales: torch.Tensor,
+    unet: Any, latents: torch.Tensor, timestep: torch.Tensor, conditions: Conditions, scales: torch.Tensor
 ) -> torch.Tensor:
     """The guided prediction (2P, 4, h, w) in float32."""
     predictions = unet(
-        latents.to(unet.dtype).repeat(num_branches, 1, 1, 1),
+        latents.to(unet.dtype).repeat(conditions.num_branches, 1, 1, 1),
         timestep,
         encoder_hidden_states=conditions.hidden,
         timestep_cond=conditions.guidance,
         added_cond_kwargs=conditions.added,
         return_dict=False,
     )[0].float()
-    if num_branches == 1:
+    if conditions.num_branches == 1:
         return predictions
     uncond, text = predictions.chunk(2)
     return uncond + scales[:, None, None, None] * (text - uncond)
@@ -125,10 +162,10 @@ def _predict(
 
 def _make_conditions(
     pipeline: Any, texts: PromptEmbeds, null: PromptEmbeds, scales: torch.Tensor, size: tuple[int, int]
-) -> tuple[Conditions, int]:
-    """The conditions, and of how many branches they are: [null, text], or text alone where no pair is guided.
+) -> Conditions:
+    """Conditions of the branches [null, text], or of text only if no pair has guidance.
 
-    A UNet that was distilled with guidance as an input (`time_cond_proj_dim`) is told the scale, and needs no branch.
+    A UNet distilled with guidance as an input (`time_cond_proj_dim`) gets the scale and needs no null branch.
     """
     unet, guidance = pipeline.unet, None
     distilled_width = unet.config.get("time_cond_proj_dim")
@@ -139,15 +176,23 @@ def _make_conditions(
     if distilled_width is not None:
         guidance = pipeline.get_guidance_scale_embedding(scales.cpu() - 1, embedding_dim=distilled_width)
         guidance = guidance.to(unet.device, unet.dtype)
-    # original size, crop, target size; in float32, as half precision would round the sizes
+    # Original size, crop, target size, in float32: half precision would round the sizes.
     time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=unet.device)
     added = added_conditions(texts.pooled, time_ids.repeat(len(texts.hidden), 1))
-    return Conditions(texts.hidden, added, guidance), 2 if is_guided else 1
+    return Conditions(texts.hidden, added, guidance, 2 if is_guided else 1)
+
+
+@torch.no_grad()
+def encode_photograph(pipeline: Any, photograph: np.ndarray) -> torch.Tensor:
+    """uint8 (H, W, 3) -> scaled latents (1, 4, h, w) in float32: the mode of the VAE posterior."""
+    with vae_in_its_precision(pipeline) as vae:
+        mode = encode_moments(vae, torch.from_numpy(photograph).permute(2, 0, 1)[None]).chunk(2, dim=1)[0]
+        return scale_latents(mode, vae.config).to(device_of(pipeline))
 
 
 @torch.no_grad()
 def decode(pipeline: Any, latents: torch.Tensor) -> tuple[np.ndarray, list[bool]]:
-    """Latents (N, 4, h, w) -> uint8 pixels (N, H, W, 3), and whether all values of each were finite numbers."""
+    """Latents (N, 4, h, w) -> uint8 images (N, H, W, 3), and whether all values of each image were finite."""
     decoded, finite = [], []
     with vae_in_its_precision(pipeline) as vae:
         unscaled = unscale_latents(latents.float(), vae.config).to(vae.dtype)

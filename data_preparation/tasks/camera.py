@@ -1,6 +1,7 @@
-"""What a camera does to a picture: noise, shake, defocus, softness, too little light, JPEG, no colour.
+"""What cameras and image files do to a photograph: noise, blur, low light, lost colour, JPEG, low resolution.
 
-Each function is uint8 RGB (H, W, 3), clean -> (degraded, of the same type and size; the parameters that were drawn).
+Each degradation maps a clean uint8 RGB image (H, W, 3) to (degraded image of the same type and size, the parameters
+that were drawn).
 """
 
 from __future__ import annotations
@@ -8,89 +9,116 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from data_preparation.tasks.light import add_sensor_noise, pixel_scale, to_encoded, to_linear
-from data_preparation.tasks.ranges import Choice, Range, Ranges, Whole, draw
+from data_preparation.tasks.primitives import (
+    Choice,
+    IntegerRange,
+    Range,
+    Ranges,
+    add_sensor_noise,
+    draw_parameters,
+    pixel_scale,
+    to_encoded,
+    to_linear,
+)
 
 DENOISE: Ranges = {
     "kind": Choice(
-        {"sensor": 0.7, "gaussian": 0.3}, "noise of a sensor, in linear light; or the same everywhere, encoded"
+        {"sensor": 0.7, "gaussian": 0.3}, "sensor noise in linear light, or uniform noise in encoded values"
     ),
-    "photons": Range(20, 2000, "sensor: photons that make a pixel white; fewer, more shot noise", is_log=True),
-    "read_noise": Range(0.002, 0.02, "sensor: standard deviation of the read noise, of white"),
+    "photons": Range(20, 2000, "sensor: photons at white; fewer give more shot noise", is_log=True),
+    "read_noise": Range(0.002, 0.02, "sensor: standard deviation of the read noise, relative to white"),
     "sigma": Range(5, 50, "gaussian: standard deviation, of 255"),
 }
 DEBLUR: Ranges = {
-    "kind": Choice({"shake": 0.5, "linear": 0.2, "defocus": 0.3}, "hand that shook, straight motion, or lens"),
-    "length": Range(7, 31, "shake and linear: extent of the path, pixels at 512"),
+    "kind": Choice({"shake": 0.5, "linear": 0.2, "defocus": 0.3}, "camera shake, straight motion, or defocus"),
+    "length": Range(7, 31, "shake and linear: length of the path, pixels at 512"),
     "angle": Range(0, 180, "shake and linear: direction, degrees"),
-    "radius": Range(2, 8, "defocus: of the disc, pixels at 512"),
+    "radius": Range(2, 8, "defocus: radius of the disc, pixels at 512"),
 }
-SHARPEN: Ranges = {"sigma": Range(0.8, 2.5, "standard deviation of the Gaussian, in linear light, pixels")}
+SHARPEN: Ranges = {"sigma": Range(0.8, 2.5, "standard deviation of the Gaussian blur in linear light, pixels")}
 LOW_LIGHT: Ranges = {
     "gain": Range(0.05, 0.4, "share of the light that is left", is_log=True),
-    "photons": Range(300, 5000, "photons that would make a pixel white", is_log=True),
-    "read_noise": Range(0.0005, 0.003, "standard deviation of the read noise, of white"),
-    "warmth": Range(-0.12, 0.12, "colour cast: red's gain more, blue's gain less by this share"),
+    "photons": Range(300, 5000, "photons at white", is_log=True),
+    "read_noise": Range(0.0005, 0.003, "standard deviation of the read noise, relative to white"),
+    "warmth": Range(-0.12, 0.12, "colour cast: gain of red more, of blue less, by this share"),
 }
-JPEG: Ranges = {"quality": Whole(5, 40, "of the JPEG file")}
+JPEG: Ranges = {"quality": IntegerRange(5, 40, "quality of the JPEG file")}
+_WAYS = {"area": 1 / 3, "linear": 1 / 3, "cubic": 1 / 3}
+_INTERPOLATION = {"area": cv2.INTER_AREA, "linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC}
+_NOISES = {"gaussian": 0.5, "poisson": 0.5}
+_BLURS = {"gaussian": 0.9, "sinc": 0.1}
+SUPER_RESOLVE: Ranges = {
+    "shrink": Range(2, 4, "the image is reduced to 1/shrink of its sides, then enlarged again"),
+    "blur_1": Choice(_BLURS, "first blur; sinc rings like a low-pass filter"),
+    "sigma_1": Range(0.2, 3, "first blur: standard deviation along its wide axis, pixels"),
+    "aspect_1": Range(0.5, 1, "first blur: narrow axis / wide axis"),
+    "cutoff_1": Range(1.05, 3.14, "first blur, sinc: highest frequency that passes, radians per pixel"),
+    "resize_1": Range(0.15, 1.5, "first resize: factor of the sides"),
+    "way_1": Choice(_WAYS, "first resize: interpolation"),
+    "noise_1": Choice(_NOISES, "first noise"),
+    "gaussian_1": Range(1, 15, "first noise: standard deviation, of 255"),
+    "poisson_1": Range(0.05, 1.5, "first noise: relative to that of 256 photons at white"),
+    "quality_1": IntegerRange(30, 95, "first JPEG"),
+    "blur_2": Choice(_BLURS, "second blur, if applied"),
+    "sigma_2": Range(0.2, 1.5, "second blur: as in the first"),
+    "aspect_2": Range(0.5, 1, "second blur: as in the first"),
+    "cutoff_2": Range(1.05, 3.14, "second blur, sinc: as in the first"),
+    "resize_2": Range(0.3, 1.2, "second resize: factor of the sides at 1/shrink"),
+    "way_2": Choice(_WAYS, "second resize: interpolation"),
+    "noise_2": Choice(_NOISES, "second noise"),
+    "gaussian_2": Range(1, 12.5, "second noise: as in the first"),
+    "poisson_2": Range(0.05, 1.25, "second noise: as in the first"),
+    "quality_2": IntegerRange(30, 95, "second JPEG"),
+}
+SECOND_BLUR_SHARE = 0.8  # probability of the second blur
+GREY_NOISE_SHARE = 0.4  # probability that the noise is the same in all channels
+SMALLEST = 1 / 6  # factor of the sides below which no intermediate image is reduced, so that content remains
 
 
 def identity(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
-    """Nothing, for instructions that ask for nothing."""
+    """No change, for instructions that ask for none."""
     return image.copy(), {}
 
 
 def colorize(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
-    """Colour lost: Rec. 601 luma in all channels, as grey files have it."""
+    """Remove colour: Rec. 601 luma in all three channels, as in grey image files."""
     return cv2.cvtColor(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB), {}
 
 
 def denoise(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
-    """Noise of a sensor at high ISO, or the Gaussian noise of papers."""
-    parameters = draw(DENOISE, rng, "kind")
+    """Add the noise of a sensor at high ISO, or the Gaussian noise common in papers."""
+    parameters = draw_parameters(DENOISE, rng, "kind")
     if parameters["kind"] == "sensor":
-        parameters |= draw(DENOISE, rng, "photons", "read_noise")
+        parameters |= draw_parameters(DENOISE, rng, "photons", "read_noise")
         noisy = add_sensor_noise(to_linear(image), parameters["photons"], parameters["read_noise"], rng)
         return to_encoded(noisy), parameters
-    parameters |= draw(DENOISE, rng, "sigma")
+    parameters |= draw_parameters(DENOISE, rng, "sigma")
     noisy = image + np.float32(parameters["sigma"]) * rng.standard_normal(image.shape, dtype=np.float32)
     return np.clip(noisy + 0.5, 0, 255).astype(np.uint8), parameters
 
 
 def low_light(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
-    """Too short an exposure: less light, hence noisier, with the colour cast of a lamp."""
-    parameters = draw(LOW_LIGHT, rng)
+    """Underexpose: less light, therefore more noise, and the colour cast of a lamp."""
+    parameters = draw_parameters(LOW_LIGHT, rng)
     cast = np.array([1 + parameters["warmth"], 1, 1 - parameters["warmth"]], np.float32)
     dark = to_linear(image) * (np.float32(parameters["gain"]) * cast)
     return to_encoded(add_sensor_noise(dark, parameters["photons"], parameters["read_noise"], rng)), parameters
 
 
-def jpeg(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
-    """Blocks, ringing and coarse colour of a JPEG file of low quality."""
-    parameters = draw(JPEG, rng)
-    return through_jpeg(image, parameters["quality"]), parameters
-
-
-def through_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
-    """Write the picture as JPEG (colour at half resolution, as most programs do) and read it again."""
-    _, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
-    return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
-
-
 def sharpen(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
-    """Softness: a slight Gaussian blur. In pixels at any size, because sharpness is judged pixel by pixel."""
-    parameters = draw(SHARPEN, rng)
+    """Apply a slight Gaussian blur. Its size is in pixels of the image, because sharpness is judged per pixel."""
+    parameters = draw_parameters(SHARPEN, rng)
     return to_encoded(cv2.GaussianBlur(to_linear(image), (0, 0), parameters["sigma"])), parameters
 
 
 def deblur(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
-    """One exposure while the camera moved, or with the lens out of focus: a sum of light, hence in linear light."""
-    parameters, scale = draw(DEBLUR, rng, "kind"), pixel_scale(image, smallest=256)
+    """Blur by camera motion or defocus during one exposure, which adds up light: in linear light."""
+    parameters, scale = draw_parameters(DEBLUR, rng, "kind"), pixel_scale(image, smallest=256)
     if parameters["kind"] == "defocus":
-        parameters |= draw(DEBLUR, rng, "radius")
+        parameters |= draw_parameters(DEBLUR, rng, "radius")
         kernel = disc_kernel(parameters["radius"] * scale)
     else:
-        parameters |= draw(DEBLUR, rng, "length", "angle")
+        parameters |= draw_parameters(DEBLUR, rng, "length", "angle")
         path = shake_path(rng) if parameters["kind"] == "shake" else np.linspace([-0.5, 0], [0.5, 0], 200)
         kernel = path_kernel(path, parameters["length"] * scale, parameters["angle"])
     return to_encoded(cv2.filter2D(to_linear(image), -1, kernel, borderType=cv2.BORDER_REFLECT_101)), parameters
@@ -105,7 +133,7 @@ def disc_kernel(radius: float) -> np.ndarray:
 
 
 def shake_path(rng: np.random.Generator) -> np.ndarray:
-    """(400, 2) points (x, y) of a hand's shake, longest along x: it wanders, sometimes jerks, at uneven speed."""
+    """(400, 2) points (x, y) of camera shake, longest along x: a random walk with jerks and uneven speed."""
     turns = rng.standard_normal(400) * 0.06 + (rng.random(400) < 0.006) * rng.uniform(-2, 2, 400)
     speed = np.exp(np.cumsum(rng.standard_normal(400)) * 0.06)
     heading = np.cumsum(turns)
@@ -115,10 +143,10 @@ def shake_path(rng: np.random.Generator) -> np.ndarray:
 
 
 def path_kernel(path: np.ndarray, extent: float, angle: float) -> np.ndarray:
-    """(K, K) float32 of sum 1: a point's trace while the camera goes along `path`, (N, 2) points evenly spaced in time.
+    """(K, K) float32 of sum 1: the trace of a point while the camera moves along `path`.
 
-    extent: of the path along x, in pixels; angle: degrees by which it is turned. Centred on its mean, so that the
-    picture stays where it was.
+    path: (N, 2) points, evenly spaced in time; extent: length of the path along x, pixels; angle: rotation of the path,
+    degrees. The kernel is centred on its mean, so the image does not shift.
     """
     points = (path - path.mean(axis=0)) * (extent / np.ptp(path[:, 0]))
     turn = np.deg2rad(angle)
@@ -127,8 +155,100 @@ def path_kernel(path: np.ndarray, extent: float, angle: float) -> np.ndarray:
     corner = np.floor(points).astype(int)
     share_x, share_y = (points - corner).T
     kernel = np.zeros((2 * reach + 1, 2 * reach + 1))
-    # Each point goes to its four neighbours, by how near they are.
+    # Bilinear: each point is distributed over its four neighbours.
     for step_y, part_y in ((0, 1 - share_y), (1, share_y)):
         for step_x, part_x in ((0, 1 - share_x), (1, share_x)):
             np.add.at(kernel, (corner[:, 1] + reach + step_y, corner[:, 0] + reach + step_x), part_y * part_x)
+    return (kernel / kernel.sum()).astype(np.float32)
+
+
+def jpeg(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
+    """Compress as JPEG of low quality: blocks, ringing and coarse colour."""
+    parameters = draw_parameters(JPEG, rng)
+    return compress_jpeg(image, parameters["quality"]), parameters
+
+
+def compress_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
+    """Encode the image as JPEG (4:2:0, as most programs do) and decode it again."""
+    _, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
+
+
+def super_resolve(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
+    """Remove detail as in images 2 to 4 times smaller: the second-order degradation of Real-ESRGAN.
+
+    The image is blurred, reduced, made noisy and compressed, twice, and then enlarged to its own size (Wang et al.
+    2021, section 3). Unlike Real-ESRGAN, the noise has half the strength, because noise has a task of its own here, and
+    no intermediate image is smaller than SMALLEST.
+    """
+    height, width = image.shape[:2]
+    parameters = draw_parameters(SUPER_RESOLVE, rng, "shrink")
+    small = (width / parameters["shrink"], height / parameters["shrink"])
+    result = _degrade_once(image, (width, height), 1, SMALLEST, parameters, rng)
+    result = _degrade_once(result, small, 2, SMALLEST * parameters["shrink"], parameters, rng)
+    result = _resize(result, small, "cubic")
+    return _resize(result, (width, height), "cubic"), parameters
+
+
+def _degrade_once(
+    image: np.ndarray,
+    size: tuple[float, float],
+    stage: int,
+    smallest: float,
+    parameters: dict,
+    rng: np.random.Generator,
+) -> np.ndarray:
+    """Blur, resize to a factor (at least `smallest`) of `size` (width, height), add noise and compress.
+
+    stage: 1 or 2. The drawn values are added to `parameters`.
+    """
+
+    def draw(*names: str) -> list:
+        values = draw_parameters(SUPER_RESOLVE, rng, *(f"{name}_{stage}" for name in names))
+        parameters.update(values)
+        return [values[f"{name}_{stage}"] for name in names]
+
+    if stage == 1 or rng.random() < SECOND_BLUR_SHARE:
+        if draw("blur")[0] == "sinc":
+            kernel = sinc_kernel(*draw("cutoff"))
+        else:
+            kernel = anisotropic_kernel(*draw("sigma", "aspect"), angle=rng.uniform(0, np.pi))
+        image = cv2.filter2D(image, -1, kernel, borderType=cv2.BORDER_REFLECT_101)
+    resize, way = draw("resize", "way")
+    image = _resize(image, (size[0] * max(resize, smallest), size[1] * max(resize, smallest)), way)
+    values = image.astype(np.float32)
+    if draw("noise")[0] == "gaussian":
+        deviation = np.float32(draw("gaussian")[0])
+    else:
+        deviation = np.float32(draw("poisson")[0]) * np.sqrt(values * (255 / 256))
+    channels = 1 if rng.random() < GREY_NOISE_SHARE else 3
+    values += deviation * rng.standard_normal((*image.shape[:2], channels), dtype=np.float32)
+    return compress_jpeg(np.clip(values + 0.5, 0, 255).astype(np.uint8), draw("quality")[0])
+
+
+def _resize(image: np.ndarray, size: tuple[float, float], way: str) -> np.ndarray:
+    width, height = (max(8, round(side)) for side in size)
+    # As in Real-ESRGAN, linear and cubic do not antialias, which leaves the jagged edges of careless programs.
+    return cv2.resize(image, (width, height), interpolation=_INTERPOLATION[way])
+
+
+def anisotropic_kernel(sigma: float, aspect: float, angle: float) -> np.ndarray:
+    """(K, K) float32 of sum 1: a Gaussian of `sigma` pixels along `angle` (radians) and `sigma * aspect` across."""
+    steps = np.arange(-int(np.ceil(3 * sigma)), int(np.ceil(3 * sigma)) + 1)
+    along = np.cos(angle) * steps[None] + np.sin(angle) * steps[:, None]
+    across = np.cos(angle) * steps[:, None] - np.sin(angle) * steps[None]
+    kernel = np.exp(-0.5 * ((along / sigma) ** 2 + (across / (sigma * aspect)) ** 2))
+    return (kernel / kernel.sum()).astype(np.float32)
+
+
+def sinc_kernel(cutoff: float, reach: int = 10) -> np.ndarray:
+    """(K, K) float32 of sum 1, K = 2 reach + 1: passes frequencies below `cutoff` radians per pixel, and rings.
+
+    cutoff * J1(cutoff * r) / (2 pi r), with the Bessel function as an integral, because NumPy has none.
+    """
+    steps = np.arange(-reach, reach + 1)
+    radius = np.maximum(np.hypot(steps[:, None], steps[None]), 1e-6)
+    angles = (np.arange(256) + 0.5) * (np.pi / 256)
+    bessel = np.cos(angles - cutoff * radius[..., None] * np.sin(angles)).mean(axis=-1)
+    kernel = cutoff * bessel / (2 * np.pi * radius)
     return (kernel / kernel.sum()).astype(np.float32)

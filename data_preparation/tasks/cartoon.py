@@ -1,6 +1,6 @@
-"""The default cartoonist: flat colours, few tones and ink, from OpenCV alone, with no model and no licence to heed.
+"""The default teacher of cartoonize: flat colours, few tones and ink lines, with OpenCV only: no model and no licence.
 
-Bilateral filtering flattens surfaces (Winnemöller et al. 2006), k-means in CIELAB finds the picture's own palette, and
+Bilateral filtering flattens surfaces (Winnemöller et al. 2006), k-means in CIELAB finds the palette of the image, and
 an extended difference of Gaussians (XDoG, Winnemöller 2011) draws the lines.
 """
 
@@ -10,20 +10,20 @@ import cv2
 import numpy as np
 
 PALETTE = 18  # colours that k-means finds; tones are then stepped between them
-WORK_SIDE = 512  # shorter side at which surfaces are flattened; larger pictures are flattened small
+WORK_SIDE = 512  # larger images are reduced to this shorter side for flattening
 SHARPNESS = 0.08  # of the steps between colours, per squared unit of CIELAB
 SATURATION = 1.45
-BRIGHTEST = 92  # lightness that a bright picture reaches, of 100
+BRIGHTEST = 92  # lightness of a bright image, of 100
 
 
-def cartoonize(image: np.ndarray) -> np.ndarray:
-    """uint8 RGB (H, W, 3) -> the same size as a cartoon. The same picture always gives the same cartoon."""
+def draw_cartoon(image: np.ndarray) -> np.ndarray:
+    """uint8 RGB (H, W, 3) -> a cartoon of the same size; deterministic."""
     height, width = image.shape[:2]
     scale = min(1.0, WORK_SIDE / min(height, width))
     work = image
     if scale < 1:
         work = cv2.resize(image, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)
-    unit = min(work.shape[:2]) / 512  # what is one pixel wide at 512
+    unit = min(work.shape[:2]) / 512  # one pixel at 512
     flat = flatten(work, unit)
     colours = step_colours(flat)
     ink = draw_ink(flat, work, unit)
@@ -35,7 +35,7 @@ def cartoonize(image: np.ndarray) -> np.ndarray:
 
 
 def flatten(image: np.ndarray, unit: float) -> np.ndarray:
-    """uint8 RGB -> the same with surfaces smooth and edges kept: several light bilateral passes."""
+    """uint8 RGB -> uint8 RGB with smooth surfaces and sharp edges: several light bilateral passes."""
     flat = cv2.medianBlur(image, 3) if unit > 0.4 else image
     diameter = max(5, 2 * round(3 * unit) + 1)
     for strength in (34, 30, 28, 25):
@@ -48,14 +48,14 @@ def step_colours(flat: np.ndarray) -> np.ndarray:
     lab = cv2.cvtColor(flat.astype(np.float32) / 255, cv2.COLOR_RGB2LAB)
     palette = find_palette(lab)
     points = lab.reshape(-1, 3)
-    # Soft steps: between two colours the mix is gradual, hence no jagged contour. The weight of a colour falls with its
-    # squared distance |p - c|^2; |p|^2 is the same for all colours and drops out.
+    # Soft steps: colours mix gradually, which avoids jagged contours. The weight of a colour falls with its squared
+    # distance |p - c|^2; |p|^2 is the same for all colours and cancels.
     nearness = (2 * SHARPNESS * palette) @ points.T - SHARPNESS * (palette**2).sum(axis=1, keepdims=True)
     nearness -= nearness.max(axis=0)
-    weights = np.exp(np.maximum(nearness, -20, out=nearness), out=nearness)  # a millionth and less counts for nothing
+    weights = np.exp(np.maximum(nearness, -20, out=nearness), out=nearness)  # weights of at least e^-20
     weights /= weights.sum(axis=0)
     mixed = weights.T @ palette
-    # Dim pictures are lifted half of the way to a bright one, up to a point; the middle tones always, as ink darkens.
+    # Dark images are brightened halfway, up to a limit; midtones always are, because ink darkens the image.
     lift = min(1.2, 1 + 0.5 * (BRIGHTEST / np.clip(palette[:, 0].max(), 1, BRIGHTEST) - 1))
     mixed[:, 0] = 100 * np.clip(mixed[:, 0] * lift / 100, 0, 1) ** 0.85
     mixed[:, 1:] *= SATURATION
@@ -64,7 +64,7 @@ def step_colours(flat: np.ndarray) -> np.ndarray:
 
 
 def find_palette(lab: np.ndarray) -> np.ndarray:
-    """(H, W, 3) CIELAB -> (PALETTE, 3): k-means from a fixed start, groups of like lightness."""
+    """(H, W, 3) CIELAB -> (PALETTE, 3): k-means, initialised with groups of similar lightness."""
     small = cv2.resize(lab, (64, 64), interpolation=cv2.INTER_AREA).reshape(-1, 3)
     order = np.argsort(small[:, 0] + 0.5 * small[:, 1] + 0.25 * small[:, 2], kind="stable")
     labels = np.empty((len(small), 1), np.int32)
@@ -83,7 +83,7 @@ def draw_ink(flat: np.ndarray, image: np.ndarray, unit: float) -> np.ndarray:
 
 
 def keep_long(mask: np.ndarray, length: int) -> np.ndarray:
-    """bool (H, W) -> float32 (H, W): 1 at and around strokes whose box is at least `length` pixels long."""
+    """bool (H, W) -> float32 (H, W): 1 at and around strokes with a bounding box at least `length` pixels long."""
     _, labels, boxes, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
     is_long = np.maximum(boxes[:, cv2.CC_STAT_WIDTH], boxes[:, cv2.CC_STAT_HEIGHT]) >= length
     is_long[0] = False

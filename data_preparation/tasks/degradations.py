@@ -1,37 +1,37 @@
-"""All degradations and the ranges of their parameters, by task.
+"""All degradations by task, with their parameter ranges; prints the table of the ranges or draws a contact sheet.
 
-A pair for restoring is made backwards: the clean photograph is the edited image, the degraded one the original. Every
-degradation is a function of (clean picture, generator) that leaves the picture alone, returns uint8 RGB of the same
-size with the parameters that it drew, and draws the same from the same generator. Pictures from 64 to 2048 pixels.
-Sizes said to be in "pixels at 512" follow the shorter side (deblur's down to 256 pixels and derain's to 128, but no
-further); all others are in pixels of the picture.
+    python -m data_preparation.tasks.degradations                                      # the table, as Markdown
+    python -m data_preparation.tasks.degradations --contact_sheet docs/pictures/tasks.jpg
 
-    python -c "from data_preparation.tasks.degradations import *; print(show_ranges(RANGES))"     # the table
+For a restoration task, the clean photograph is the edited image and its degraded version the original image. A
+degradation maps (clean image, generator) to (degraded uint8 RGB image of the same size, the drawn parameters). It does
+not change its input, and the same generator gives the same result. Images may have 64 to 2048 pixels per side. Sizes
+in "pixels at 512" scale with the shorter side (deblur: down to 256 pixels, derain: down to 128); all others are in
+pixels of the image.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
 from data_preparation.tasks import camera, weather
-from data_preparation.tasks.low_resolution import SUPER_RESOLVE, super_resolve
-from data_preparation.tasks.raindrops import RAINDROP, raindrop
-from data_preparation.tasks.ranges import Ranges, show_ranges
+from data_preparation.tasks.primitives import Ranges
 
-__all__ = ["DEGRADATIONS", "RANGES", "show_ranges"]
-
+PHOTOS = Path(__file__).resolve().parents[2] / "assets" / "photos"
 DEGRADATIONS: dict[str, Callable[[np.ndarray, np.random.Generator], tuple[np.ndarray, dict]]] = {
     "derain": weather.derain,
     "denoise": camera.denoise,
     "deblur": camera.deblur,
     "dehaze": weather.dehaze,
     "low_light": camera.low_light,
-    "raindrop": raindrop,
+    "raindrop": weather.raindrop,
     "sharpen": camera.sharpen,
     "colorize": camera.colorize,
-    "super_resolve": super_resolve,
+    "super_resolve": camera.super_resolve,
     "jpeg": camera.jpeg,
     "identity": camera.identity,
 }
@@ -41,10 +41,65 @@ RANGES: dict[str, Ranges] = {
     "deblur": camera.DEBLUR,
     "dehaze": weather.DEHAZE,
     "low_light": camera.LOW_LIGHT,
-    "raindrop": RAINDROP,
+    "raindrop": weather.RAINDROP,
     "sharpen": camera.SHARPEN,
     "colorize": {},
-    "super_resolve": SUPER_RESOLVE,
+    "super_resolve": camera.SUPER_RESOLVE,
     "jpeg": camera.JPEG,
     "identity": {},
 }
+
+
+def describe_ranges() -> str:
+    """A Markdown table of the parameters of all degradations."""
+    lines = ["| Task | Parameter | Drawn from | What it is |", "|---|---|---|---|"]
+    for task, ranges in RANGES.items():
+        lines += [f"| {task} | {name} | {entry.describe()} | {entry.meaning} |" for name, entry in ranges.items()]
+    return "\n".join(lines)
+
+
+def draw_sheet(paths: list[Path], side: int, seed: int, columns: int = 6):
+    """PIL image with a block of rows per photograph: the clean, degraded and cartoonized squares of `side` pixels."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    from data_preparation.photographs import centre_square, read_photograph, row_generator
+    from data_preparation.tasks.cartoon import draw_cartoon
+
+    head, font = max(14, side // 11), ImageFont.load_default(max(11, side // 15))
+    names = ["clean", *(name for name in DEGRADATIONS if name != "identity"), "cartoonize"]
+    lines = -(-len(names) // columns)
+    sheet = Image.new("RGB", (columns * (side + 4) + 4, len(paths) * lines * (side + head + 4) + 4), "white")
+    ink = ImageDraw.Draw(sheet)
+    for block, path in enumerate(paths):
+        clean = centre_square(read_photograph(path), side)
+        for index, name in enumerate(names):
+            image = clean
+            if name == "cartoonize":
+                image = draw_cartoon(clean)
+            elif name in DEGRADATIONS:
+                image, _ = DEGRADATIONS[name](clean, row_generator(seed + block, index))
+            left = 4 + index % columns * (side + 4)
+            top = 4 + (block * lines + index // columns) * (side + head + 4)
+            ink.text((left, top), name, fill="black", font=font)
+            sheet.paste(Image.fromarray(image), (left, top + head))
+    return sheet
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    photos = [PHOTOS / name for name in ("astronaut.jpg", "garden_1.jpg", "coffee.jpg")]
+    add("--contact_sheet", type=Path, metavar="FILE", help="draw this image instead of printing the table")
+    add("--photos", nargs="+", type=Path, default=photos, metavar="FILE", help="photographs of the contact sheet")
+    add("--side", type=int, default=256, help="side of its squares in pixels (default 256)")
+    add("--seed", type=int, default=0, help="seed of the degradations (default 0)")
+    args = parser.parse_args(argv)
+    if args.contact_sheet is None:
+        print(describe_ranges())
+        return
+    draw_sheet(args.photos, args.side, args.seed).save(args.contact_sheet, quality=82)
+    print(f"saved {args.contact_sheet}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,14 +1,16 @@
-"""What `--task` and `--teacher` ask for: which tasks, how often, and who makes the edited image. Nothing heavy here."""
+"""The tasks and teachers that --task and --teacher select. Light imports only, so that --help is fast."""
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+from data_preparation.generation.user_functions import find_function_problem
 from data_preparation.instructions import FOLDER, available_tasks
 
-LOW_LEVEL = (
+LOW_LEVEL_TASKS = (
     "derain",
     "denoise",
     "deblur",
@@ -20,17 +22,19 @@ LOW_LEVEL = (
     "super_resolve",
     "jpeg",
 )
-DEGRADED = (*LOW_LEVEL, "identity")  # the original image is made, and the photograph is the edited one
-TOY = tuple(f"toy/{path.stem}" for path in sorted((FOLDER / "toy").glob("*.txt")))
-GROUPS = {"all": ("cartoonize", *DEGRADED), "low_level": LOW_LEVEL, "toy": TOY}
-EXACT, DEGRADATION, OPENCV = "exact", "degradation", "opencv"  # teachers that need nothing
-PREFIXES = ("onnx:", "torchhub:", "diffusers:", "python:")
+DEGRADATION_TASKS = (*LOW_LEVEL_TASKS, "identity")  # the photograph is the edited image, its degraded copy the original
+TOY_TASKS = tuple(f"toy/{path.stem}" for path in sorted((FOLDER / "toy").glob("*.txt")))
+TASK_GROUPS = {"all": ("cartoonize", *DEGRADATION_TASKS), "low_level": LOW_LEVEL_TASKS, "toy": TOY_TASKS}
+EXACT, DEGRADATION, OPENCV = "exact", "degradation", "opencv"  # teachers without a model or a file
+TEACHERS = "opencv, onnx:FILE, torchhub:REPO:MODEL, diffusers:MODEL and python:FILE:FUNCTION"
 
 
 @dataclass(frozen=True)
 class Task:
-    """name: what the rows say; phrasings: what `read_phrasings` takes; teacher: EXACT, DEGRADATION, OPENCV or
-    "onnx:FILE", "torchhub:REPO:MODEL", "diffusers:MODEL", "python:FILE:FUNCTION"; weight: share of the rows."""
+    """name: as in the rows; phrasings: argument of `read_phrasings`; weight: relative share of the rows.
+
+    teacher: EXACT, DEGRADATION, OPENCV, "onnx:FILE", "torchhub:REPO:MODEL", "diffusers:MODEL", "python:FILE:FUNCTION".
+    """
 
     name: str
     phrasings: str
@@ -38,32 +42,51 @@ class Task:
     weight: float = 1.0
 
 
-def plan_tasks(words: list[str], teachers: list[str]) -> tuple[list[Task], list[str]]:
+@dataclass(frozen=True)
+class TeacherSettings:
+    """The flags of teachers that are models.
+
+    input_range, output_range: values of black and white (output_range None: as the input); extra: further arguments of
+    the loader (torchhub) or of the call (diffusers); teacher_layout: nchw, nhwc or auto; teacher_multiple: of the
+    sides, reached by mirroring; teacher_channels: rgb or bgr; teacher_prompt: replaces the instructions of the rows.
+    """
+
+    input_range: tuple[float, float] = (-1.0, 1.0)
+    output_range: tuple[float, float] | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    teacher_layout: str = "auto"
+    teacher_multiple: int = 1
+    teacher_channels: str = "rgb"
+    teacher_prompt: str | None = None
+    device: str = "auto"
+    dtype: str | None = None
+
+
+def plan_tasks(task_words: list[str], teacher_words: list[str]) -> tuple[list[Task], list[str]]:
     """(tasks, problems) of `--task NAME[=WEIGHT] ...` and `--teacher [TASK=]TEACHER ...`."""
-    weights, problems = _read_weights(words)
-    for_all, for_one = None, {}
-    for given in teachers:
-        name, is_named, teacher = given.partition("=")
-        if is_named and name in weights:
-            for_one[name] = teacher
-        elif for_all is None:
-            for_all = given
+    weights, problems = _read_weights(task_words)
+    default, by_task = None, {}
+    for word in teacher_words:
+        name, has_name, teacher = word.partition("=")
+        if has_name and name in weights:
+            by_task[name] = teacher
+        elif default is None:
+            default = word
         else:
-            problems.append(f"--teacher {given}: a second one for all tasks; name its task, as in cartoonize={given}")
+            problems.append(f"--teacher {word}: only one may be without a task; name the task, as in cartoonize={word}")
     tasks = []
     for name, weight in weights.items():
-        task, problem = _plan_task(name, weight, for_one.get(name, for_all))
+        task, problem = _plan_task(name, weight, by_task.get(name, default))
         problems += [problem] if problem else []
         tasks += [task] if task else []
-    unused = [name for name in for_one if name in DEGRADED]
-    problems += [f"--teacher {name}={for_one[name]}: {name} is a degradation, which needs none" for name in unused]
+    unused = [name for name in by_task if name in DEGRADATION_TASKS]
+    problems += [f"--teacher {name}={by_task[name]}: {name} is a degradation and needs no teacher" for name in unused]
     return tasks, problems
 
 
-def _read_weights(words: list[str]) -> tuple[dict[str, float], list[str]]:
-    weights: dict[str, float] = {}
-    problems = []
-    for word in words:
+def _read_weights(task_words: list[str]) -> tuple[dict[str, float], list[str]]:
+    weights, problems = {}, []
+    for word in task_words:
         name, _, number = word.partition("=")
         try:
             weight = float(number or 1)
@@ -71,51 +94,40 @@ def _read_weights(words: list[str]) -> tuple[dict[str, float], list[str]]:
             weight = 0.0
         if not 0 < weight < 1e9:
             problems.append(f"--task {word}: the weight must be a number above 0, as in cartoonize=2")
-        for member in GROUPS.get(name, (name,)):
-            weights[member] = weight
+        weights |= dict.fromkeys(TASK_GROUPS.get(name, (name,)), weight)
     return weights, problems
 
 
-def _plan_task(name: str, weight: float, teacher: str | None) -> tuple[Task | None, str]:
+def _plan_task(name: str, weight: float, teacher: str | None) -> tuple[Task | None, str | None]:
     is_file = name.endswith(".txt")
-    if not is_file and name not in (*available_tasks(), *TOY):
-        near = difflib.get_close_matches(name, [*available_tasks(), *GROUPS], 1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        return None, (
-            f"--task {name}: unknown{hint}; allowed are {', '.join(GROUPS)}, {', '.join(available_tasks())}, or your "
-            "own text file with one phrasing a line"
-        )
+    if not is_file and name not in (*available_tasks(), *TOY_TASKS):
+        similar = difflib.get_close_matches(name, [*available_tasks(), *TASK_GROUPS], 1)
+        hint = f" (did you mean {similar[0]}?)" if similar else ""
+        allowed = ", ".join([*TASK_GROUPS, *available_tasks()])
+        return None, f"--task {name}: unknown{hint}; give {allowed}, or a text file with one instruction per line"
     if is_file and not Path(name).is_file():
-        return None, f"--task {name}: no such file; give a text file with one phrasing a line"
-    if name in DEGRADED:
-        return Task(name, name, DEGRADATION, weight), ""
+        return None, f"--task {name}: the file does not exist; give a text file with one instruction per line"
+    if name in DEGRADATION_TASKS:
+        return Task(name, name, DEGRADATION, weight), None
     if teacher is None:
-        if f"toy/{name.removeprefix('toy/')}" in TOY and name != "cartoonize":
-            teacher = EXACT
-        elif name == "cartoonize":
-            teacher = OPENCV
-        else:
-            return None, f"--task {name}: say who makes the edited images, by --teacher {name}=TEACHER"
-    return Task(Path(name).stem, name, teacher, weight), _teacher_problem(name, teacher)
+        if name != "cartoonize" and f"toy/{name.removeprefix('toy/')}" not in TOY_TASKS:
+            return None, f"--task {name}: needs a teacher for the edited images; give --teacher {name}=TEACHER"
+        teacher = OPENCV if name == "cartoonize" else EXACT
+    return Task(Path(name).stem, name, teacher, weight), _find_teacher_problem(name, teacher)
 
 
-def _teacher_problem(task: str, teacher: str) -> str:
-    prefix, _, rest = teacher.partition(":")
+def _find_teacher_problem(task: str, teacher: str) -> str | None:
+    kind, _, name = teacher.partition(":")
     if teacher == OPENCV and Path(task).stem != "cartoonize":
-        return f"--teacher opencv draws cartoons and nothing else: give another for {task}"
+        return f"--teacher opencv only draws cartoons; give another teacher for {task}"
     if teacher in (OPENCV, EXACT):
-        return ""
-    if f"{prefix}:" not in PREFIXES or not rest:
-        return (
-            f"--teacher {teacher}: allowed are opencv, onnx:FILE, torchhub:REPO:MODEL, diffusers:MODEL and "
-            "python:FILE:FUNCTION"
-        )
-    if prefix == "onnx" and not Path(rest).is_file():
-        return f"--teacher {teacher}: there is no file {rest}"
-    if prefix == "torchhub" and ":" not in rest:
-        return f"--teacher {teacher}: give the repository and the model in it, as in torchhub:owner/name:main:generator"
-    if prefix == "python":
-        file, _, function = rest.rpartition(":")
-        if not Path(file).is_file() or not function.isidentifier():
-            return f"--teacher {teacher}: give a file and a function in it, as in python:my_edits.py:paint"
-    return ""
+        return None
+    if kind not in ("onnx", "torchhub", "diffusers", "python") or not name:
+        return f"--teacher {teacher}: unknown; allowed are {TEACHERS}"
+    if kind == "onnx" and not Path(name).is_file():
+        return f"--teacher {teacher}: the file {name} does not exist"
+    if kind == "torchhub" and ":" not in name:
+        return f"--teacher {teacher}: must name a repository and a model, as in torchhub:owner/name:main:generator"
+    if kind == "python" and (problem := find_function_problem(teacher)):
+        return f"--teacher {problem}"
+    return None

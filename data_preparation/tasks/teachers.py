@@ -1,149 +1,140 @@
-"""Who makes the edited image. Every teacher is a function of photographs, instructions and generators -> edits.
+"""Loads the teacher of a task: the function that generates its edited images, or degrades its original images.
 
-    teach(pictures, instructions, generators) -> [(edited uint8 RGB (H, W, 3), what was drawn as JSON values)]
+    teach(images, instructions, generators) -> [(edited uint8 RGB (H, W, 3), drawn values for JSON), ...]
 
-The pictures of one call have one size. What a teacher draws comes from the rows' own generators.
+All images of a call have the same size. Random values come from the generators of the rows.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import inspect
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_preparation.tasks.plan import DEGRADATION, EXACT, OPENCV, Task
-from utils.errors import InputError
-
-Picture = np.ndarray
-Teach = Callable[[list[Picture], list[str], list[np.random.Generator]], list[tuple[Picture, dict]]]
-
-
-@dataclass(frozen=True)
-class TeacherSettings:
-    """What the flags say of teachers that are models.
-
-    input_range, output_range: values of black and white; layout: nchw, nhwc or auto; multiple: of the sides, reached by
-    reflection; channels: rgb or bgr; prompt: for all rows in the place of their instructions; extra: further arguments
-    of the model's loader (torchhub) or call (diffusers).
-    """
-
-    input_range: tuple[float, float] = (-1.0, 1.0)
-    output_range: tuple[float, float] | None = None
-    layout: str = "auto"
-    multiple: int = 1
-    channels: str = "rgb"
-    prompt: str | None = None
-    extra: dict[str, Any] = field(default_factory=dict)
-    device: str = "auto"
-    dtype: str | None = None
-    trusts_code: bool = False
+from data_preparation.generation.user_functions import call_function, load_function
+from data_preparation.tasks.plan import DEGRADATION, EXACT, OPENCV, Task, TeacherSettings
+from data_preparation.tasks.tensor_teachers import Teacher, check_edit, load_onnx_teacher, load_torchhub_teacher
+from utils.errors import InputError, explaining_load_errors
+from utils.hub_names import find_revision, is_hub_id, public_name
 
 
-def open_teacher(task: Task, settings: TeacherSettings, rank: int) -> Teach:
-    """Load what a task needs. Raises InputError."""
+def load_teacher(task: Task, settings: TeacherSettings, rank: int, models: list[dict] | None) -> Teacher:
+    """models: of `describe_models`, for the commit to load. Raises InputError."""
     if task.teacher == DEGRADATION:
         from data_preparation.tasks.degradations import DEGRADATIONS
 
         degrade = DEGRADATIONS[task.name]
-        return lambda pictures, _, generators: [degrade(*pair) for pair in zip(pictures, generators, strict=True)]
-    if task.teacher in (EXACT, OPENCV):
-        return _one_by_one(_find_edit(task))
-    kind, _, rest = task.teacher.partition(":")
+        return lambda images, _, generators: [degrade(*row) for row in zip(images, generators, strict=True)]
+    if task.teacher == OPENCV:
+        from data_preparation.tasks.cartoon import draw_cartoon
+
+        return lambda images, *_: [(draw_cartoon(image), {}) for image in images]
+    if task.teacher == EXACT:
+        from data_preparation.toy_edits import EDITS
+
+        return lambda images, *_: [(EDITS[task.name](image), {}) for image in images]
+    kind, _, name = task.teacher.partition(":")
     if kind == "python":
-        return _load_function(rest)
+        return _load_python_teacher(task.teacher)
     if kind == "onnx":
-        from data_preparation.tasks.tensor_teachers import open_onnx
-
-        return open_onnx(rest, settings, rank)
+        return load_onnx_teacher(name, settings, rank)
     if kind == "torchhub":
-        from data_preparation.tasks.tensor_teachers import open_torchhub
-
-        return open_torchhub(rest, settings, rank)
-    from data_preparation.tasks.diffusers_teacher import open_diffusers
-
-    return open_diffusers(rest, settings, rank)
+        return load_torchhub_teacher(name, settings, rank)
+    return _load_diffusers_teacher(name, settings, rank, models[0]["revision"])
 
 
-def describe_models(task: Task) -> list[dict] | None:
-    """What a row says of the model that made it; None where there is none."""
-    kind, _, rest = task.teacher.partition(":")
-    if kind == "onnx":
-        return [{"id": Path(rest).name, "revision": _digest(rest)}]
-    if kind == "python":
-        file, _, function = rest.rpartition(":")
-        return [{"id": f"{Path(file).name}:{function}", "revision": _digest(file)}]
+def describe_models(teacher: str) -> list[dict] | None:
+    """The "models" column of the rows: {"id", "revision"} of a teacher that is a model or a function, else None.
+
+    The revision is a digest of the file or folder, or the commit on the Hub. Raises InputError.
+    """
+    kind, _, name = teacher.partition(":")
+    if kind in ("onnx", "python"):
+        file = Path(name if kind == "onnx" else name.rpartition(":")[0])
+        digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
+        return [{"id": Path(name).name, "revision": digest}]
     if kind == "torchhub":
-        return [{"id": Path(rest).name if Path(rest.rpartition(":")[0]).exists() else rest, "revision": None}]
+        is_local = Path(name.rpartition(":")[0]).exists()
+        return [{"id": Path(name).name if is_local else name, "revision": None}]
     if kind == "diffusers":
-        from data_preparation.tasks.diffusers_teacher import find_revision
-
-        return [find_revision(rest)]
+        with explaining_load_errors(f"--teacher {teacher}"):
+            return [{"id": public_name(name), "revision": find_revision(name, None, "model_index.json")}]
     return None
 
 
-def _digest(file: str) -> str:
-    return hashlib.blake2b(Path(file).read_bytes(), digest_size=8).hexdigest()
+def public_teacher(teacher: str) -> str:
+    """The teacher as rows name it: of a file, only the last part of its path."""
+    kind, separator, name = teacher.partition(":")
+    return f"{kind}:{name.rsplit('/', 1)[-1]}" if separator and kind in ("onnx", "python") else teacher
 
 
-def _find_edit(task: Task) -> Callable[[Picture], Picture]:
-    if task.teacher == OPENCV:
-        from data_preparation.tasks.cartoon import cartoonize
+def _load_python_teacher(spec: str) -> Teacher:
+    """A function of the user's file: image -> image, or (image, generator) -> image."""
+    function = load_function("--teacher", spec)
+    num_arguments = min(len(call_function("--teacher", spec, inspect.signature, function).parameters), 2)
 
-        return cartoonize
-    from data_preparation.toy_edits import EDITS
-
-    return EDITS[task.name]
-
-
-def _one_by_one(edit: Callable[[Picture], Picture]) -> Teach:
-    return lambda pictures, *_: [(edit(picture), {}) for picture in pictures]
-
-
-def _load_function(rest: str) -> Teach:
-    """A function of the user's file: picture -> picture, or (picture, generator) -> picture."""
-    file, _, name = rest.rpartition(":")
-    spec = importlib.util.spec_from_file_location("users_edits", file)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-        function = getattr(module, name)
-        takes_generator = len(inspect.signature(function).parameters) > 1
-    except Exception as error:  # it is the user's own code, and may fail in any way
-        raise InputError(f"--teacher python:{rest} cannot be loaded: {type(error).__name__}: {error}") from error
-
-    def teach(pictures: list[Picture], _: list[str], generators: list[np.random.Generator]) -> list:
+    def teach(images: list, _: list, generators: list) -> list[tuple[np.ndarray, dict]]:
         edits = []
-        for picture, generator in zip(pictures, generators, strict=True):
-            try:
-                edited = function(picture.copy(), generator) if takes_generator else function(picture.copy())
-            except Exception as error:
-                raise InputError(f"--teacher python:{rest} failed: {type(error).__name__}: {error}") from error
-            edits.append((check_edit(edited, picture, f"--teacher python:{rest}"), {}))
+        for image, generator in zip(images, generators, strict=True):
+            edited = call_function("--teacher", spec, function, *(image.copy(), generator)[:num_arguments])
+            edits.append((check_edit(edited, image, f"--teacher {spec}"), {}))
         return edits
 
     return teach
 
 
-def check_edit(edited: object, picture: Picture, name: str) -> Picture:
-    """The edit as uint8 RGB of the picture's size. Raises InputError for anything else."""
-    edited = np.asarray(edited)
-    if edited.dtype != np.uint8 or edited.shape != picture.shape:
+def _load_diffusers_teacher(model: str, settings: TeacherSettings, rank: int, revision: str) -> Teacher:
+    """A pipeline whose call accepts `prompt` and `image`; a text-to-image pipeline is used for image-to-image.
+
+    Each row gets a CPU generator, seeded by the generator of the row; the edited image is resized to the size of its
+    original. Raises InputError.
+    """
+    import torch
+    from PIL import Image
+
+    from utils.runtime import choose_device
+
+    flag = f"--teacher diffusers:{model}"
+    device, dtype = choose_device(settings.device, settings.dtype, rank=rank)
+    with explaining_load_errors(flag):
+        pipeline = _open_pipeline(model, dtype, revision if is_hub_id(model) else None).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    accepted = inspect.signature(pipeline.__call__).parameters
+    if not {"prompt", "image"} <= accepted.keys():
         raise InputError(
-            f"{name} gave {edited.dtype} {'x'.join(map(str, edited.shape))} for a picture of uint8 "
-            f"{'x'.join(map(str, picture.shape))}: it must give RGB bytes of the same size"
+            f"{flag}: a {type(pipeline).__name__} does not accept a prompt and an image, so it cannot edit"
         )
-    return np.ascontiguousarray(edited)
+    if unknown := sorted(settings.extra.keys() - accepted.keys()):
+        raise InputError(
+            f"--teacher_settings: a {type(pipeline).__name__} does not accept {', '.join(unknown)}; it accepts "
+            f"{', '.join(accepted)}"
+        )
+
+    def teach(images: list, instructions: list, generators: list) -> list[tuple[np.ndarray, dict]]:
+        seeds = [int(generator.integers(2**63)) for generator in generators]
+        try:
+            edits = pipeline(
+                prompt=[settings.teacher_prompt or instruction for instruction in instructions],
+                image=[Image.fromarray(image) for image in images],
+                generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+                **settings.extra,
+            ).images
+        except (ValueError, TypeError, RuntimeError) as error:  # sizes, memory, settings that contradict each other
+            raise InputError(f"{flag} failed: {str(error).splitlines()[0]}") from error
+        height, width = images[0].shape[:2]
+        fitted = [edit.convert("RGB").resize((width, height), Image.Resampling.LANCZOS) for edit in edits]
+        return [(np.array(edit), {"teacher_seed": seed}) for edit, seed in zip(fitted, seeds, strict=True)]
+
+    return teach
 
 
-def batches_of_one_size(pictures: Sequence[Picture], batch_size: int) -> list[list[int]]:
-    """Places of pictures of one size, at most `batch_size` in each batch, in order of first sight."""
-    groups: dict[tuple, list[int]] = {}
-    for place, picture in enumerate(pictures):
-        groups.setdefault(picture.shape, []).append(place)
-    return [places[i : i + batch_size] for places in groups.values() for i in range(0, len(places), batch_size)]
+def _open_pipeline(model: str, dtype: Any, revision: str | None) -> Any:
+    from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained(model, dtype=dtype, revision=revision)
+    if "image" in inspect.signature(pipeline.__call__).parameters:
+        return pipeline
+    return AutoPipelineForImage2Image.from_pipe(pipeline)

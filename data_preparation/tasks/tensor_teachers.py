@@ -8,127 +8,126 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from data_preparation.tasks.teachers import Picture, Teach, TeacherSettings, check_edit
+from data_preparation.tasks.plan import TeacherSettings
 from utils.errors import InputError
 
+# (images, instructions, generators of the rows) -> (edited image, drawn values) of each row
+Teacher = Callable[[list[np.ndarray], list[str], list[np.random.Generator]], list[tuple[np.ndarray, dict]]]
 
-def open_onnx(file: str, settings: TeacherSettings, rank: int) -> Teach:
-    """onnxruntime on the GPU where its build has one, else on the CPU. A fixed input size is served by resizing."""
+
+def load_onnx_teacher(file: str, settings: TeacherSettings, rank: int) -> Teacher:
+    """A network for onnxruntime, on the GPU if its build supports that. A fixed input size is served by resizing."""
     try:
         import onnxruntime
     except ImportError:
         raise InputError(f"--teacher onnx:{file} needs onnxruntime: pip install onnxruntime") from None
-    wanted = ["CPUExecutionProvider"] if settings.device == "cpu" else ["CUDAExecutionProvider", "CPUExecutionProvider"]
-    providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
+    from utils.runtime import choose_device
+
+    kind, _, index = choose_device(settings.device, rank=rank)[0].partition(":")
+    providers: list = ["CPUExecutionProvider"]
+    if kind == "cuda" and "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        providers.insert(0, ("CUDAExecutionProvider", {"device_id": int(index or 0)}))
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3  # more threads sum in another order
+    options.intra_op_num_threads, options.log_severity_level = 1, 3  # more threads would sum in another order
     try:
-        session = onnxruntime.InferenceSession(
-            file, options, providers=[(name, {"device_id": rank}) if "CUDA" in name else name for name in providers]
-        )
-    except Exception as error:  # onnxruntime's own types
+        session = onnxruntime.InferenceSession(file, options, providers=providers)
+    except Exception as error:  # onnxruntime has exception types of its own
         raise InputError(f"--teacher onnx:{file} cannot be loaded: {str(error).splitlines()[0]}") from error
-    given = session.get_inputs()
-    if len(given) != 1 or len(given[0].shape) != 4:
-        shapes = ", ".join(f"{value.name} {value.shape}" for value in given)
-        raise InputError(f"--teacher onnx:{file}: takes {shapes}; a network of one picture (4 dimensions) is wanted")
-    shape, name = given[0].shape, given[0].name
-    layout = _find_layout(shape, settings.layout, f"onnx:{file}")
+    inputs = session.get_inputs()
+    if len(inputs) != 1 or len(inputs[0].shape) != 4:
+        shapes = ", ".join(f"{value.name} {value.shape}" for value in inputs)
+        raise InputError(f"--teacher onnx:{file}: its inputs are {shapes}; it must have one input of 4 dimensions")
+    shape, name = inputs[0].shape, inputs[0].name
+    layout = settings.teacher_layout
+    if layout == "auto":
+        if 3 not in (shape[1], shape[3]):
+            raise InputError(f"--teacher onnx:{file}: cannot find the channels in {shape}; give --teacher_layout")
+        layout = "nchw" if shape[1] == 3 else "nhwc"
     sides = [side if isinstance(side, int) else None for side in (shape[2:4] if layout == "nchw" else shape[1:3])]
-    number = np.float16 if "float16" in given[0].type else np.float32
+    dtype = np.float16 if "float16" in inputs[0].type else np.float32
 
     def run(tensor: np.ndarray) -> np.ndarray:
-        rows = [tensor] if shape[0] != 1 else np.split(tensor, len(tensor))  # an export of batch 1 takes one by one
-        return np.concatenate([session.run(None, {name: row.astype(number)})[0] for row in rows])
+        rows = [tensor] if shape[0] != 1 else np.split(tensor, len(tensor))  # an export with batch size 1
+        return np.concatenate([session.run(None, {name: row.astype(dtype)})[0] for row in rows])
 
-    return _teach_by(run, settings, layout, tuple(sides), f"--teacher onnx:{file}")
+    return _tensor_teacher(run, settings, layout, (sides[0], sides[1]), f"--teacher onnx:{file}")
 
 
-def open_torchhub(place: str, settings: TeacherSettings, rank: int) -> Teach:
-    """A model of a repository on GitHub or in a folder, as `owner/name:branch:model`; its code runs on this machine."""
+def load_torchhub_teacher(spec: str, settings: TeacherSettings, rank: int) -> Teacher:
+    """A model `owner/name:branch:model` on GitHub, or `FOLDER:model`. Runs the code of the repository."""
     import torch
 
     from utils.runtime import choose_device
 
-    if not settings.trusts_code:
-        raise InputError(
-            f"--teacher torchhub:{place} runs that repository's code: read it, and say --trust_remote_code"
-        )
-    repository, _, model = place.rpartition(":")
-    device, _ = choose_device(settings.device, None)
-    device = f"cuda:{rank % torch.cuda.device_count()}" if str(device) == "cuda" else device
-    is_local = Path(repository).is_dir()
+    repository, _, model = spec.rpartition(":")
+    device, _ = choose_device(settings.device, rank=rank)
+    source = "local" if Path(repository).is_dir() else "github"
     try:
-        network = torch.hub.load(
-            repository,
-            model,
-            source="local" if is_local else "github",
-            trust_repo=True,
-            verbose=False,
-            **settings.extra,
-        )
+        network = torch.hub.load(repository, model, source=source, trust_repo=True, verbose=False, **settings.extra)
         network = network.eval().to(device)
-    except Exception as error:  # whatever a stranger's code raises
-        raise InputError(f"--teacher torchhub:{place} cannot be loaded: {type(error).__name__}: {error}") from error
-    layout = "nchw" if settings.layout == "auto" else settings.layout
+    except Exception as error:  # the repository's code may raise anything
+        raise InputError(f"--teacher torchhub:{spec} cannot be loaded: {type(error).__name__}: {error}") from error
+    layout = "nchw" if settings.teacher_layout == "auto" else settings.teacher_layout
 
     @torch.no_grad()
     def run(tensor: np.ndarray) -> np.ndarray:
         return network(torch.from_numpy(tensor).to(device)).float().cpu().numpy()
 
-    return _teach_by(run, settings, layout, (None, None), f"--teacher torchhub:{place}")
+    return _tensor_teacher(run, settings, layout, (None, None), f"--teacher torchhub:{spec}")
 
 
-def _find_layout(shape: list, wanted: str, name: str) -> str:
-    if wanted != "auto":
-        return wanted
-    if shape[1] == 3 or shape[3] == 3:
-        return "nchw" if shape[1] == 3 else "nhwc"
-    raise InputError(f"--teacher {name}: its input {shape} does not show where the colours are: give --teacher_layout")
-
-
-def _teach_by(
+def _tensor_teacher(
     run: Callable[[np.ndarray], np.ndarray], settings: TeacherSettings, layout: str, sides: tuple, name: str
-) -> Teach:
-    def teach(pictures: list[Picture], *_: object) -> list[tuple[Picture, dict]]:
-        height, width = pictures[0].shape[:2]
-        fitted = [_fit(picture, sides, settings.multiple) for picture in pictures]
+) -> Teacher:
+    """sides: the fixed (height, width) of the input, None for a free side."""
+
+    def teach(images: list[np.ndarray], *_: object) -> list[tuple[np.ndarray, dict]]:
+        height, width = images[0].shape[:2]
+        fitted = [_fit(image, sides, settings.teacher_multiple) for image in images]
         try:
-            output = run(to_tensor(np.stack(fitted), settings, layout))
-        except Exception as error:  # of the network's making
+            output = run(_to_tensor(np.stack(fitted), settings, layout))
+        except Exception as error:  # the network may raise anything
             raise InputError(f"{name} failed on {width}x{height} pixels: {str(error).splitlines()[0]}") from error
-        edits = to_pictures(output, settings, layout)
+        edits = _to_images(output, settings, layout)
         if sides != (None, None):
             edits = [cv2.resize(edit, (width, height), interpolation=cv2.INTER_AREA) for edit in edits]
-        return [
-            (check_edit(edit[:height, :width], picture, name), {})
-            for edit, picture in zip(edits, pictures, strict=True)
-        ]
+        pairs = zip(edits, images, strict=True)
+        return [(check_edit(edit[:height, :width], image, name), {}) for edit, image in pairs]
 
     return teach
 
 
-def _fit(picture: Picture, sides: tuple, multiple: int) -> Picture:
-    """Resized to the sides that a network insists on, else mirrored at the right and bottom up to the multiple."""
-    height, width = picture.shape[:2]
+def _fit(image: np.ndarray, sides: tuple, multiple: int) -> np.ndarray:
+    """Resize to the fixed sides, or mirror the right and bottom border up to the multiple."""
+    height, width = image.shape[:2]
     if sides != (None, None):
-        return cv2.resize(picture, (sides[1] or width, sides[0] or height), interpolation=cv2.INTER_AREA)
+        return cv2.resize(image, (sides[1] or width, sides[0] or height), interpolation=cv2.INTER_AREA)
     below, right = -height % multiple, -width % multiple
-    return cv2.copyMakeBorder(picture, 0, below, 0, right, cv2.BORDER_REFLECT_101) if below or right else picture
+    return cv2.copyMakeBorder(image, 0, below, 0, right, cv2.BORDER_REFLECT_101) if below or right else image
 
 
-def to_tensor(pictures: np.ndarray, settings: TeacherSettings, layout: str) -> np.ndarray:
-    """uint8 RGB (B, H, W, 3) -> float32 in the network's range, channels and layout."""
+def _to_tensor(images: np.ndarray, settings: TeacherSettings, layout: str) -> np.ndarray:
+    """uint8 RGB (B, H, W, 3) -> float32 in the range, channel order and layout of the network."""
     black, white = settings.input_range
-    tensor = pictures.astype(np.float32) / 255 * (white - black) + black
-    tensor = tensor[..., ::-1] if settings.channels == "bgr" else tensor
+    tensor = images.astype(np.float32) / 255 * (white - black) + black
+    tensor = tensor[..., ::-1] if settings.teacher_channels == "bgr" else tensor
     return np.ascontiguousarray(tensor.transpose(0, 3, 1, 2) if layout == "nchw" else tensor)
 
 
-def to_pictures(tensor: np.ndarray, settings: TeacherSettings, layout: str) -> list[Picture]:
-    """The network's output -> uint8 RGB (H, W, 3) each; values outside its range are clipped."""
+def _to_images(tensor: np.ndarray, settings: TeacherSettings, layout: str) -> list[np.ndarray]:
+    """The output of the network -> uint8 RGB (H, W, 3) each; values outside its range are clipped."""
     black, white = settings.output_range or settings.input_range
     tensor = tensor.astype(np.float32).transpose(0, 2, 3, 1) if layout == "nchw" else tensor.astype(np.float32)
-    tensor = tensor[..., ::-1] if settings.channels == "bgr" else tensor
+    tensor = tensor[..., ::-1] if settings.teacher_channels == "bgr" else tensor
     values = np.nan_to_num((tensor - black) / (white - black))
     return list((np.clip(values, 0, 1) * 255).round().astype(np.uint8))
+
+
+def check_edit(edited: object, image: np.ndarray, name: str) -> np.ndarray:
+    """The edited image, contiguous. Raises InputError unless it is uint8 and has the shape of `image`."""
+    edited = np.asarray(edited)
+    if edited.dtype != np.uint8 or edited.shape != image.shape:
+        shapes = ["x".join(map(str, array.shape)) for array in (edited, image)]
+        given = f"returned {edited.dtype} {shapes[0]} for an image of uint8 {shapes[1]}"
+        raise InputError(f"{name} {given}: it must return uint8 RGB of the same size")
+    return np.ascontiguousarray(edited)

@@ -1,0 +1,135 @@
+"""The rows of generate_dataset.py: each is drawn from (seed, row) as a photograph, a task and an instruction."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache, lru_cache
+from typing import NamedTuple
+
+import datasets
+import numpy as np
+
+from data_preparation.generation.inputs import OpenPhotographs, Photographs
+from data_preparation.generation.pair_rows import make_pair, pair_features
+from data_preparation.generation.runner import GeneratedRows, GenerateRows
+from data_preparation.photographs import fit_image, random_square, seeded_rng
+from data_preparation.tasks.plan import DEGRADATION, Task, TeacherSettings
+from data_preparation.tasks.teachers import load_teacher, public_teacher
+from utils.pixels import BadRow
+
+MAX_TRIES = 10  # photographs tried for one row, if some cannot be read
+ORDER_STREAM = 1 << 62  # index from which the orders of the photographs are drawn
+
+
+@dataclass(frozen=True)
+class PhotographPairGenerator:
+    """A `RowGenerator`; the fields are flags of generate_dataset.py.
+
+    phrasings: by `Task.phrasings`, (for training, held out); phrasing_split: "train", "heldout" or "both";
+    models: by `Task.teacher`, of `describe_models`.
+    """
+
+    photographs: Photographs
+    tasks: tuple[Task, ...]
+    phrasings: dict[str, tuple[list[str], list[str]]]
+    phrasing_split: str
+    models: dict[str, list[dict] | None]
+    teacher_settings: TeacherSettings
+    num_items: int
+    seed: int
+    resolution: int
+    crop: str
+    image_format: str
+    source_license: str | None
+    batch_size: int
+
+    def features(self) -> datasets.Features:
+        return pair_features()
+
+    def open(self, rank: int) -> GenerateRows:
+        return _PhotographPairWorker(self, self.photographs.open(), rank).generate
+
+
+class PlannedPair(NamedTuple):
+    """A row with everything drawn, before the teacher runs. image: uint8 RGB (H, W, 3); phrasing: train or heldout."""
+
+    task: Task
+    prompt: str
+    phrasing: str
+    image: np.ndarray
+    photograph: int
+    generator: np.random.Generator
+
+
+class _PhotographPairWorker:
+    def __init__(self, settings: PhotographPairGenerator, photographs: OpenPhotographs, rank: int) -> None:
+        self.settings, self.photographs = settings, photographs
+        self._read = lru_cache(maxsize=32)(photographs.read)
+        self._order = lru_cache(maxsize=4)(self._draw_order)
+        weights = np.array([task.weight for task in settings.tasks])
+        self._shares = np.cumsum(weights / weights.sum())
+        models, flags = settings.models, settings.teacher_settings
+        self._teacher = cache(lambda task: load_teacher(task, flags, rank, models[task.teacher]))
+
+    def generate(self, items: range) -> GeneratedRows:
+        rejected: Counter = Counter()
+        planned = {item: pair for item in items if (pair := self._plan(item, rejected)) is not None}
+        batches: dict[tuple, list[int]] = {}  # a teacher gets images of one size
+        for item, pair in planned.items():
+            batches.setdefault((pair.task, pair.image.shape), []).append(item)
+        edits: dict[int, tuple] = {}
+        for (task, _), members in batches.items():
+            for start in range(0, len(members), self.settings.batch_size):
+                batch = members[start : start + self.settings.batch_size]
+                columns = zip(
+                    *((planned[i].image, planned[i].prompt, planned[i].generator) for i in batch), strict=True
+                )
+                edits |= zip(batch, self._teacher(task)(*map(list, columns)), strict=True)
+        return GeneratedRows([self._make_row(pair, *edits[item]) for item, pair in planned.items()], dict(rejected))
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        return seeded_rng(self.settings.seed, ORDER_STREAM + epoch).permutation(len(self.photographs))
+
+    def _plan(self, item: int, rejected: Counter) -> PlannedPair | None:
+        """Draw a row; None if no readable photograph was found. Each epoch uses every photograph once."""
+        settings, generator = self.settings, seeded_rng(self.settings.seed, item)
+        task = settings.tasks[int(np.searchsorted(self._shares, generator.random(), side="right"))]
+        epoch, place = divmod(item, len(self.photographs))
+        photograph, image = int(self._order(epoch)[place]), None
+        for _ in range(MAX_TRIES):
+            try:
+                image = self._crop(self._read(photograph), generator)
+                break
+            except BadRow as error:
+                rejected[f"photograph {self.photographs.name(photograph)} {error.reason}"] += 1
+                photograph = int(generator.integers(len(self.photographs)))
+        if image is None:
+            return None
+        is_heldout = {"train": 0, "heldout": 1, "both": int(generator.random() < 0.5)}[settings.phrasing_split]
+        prompts = settings.phrasings[task.phrasings][is_heldout]
+        prompt = prompts[generator.integers(len(prompts))]
+        return PlannedPair(task, prompt, ("train", "heldout")[is_heldout], image, photograph, generator)
+
+    def _crop(self, image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        if self.settings.crop == "random":
+            return random_square(image, self.settings.resolution, generator)
+        return fit_image(image, self.settings.resolution, is_square=self.settings.crop == "square")
+
+    def _make_row(self, pair: PlannedPair, result: np.ndarray, drawn: dict) -> dict:
+        settings, photographs, teacher = self.settings, self.photographs, pair.task.teacher
+        original, edited = (result, pair.image) if teacher == DEGRADATION else (pair.image, result)
+        return make_pair(
+            original,
+            pair.prompt,
+            edited,
+            settings.image_format,
+            task=pair.task.name,
+            phrasing=pair.phrasing,
+            source=photographs.name(pair.photograph),
+            source_dataset=photographs.dataset,
+            source_license=settings.source_license or photographs.license_of(pair.photograph),
+            models=settings.models[teacher],
+            seed=settings.seed,
+            settings={"teacher": public_teacher(teacher), **drawn},
+        )
