@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import sys
 
-from utils.cli import parse_training_flags, pick
+from utils.cli import pick
 from utils.errors import exit_on_input_error
+from utils.training.flags import parse_training_flags
 from utils.training.launch import prepare_process
 
 
@@ -20,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the script; returns the exit code."""
     args = parse_training_flags(argv, "Fine-tune an InstructPix2Pix editor on your own pairs.", "any")
     with exit_on_input_error():
-        prepare_process(argv)
+        prepare_process()
         from utils.models.stable_diffusion import require_editor
         from utils.training.assembly import train_editor
         from utils.training.settings import Settings

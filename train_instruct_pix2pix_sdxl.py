@@ -15,8 +15,9 @@ from __future__ import annotations
 import sys
 from functools import partial
 
-from utils.cli import parse_training_flags, pick
+from utils.cli import pick
 from utils.errors import exit_on_input_error
+from utils.training.flags import parse_training_flags
 from utils.training.launch import prepare_process
 
 
@@ -26,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         argv, "Train an InstructPix2Pix editor from a Stable Diffusion XL text-to-image model.", "sdxl"
     )
     with exit_on_input_error():
-        prepare_process(argv)
+        prepare_process()
         from utils.models.stable_diffusion import require_text_to_image
         from utils.training.assembly import train_editor
         from utils.training.settings import Settings

@@ -22,7 +22,7 @@ from benchmarks.memory_count import StepCount  # noqa: E402
 from benchmarks.memory_ladder import CACHED, LADDER, Configuration, Surroundings, estimate  # noqa: E402
 from benchmarks.memory_models import KINDS, TEXT_PARAMETERS, UNETS, count_unet, count_vae_encoding, weigh, weigh_vae  # noqa: E402
 from benchmarks.memory_tables import NOTES, TITLES, Row, blocks_table, counts_table, fits_table, totals_table  # noqa: E402
-from utils.training.gradient_checkpointing import list_blocks  # noqa: E402
+from utils.training.memory_saving import list_blocks  # noqa: E402
 
 PICTURE = Path(__file__).resolve().parents[1] / "docs/pictures/memory.png"
 VAE_DTYPES = {"sd15": torch.bfloat16, "sdxl": torch.float32}  # the defaults of --vae_precision under bf16

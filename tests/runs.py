@@ -1,4 +1,4 @@
-"""Training scripts as processes, the way their users run them."""
+"""Training scripts as processes, as users run them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from safetensors.torch import load_file
 
 REPOSITORY = Path(__file__).parent.parent
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+BIN = Path(sys.executable).parent
+ACCELERATE = (str(BIN / "accelerate"), "launch", "--cpu")
+TORCHRUN = (str(BIN / "torchrun"), "--standalone", "--nproc_per_node=2")
 WEIGHTS, ADAPTER = "diffusion_pytorch_model.safetensors", "pytorch_lora_weights.safetensors"
 
 
 def training_flags(base: Path, pairs: Path, output_dir: Path, *flags: str) -> list[str]:
-    """Flags of a short run on tiny data; later flags win over earlier ones."""
+    """Flags of a short run on tiny data; later flags override earlier ones."""
     return [
         f"--pretrained_model_name_or_path={base}",
         f"--dataset_name={pairs}",
@@ -32,18 +35,15 @@ def training_flags(base: Path, pairs: Path, output_dir: Path, *flags: str) -> li
 
 
 def start(script: str, flags: list[str], launcher: tuple[str, ...] = (), log: Path | None = None) -> subprocess.Popen:
-    """Start a script of the repository, by itself or through `accelerate launch` with the words of `launcher`."""
-    accelerate = (
-        [str(Path(sys.executable).with_name("accelerate")), "launch", *launcher] if launcher else [sys.executable]
-    )
+    """Start a script of the repository directly, or with `ACCELERATE` or `TORCHRUN` as its launcher."""
+    environment = ENVIRONMENT | ({"ACCELERATE_USE_CPU": "true"} if launcher == TORCHRUN else {})
     output = log.open("wb") if log else subprocess.PIPE
-    return subprocess.Popen(
-        [*accelerate, script, *flags], cwd=REPOSITORY, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT
-    )
+    command = [*(launcher or [sys.executable]), script, *flags]
+    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
 
 def run(script: str, flags: list[str], launcher: tuple[str, ...] = ()) -> str:
-    """Run a script to its end and return what it printed. Fails unless it exits with 0."""
+    """Run a script and return its output. Fails unless the exit code is 0."""
     process = start(script, flags, launcher)
     printed = process.communicate(timeout=120)[0].decode()
     assert process.returncode == 0, printed
@@ -51,13 +51,13 @@ def run(script: str, flags: list[str], launcher: tuple[str, ...] = ()) -> str:
 
 
 def weights_of(folder: Path) -> dict[str, bytes]:
-    """The bytes of every tensor in the folder of a model or of an adapter (metadata in a file's head has no order)."""
+    """The bytes of every tensor in the folder of a model or an adapter (the order of a file's metadata may change)."""
     file = next(folder / name for name in (WEIGHTS, ADAPTER) if (folder / name).exists())
     return {name: value.view(torch.uint8).numpy().tobytes() for name, value in load_file(file).items() if value.ndim}
 
 
 def losses_of(output_dir: Path) -> list[tuple]:
-    """(step, loss, gradient norm, held-out loss) of each log entry: what must not depend on interruptions."""
+    """(step, loss, gradient norm, learning rate, held-out loss) of each log entry, which resuming must not change."""
     entries = [json.loads(line) for line in (output_dir / "training_log.jsonl").read_text().splitlines()]
     return [
         tuple(entry.get(name) for name in ("step", "loss", "grad_norm", "lr", "held_out_loss")) for entry in entries

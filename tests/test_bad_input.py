@@ -108,7 +108,7 @@ def test_model_whose_tokenizer_lacks_its_files(flags: list[str], tiny_base: Path
     """transformers would make an empty tokenizer, for which all instructions are alike."""
     base = copy_of(tiny_base, tmp_path / "base")
     (base / "tokenizer/tokenizer.json").unlink()
-    fails_late(of_model(flags, base), f"the tokenizer of {base} is not whole")
+    fails_late(of_model(flags, base), f"{base}: its tokenizer is incomplete")
 
 
 def test_damaged_config_of_the_unet(flags: list[str], tiny_base: Path, tmp_path: Path) -> None:
@@ -172,7 +172,7 @@ def test_without_a_gpu(flags: list[str], no_gpu: None, extra: str, words: tuple[
 def test_precision_of_the_launcher(
     flags: list[str], no_gpu: None, monkeypatch: pytest.MonkeyPatch, precision: str, words: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr("utils.training.launch.follow_the_launcher", lambda: None)
+    monkeypatch.setattr("utils.training.launch.follow_launcher", lambda: None)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     fails_early(flags, *words)
 
@@ -303,5 +303,5 @@ def test_upload_that_is_refused_at_the_end(flags: list[str], hub: Hub, tmp_path:
 
     hub.hook = refuse_the_commit
     push = ("--push_to_hub", "--hub_token=write-token", "--hub_model_id=editor", f"--output_dir={tmp_path / 'fresh'}")
-    assert "write-token" not in fails_late([*flags, *push], "user/editor", "storage limit", "stands whole", "hf upload")
+    assert "write-token" not in fails_late([*flags, *push], "user/editor", "storage limit", "is complete in", "hf upload")
     assert (tmp_path / "fresh/model_index.json").is_file()

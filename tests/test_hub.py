@@ -18,7 +18,7 @@ from tests.hub_server import Hub, Refused, hub_server
 from utils.errors import InputError
 from utils.hub import check_push_rights, files_to_publish, redact, upload, upload_command
 from utils.licences import read_license_fields
-from utils.training.card import ModelFacts, write_card
+from utils.model_cards import TrainedModel, write_trained_card
 
 SECRET = "hf_" + "q" * 34
 
@@ -229,7 +229,7 @@ def test_server_that_dies_during_the_upload(client: Hub, trained: Path, tmp_path
     with pytest.raises(InputError) as caught:
         upload(trained, repo_id, token="write-token", private=True, waits=(0, 0))
     message = str(caught.value)
-    assert f"stands whole in {trained}" in message and upload_command(trained, repo_id, True) in message
+    assert f"complete in {trained}" in message and upload_command(trained, repo_id, True) in message
     assert "write-token" not in message and snapshot(trained) == before
     assert client.repos[f"models/{repo_id}"].messages == ["initial commit"]
 

@@ -13,7 +13,7 @@ from benchmarks.memory_measure import measure_peak
 from benchmarks.memory_models import KINDS, UNETS, Weights, count_nf4, count_unet, make_step, weigh
 from benchmarks.memory_tables import Row, fits_table, largest_fit
 from utils.errors import InputError
-from utils.training.gradient_checkpointing import checkpoint_blocks, find_block_problems, list_blocks
+from utils.training.memory_saving import checkpoint_blocks, find_block_problems, list_blocks
 from utils.training.optimizers import OptimizationOptions, count_state_bytes, make_optimizer
 
 TINY = dict(

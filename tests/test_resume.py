@@ -16,10 +16,9 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from tests.pairs import save_pairs
-from tests.runs import losses_of, run, start, training_flags, weights_of
+from tests.runs import ACCELERATE, TORCHRUN, losses_of, run, start, training_flags, weights_of
 from utils.training import checkpoints
-from utils.training.checkpoints import Progress, find_damage, list_checkpoints, save_checkpoint
-from utils.training.trained_weights import save_trained
+from utils.training.checkpoints import Progress, find_damage, list_checkpoints, save_checkpoint, save_trained
 
 SCRIPT = "train_instruct_pix2pix.py"
 SDXL = "train_instruct_pix2pix_sdxl.py"
@@ -113,7 +112,7 @@ def test_killed_and_resumed_equals_never_stopped(request, pairs, tmp_path, scrip
 
     def has_gone_on() -> bool:
         log = output_dir / "training_log.jsonl"
-        if not begun and log.exists() and "going on from" in (tmp_path / "second.log").read_text():
+        if not begun and log.exists() and "resuming from" in (tmp_path / "second.log").read_text():
             begun.append(time.monotonic())
         return bool(begun) and time.monotonic() - begun[0] >= random_moment
 
@@ -141,7 +140,7 @@ def test_killed_while_a_checkpoint_is_written(tiny_base, pairs, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number, launcher", [(signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGTERM, ("--cpu",))])
+@pytest.mark.parametrize("number, launcher", [(signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGTERM, ACCELERATE)])
 def test_signal_leaves_a_checkpoint(tiny_base, pairs, tmp_path, number, launcher):
     flags = training_flags(
         tiny_base,
@@ -220,7 +219,7 @@ def test_two_processes_equal_one_with_accumulation_two(request, pairs, tmp_path,
     )
     flags = [*shared, "--merge_adapter"] if more else shared
     run(script, training_flags(base, pairs, one, *flags, "--gradient_accumulation_steps=2"))
-    run(script, training_flags(base, pairs, two, *flags), launcher=("--cpu", "--num_processes", "2"))
+    run(script, training_flags(base, pairs, two, *flags), launcher=TORCHRUN)
     expected = UNet2DConditionModel.from_pretrained(one / "unet").state_dict()
     actual = UNet2DConditionModel.from_pretrained(two / "unet").state_dict()
     start_weights = UNet2DConditionModel.from_pretrained(base / "unet").state_dict()
@@ -237,7 +236,7 @@ def test_two_processes_equal_one_with_accumulation_two(request, pairs, tmp_path,
 def test_the_launcher_is_followed(tmp_path):
     """A script whose launcher dies gets SIGTERM."""
     child = (
-        "import time, utils.training.launch as l; l.follow_the_launcher(); print('ready', flush=True); time.sleep(60)"
+        "import time, utils.training.launch as l; l.follow_launcher(); print('ready', flush=True); time.sleep(60)"
     )
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "no"}

@@ -21,7 +21,7 @@ import train_instruct_pix2pix
 from tests.hub_server import hub_server
 from tests.pairs import make_image, make_rows, save_pairs
 from tests.runs import ENVIRONMENT, REPOSITORY, WEIGHTS, training_flags, weights_of
-from utils.cli import parse_training_flags
+from utils.training.flags import parse_training_flags
 from utils.training.checkpoints import list_checkpoints
 
 TRAIN, FINETUNE = train_instruct_pix2pix.main, finetune_instruct_pix2pix.main

@@ -18,10 +18,10 @@ import train_instruct_pix2pix_sdxl
 from tests.mistakes import copy_of, fails_early, fails_late
 from tests.original_names import write_single_file
 from tests.pairs import encode, make_dataset, make_image, save_pairs
-from tests.runs import WEIGHTS, run, training_flags
+from tests.runs import ACCELERATE, WEIGHTS, run, training_flags
 from tests.tiny import make_vae
-from utils.cli import parse_training_flags
 from utils.models.conditioning import PromptEncoder
+from utils.training.flags import parse_training_flags
 from utils.training.objective import Objective
 
 TRAIN, FINETUNE = train_instruct_pix2pix_sdxl.main, finetune_instruct_pix2pix.main
@@ -97,7 +97,7 @@ def test_the_script_trains_what_stock_diffusers_loads(tiny_sdxl, pairs, tmp_path
         "--num_validation_images=1",
         "--random_flip",
     )
-    run("train_instruct_pix2pix_sdxl.py", training_flags(tiny_sdxl, pairs, tmp_path / "out", *flags), ("--cpu",))
+    run("train_instruct_pix2pix_sdxl.py", training_flags(tiny_sdxl, pairs, tmp_path / "out", *flags), ACCELERATE)
     assert {path.name for path in (tmp_path / "out/validation").glob("step-*")} == {"step-2.png", "step-4.png"}
     pipeline = StableDiffusionXLInstructPix2PixPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.unet.config.in_channels == 8 and pipeline.config.force_zeros_for_empty_prompt

@@ -1,10 +1,10 @@
-"""Checkpoints: written beside their place and renamed into it, so that a whole one stands at every moment.
+"""Checkpoints, each either complete or absent.
 
 checkpoint-N/
-  unet/, unet_ema/      diffusers folders: `UNet2DConditionModel.from_pretrained("checkpoint-500/unet_ema")` loads them;
-                        of an adapter, `pipeline.load_lora_weights("checkpoint-500/unet_ema")`
+  unet/, unet_ema/      diffusers folders: `UNet2DConditionModel.from_pretrained("checkpoint-500/unet_ema")`, or for an
+                        adapter `pipeline.load_lora_weights("checkpoint-500/unet_ema")`
   training_state.pt     optimizer, learning-rate schedule, gradient scaler
-  progress.json         where the run stands, what it runs on, and the size and checksum of every file above
+  progress.json         `Progress`, and the size and checksum of every file above
 """
 
 from __future__ import annotations
@@ -18,28 +18,75 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
 
-from utils.atomic_files import flush_to_disk, remove_whole, written_beside
+from utils.atomic_files import atomic_folder, flush_to_disk, remove_path
 from utils.errors import InputError
+from utils.models.adapters import has_adapter, read_adapter, save_adapter
+from utils.weight_files import load_weights, save_weights
 
 logger = logging.getLogger(__name__)
-NAME = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
+Weights = dict[str, torch.Tensor]  # by the names of the UNet's parameters
 
 
 @dataclass
 class Progress:
-    """Where a run stands.
+    """How far a run has come.
 
-    identity: what must be the same when the run goes on (dataset, seed, batch geometry, ...), flag -> value.
+    identity: settings that must not change when the run is resumed (dataset, seed, batch size, ...), by flag.
     """
 
     global_step: int = 0
-    draws: int = 0  # samples consumed, of all processes together; the stream goes on from here
+    draws: int = 0  # samples used by all processes together; the stream of samples continues here
     seed: int = 0
     identity: dict = field(default_factory=dict)
     validated_step: int = 0
     best_loss: float | None = None
     bad_rows: list[list[str]] = field(default_factory=list)
+
+
+# ---- the trained weights of a UNet: all parameters, or those of its adapter -----------------------------------------
+
+
+def trained_weights(unet: UNet2DConditionModel) -> Weights:
+    """The parameters that training changes; not copies."""
+    return {name: value.detach() for name, value in unet.named_parameters() if value.requires_grad}
+
+
+def save_trained(folder: Path, unet: UNet2DConditionModel, weights: Weights | None = None) -> None:
+    """Write what stock diffusers loads: a UNet folder, or an adapter in LoRA format.
+
+    weights: values to write instead of the UNet's own, such as the EMA.
+    """
+    if has_adapter(unet):
+        save_adapter(folder, unet, weights)
+    else:
+        save_weights(folder, unet, unet.state_dict() | (weights or {}))
+
+
+def read_trained(folder: Path, unet: UNet2DConditionModel) -> Weights:
+    """Read what `save_trained` wrote, bit-identical. Raises `InputError` for the weights of another model."""
+    if has_adapter(unet):
+        return read_adapter(folder, unet)
+    stored, expected = load_weights(folder), unet.state_dict()
+    if {name: value.shape for name, value in stored.items()} != {n: v.shape for n, v in expected.items()}:
+        raise InputError(
+            f"{folder} does not fit the model of this command; give the --pretrained_model_name_or_path that the run "
+            "was started with"
+        )
+    return stored
+
+
+@torch.no_grad()
+def put_weights(unet: UNet2DConditionModel, weights: Weights) -> None:
+    """Copy values into the UNet's parameters of the same names, whose devices and dtypes stay the same."""
+    parameters = dict(unet.named_parameters())
+    for name, value in weights.items():
+        parameters[name].copy_(value)
+
+
+# ---- writing --------------------------------------------------------------------------------------------------------
 
 
 def save_checkpoint(
@@ -49,46 +96,70 @@ def save_checkpoint(
     training_state: dict,
     limit: int | None,
 ) -> Path:
-    """Write `checkpoint-<global_step>` and then remove the oldest ones over `limit`.
+    """Write `checkpoint-<global_step>`, then remove the oldest checkpoints above `limit`.
 
-    models: folder name -> what writes a model into that folder. training_state: what `torch.save` keeps.
-    Raises `InputError` when it cannot be written (a full disk); what stood before stands still.
+    models: folder name -> function that writes the model into the folder. training_state: passed to `torch.save`.
+    Raises `InputError` when it cannot be written (full disk); existing checkpoints stay complete.
     """
-    place = output_dir / f"checkpoint-{progress.global_step}"
-    standing = [path.name for path in list_checkpoints(output_dir)]
-    advice = f"go on from {standing[-1]} with --resume_from_checkpoint latest" if standing else "start again"
-    with written_beside(place, advice) as unfinished:
+    path = output_dir / f"checkpoint-{progress.global_step}"
+    existing = list_checkpoints(output_dir)
+    advice = f"resume from {existing[-1].name} with --resume_from_checkpoint latest" if existing else "start again"
+    with atomic_folder(path, advice) as unfinished:
         for name, save in models.items():
             save(unfinished / name)
         torch.save(training_state, unfinished / "training_state.pt")
-        files = {str(path.relative_to(unfinished)): _fingerprint(path) for path in _files_below(unfinished)}
+        files = {str(file.relative_to(unfinished)): _fingerprint(file) for file in _files_in(unfinished)}
         content = asdict(progress) | {"files": files}
         (unfinished / "progress.json").write_text(json.dumps(content | {"checksum": _checksum(content)}, indent=1))
-        for path in [*_files_below(unfinished), unfinished]:
-            flush_to_disk(path)
-        remove_whole(place)
-        unfinished.rename(place)
+        for file in [*_files_in(unfinished), unfinished]:
+            flush_to_disk(file)
+        remove_path(path)
+        unfinished.rename(path)
         flush_to_disk(output_dir)
     if limit:
         for old in list_checkpoints(output_dir)[:-limit]:
-            remove_whole(old)
-    return place
+            remove_path(old)
+    return path
+
+
+def _files_in(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _fingerprint(path: Path) -> list[int]:
+    """Size and CRC-32: they detect truncated and damaged files, and are fast for ten gigabytes."""
+    checksum, size = 0, 0
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
+    return [size, checksum]
+
+
+def _checksum(content: dict) -> int:
+    return zlib.crc32(json.dumps(content).encode())
+
+
+# ---- resuming -------------------------------------------------------------------------------------------------------
 
 
 def list_checkpoints(output_dir: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
-    found = [(int(match[1]), path) for path in output_dir.glob("checkpoint-*") if (match := NAME.fullmatch(path.name))]
-    return [path for _, path in sorted(found)]
+    return sorted((path for path in output_dir.glob("checkpoint-*") if CHECKPOINT_NAME.fullmatch(path.name)), key=_step)
+
+
+def _step(path: Path) -> int:
+    match = CHECKPOINT_NAME.fullmatch(path.name)
+    return int(match[1]) if match else 1 << 62
 
 
 def find_damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or None when every file is as it was written."""
+    """Which file of a checkpoint is missing or damaged; None if the checkpoint is complete."""
     try:
         content = json.loads((checkpoint / "progress.json").read_text())
-        is_as_written = content.pop("checksum") == _checksum(content)
+        is_intact = content.pop("checksum") == _checksum(content)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "progress.json is missing or unreadable"
-    if not is_as_written:
+    if not is_intact:
         return "progress.json is damaged"
     for name, fingerprint in content["files"].items():
         path = checkpoint / name
@@ -99,22 +170,22 @@ def find_damage(checkpoint: Path) -> str | None:
     return None
 
 
-def choose_checkpoint(output_dir: Path, wanted: str) -> Path | None:
-    """The checkpoint to go on from: 'latest' (None when there is none yet), a name in `output_dir`, or any path.
+def choose_checkpoint(output_dir: Path, name: str) -> Path | None:
+    """The checkpoint to resume from. name: 'latest' (None if there is none yet), a name in `output_dir`, or a path.
 
-    A damaged one is passed over for the newest whole one before it, and a warning says so. Raises `InputError` when
-    the named one does not exist, or when checkpoints exist and none is whole.
+    A damaged checkpoint is replaced by the newest complete one before it, with a warning. Raises `InputError` when the
+    named one does not exist, or when checkpoints exist but none is complete.
     """
-    standing = list_checkpoints(output_dir)
-    if wanted == "latest":
-        candidates = standing[::-1]
+    existing = list_checkpoints(output_dir)
+    if name == "latest":
+        candidates = existing[::-1]
         if not candidates:
             return None
     else:
-        named = next((path for path in (output_dir / wanted, Path(wanted)) if path.is_dir()), None)
+        named = next((path for path in (output_dir / name, Path(name)) if path.is_dir()), None)
         if named is None:
-            names = ", ".join(path.name for path in standing) or "none"
-            raise InputError(f"--resume_from_checkpoint {wanted} does not exist; checkpoints in {output_dir}: {names}")
+            names = ", ".join(path.name for path in existing) or "none"
+            raise InputError(f"--resume_from_checkpoint {name} does not exist; checkpoints in {output_dir}: {names}")
         older = [path for path in list_checkpoints(named.parent) if _step(path) < _step(named)]
         candidates = [named, *older[::-1]]
     reports = []
@@ -122,56 +193,34 @@ def choose_checkpoint(output_dir: Path, wanted: str) -> Path | None:
         damage = find_damage(candidate)
         if damage is None:
             for report in reports:
-                logger.warning("%s; going on from %s instead", report, candidate.name)
+                logger.warning("%s; resuming from %s instead", report, candidate.name)
             return candidate
-        reports.append(f"{candidate} is not whole: {damage}")
-    raise InputError("no whole checkpoint to go on from: " + "; ".join(reports) + ". Start again without the flag")
+        reports.append(f"{candidate} is incomplete: {damage}")
+    reasons = "; ".join(reports)
+    raise InputError(f"--resume_from_checkpoint {name}: there is no complete checkpoint ({reasons}); drop the flag")
 
 
 def read_progress(checkpoint: Path) -> Progress:
-    """The progress of a whole checkpoint."""
+    """The progress of a complete checkpoint."""
     stored = json.loads((checkpoint / "progress.json").read_text())
-    stored = {name: value for name, value in stored.items() if name not in ("files", "checksum")}
-    return Progress(**stored)
+    return Progress(**{name: value for name, value in stored.items() if name not in ("files", "checksum")})
 
 
 def check_same_run(stored: Progress, identity: dict) -> None:
-    """Refuse to go on with other data, another seed or another batch geometry: each difference by name."""
+    """Refuse to resume with another dataset, seed or batch size. Raises `InputError` with every difference."""
     differences = [
         f"{name}: the checkpoint has {stored.identity.get(name)!r}, this command {value!r}"
         for name, value in identity.items()
-        if stored.identity.get(name, value) != value  # what an older version did not record is not held against it
+        if stored.identity.get(name, value) != value  # older versions did not record every setting
     ]
     if differences:
         raise InputError(
-            "the checkpoint belongs to another run, so going on would not be the same training. "
+            "--resume_from_checkpoint: the checkpoint belongs to a run with other settings. "
             + "; ".join(differences)
-            + ". Give the former values, or another --output_dir"
+            + ". Use the same values, or another --output_dir"
         )
 
 
 def load_training_state(checkpoint: Path) -> dict:
-    """What `save_checkpoint` was given as `training_state`; tensors on the CPU."""
+    """The `training_state` that `save_checkpoint` wrote; tensors on the CPU."""
     return torch.load(checkpoint / "training_state.pt", map_location="cpu", weights_only=True)
-
-
-def _step(path: Path) -> int:
-    match = NAME.fullmatch(path.name)
-    return int(match[1]) if match else 1 << 62
-
-
-def _files_below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
-
-
-def _fingerprint(path: Path) -> list[int]:
-    """Size and CRC-32: enough against a cut or flipped file, and quick on ten gigabytes."""
-    checksum, size = 0, 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
-    return [size, checksum]
-
-
-def _checksum(content: dict) -> int:
-    return zlib.crc32(json.dumps(content).encode())

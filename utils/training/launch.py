@@ -1,4 +1,4 @@
-"""What `accelerate launch` leaves undone, put right before anything heavy is imported."""
+"""What a training script does before anything heavy is imported: follow its launcher, and check how it was launched."""
 
 from __future__ import annotations
 
@@ -6,64 +6,40 @@ import ctypes
 import os
 import signal
 import sys
-from pathlib import Path
 
 from utils.errors import InputError
 from utils.quiet import quiet_libraries
 
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
-def prepare_process(argv: list[str] | None) -> None:
-    """Call first in a training script, once the flags are known to be good. `argv` is None in a process of its own."""
-    follow_the_launcher()
-    start_cpu_processes(argv)
+
+def prepare_process() -> None:
+    """Call once the flags are checked. Raises `InputError` for a launch that starts too few processes."""
+    follow_launcher()
+    check_num_processes()
     quiet_libraries()
 
 
-def follow_the_launcher() -> None:
-    """Ask Linux to send this process SIGTERM when `accelerate launch` dies.
+def follow_launcher() -> None:
+    """Ask Linux to send this process SIGTERM when its launcher (`accelerate launch`, `torchrun`) dies.
 
-    The launcher passes no signal on: killed alone, it would leave the training running unseen. This way its end
-    reaches us as a SIGTERM, and a checkpoint is written.
+    `accelerate launch` forwards no signals: if it alone is killed, the training would continue unseen. With SIGTERM
+    it writes a checkpoint and stops.
     """
-    if sys.platform == "linux" and "ACCELERATE_MIXED_PRECISION" in os.environ:
-        set_parent_death_signal = 1  # PR_SET_PDEATHSIG, linux/prctl.h
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
+    is_launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    if sys.platform == "linux" and is_launched:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def start_cpu_processes(argv: list[str] | None) -> None:
-    """Become the several CPU processes that `accelerate launch --cpu --num_processes N` was asked for.
+def check_num_processes() -> None:
+    """Refuse `accelerate launch --cpu --num_processes N`, which without MPI (accelerate 1.15) starts a single process.
 
-    Without MPI, accelerate 1.15 sets their rendezvous address and starts a single process. That one becomes torchrun
-    here, which starts the N. Does nothing when they have been started, or when there is to be one only.
-    Raises `InputError` where N stands in a configuration file, from which it cannot be told here.
+    In that case accelerate sets a rendezvous address, but no world size.
     """
     is_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
-    has_ranks = any(
-        name in os.environ for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-    )
-    if argv is not None or not is_cpu or has_ranks or "MASTER_ADDR" not in os.environ:
-        return
-    count = _num_processes_of(_command_line_of(os.getppid()))
-    if count is None:
+    world_sizes = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
+    if is_cpu and "MASTER_ADDR" in os.environ and not world_sizes & os.environ.keys():
         raise InputError(
-            "accelerate was asked for several processes without a GPU, and starts one: give their number as "
-            "`accelerate launch --cpu --num_processes N`, or start with `torchrun --nproc_per_node N`"
+            "accelerate launch --cpu --num_processes N starts one process instead of N when MPI is not installed; use "
+            "`torchrun --nproc_per_node N SCRIPT ...`"
         )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={count}", *sys.argv]
-    os.execv(sys.executable, command)
-
-
-def _command_line_of(process: int) -> list[str]:
-    try:
-        return Path(f"/proc/{process}/cmdline").read_text().split("\0")
-    except OSError:  # not Linux
-        return []
-
-
-def _num_processes_of(command: list[str]) -> int | None:
-    """The value of --num_processes in a command line."""
-    for word, following in zip(command, [*command[1:], ""], strict=True):
-        flag, _, value = word.replace("-", "_").partition("=")
-        if flag == "__num_processes" and (value or following).isdigit():
-            return int(value or following)
-    return None

@@ -5,30 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler
+from diffusers import AutoencoderKL
 
 from utils.models.conditioning import PromptEncoder, added_conditions, drop_images, drop_prompts, dropout_masks
 from utils.models.latents import encode_moments, mode_of_original_latents, refuse_infinite, sample_edited_latents
-from utils.models.noise_schedules import (
-    ObjectiveOptions,
-    make_target,
-    min_snr_weights,
-    offset_noise,
-    per_sample_loss,
-    unet_timesteps,
-)
+from utils.models.noise_schedules import NoiseSchedule, ObjectiveOptions, min_snr_weights, offset_noise, per_sample_loss
 
 
 @dataclass
 class Objective:
     """The InstructPix2Pix objective (paper, equation 2) with conditioning dropout, of Stable Diffusion and of SDXL.
 
-    condition_scale: what the image condition is multiplied by; 1 but for CosXL editors.
+    condition_scale: factor of the image latents; 1 except for CosXL editors.
     """
 
     vae: AutoencoderKL
     encode_prompts: PromptEncoder
-    schedule: DDPMScheduler
+    schedule: NoiseSchedule
     options: ObjectiveOptions
     condition_scale: float = 1.0
     _is_vae_checked: bool = False
@@ -55,12 +48,12 @@ class Objective:
         unet_input = torch.cat([noisy_latents, original_latents], dim=1)  # (B, 8, h, w)
         prediction = unet(
             unet_input,
-            unet_timesteps(self.schedule, timesteps),
+            self.schedule.unet_timesteps(timesteps),
             encoder_hidden_states=embeds.hidden,
             added_cond_kwargs=added_conditions(embeds.pooled, self._time_ids(carried)),
             return_dict=False,
         )[0]
-        loss = per_sample_loss(prediction, make_target(self.schedule, edited_latents, noise, timesteps))
+        loss = per_sample_loss(prediction, self.schedule.make_target(edited_latents, noise, timesteps))
         return loss * self._weights(timesteps) if self.options.snr_gamma else loss
 
     def _encode(self, carried: dict) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,4 +79,4 @@ class Objective:
 
     def _weights(self, timesteps: torch.Tensor) -> torch.Tensor:
         alphas_cumprod = self.schedule.alphas_cumprod.to(timesteps.device)
-        return min_snr_weights(alphas_cumprod, timesteps, self.options.snr_gamma, self.schedule.config.prediction_type)
+        return min_snr_weights(alphas_cumprod, timesteps, self.options.snr_gamma, self.schedule.prediction_type)

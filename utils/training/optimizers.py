@@ -1,24 +1,24 @@
-"""The optimizer and the course of its learning rate."""
+"""Optimizers and learning-rate schedules."""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from diffusers.optimization import get_scheduler
 
-from utils.training.fused_backward import make_fused
+from utils.training.memory_saving import FusedBackward, stochastic_adamw
 
 
 @dataclass(frozen=True)
 class OptimizationOptions:
     """The fields are flags.
 
-    use_8bit_adam: the former name of `optimizer="adamw8bit"`. adafactor knows no adam_beta1, adam_beta2 and
-    adam_epsilon; the others know all four adam_ flags.
+    use_8bit_adam: same as `optimizer="adamw8bit"`. Adafactor ignores adam_beta1, adam_beta2 and adam_epsilon.
     """
 
     learning_rate: float = 1e-4
@@ -41,12 +41,12 @@ class OptimizationOptions:
 
     @property
     def optimizer_name(self) -> str:
-        """One of `MAKERS`."""
+        """One of the choices of --optimizer."""
         return "adamw8bit" if self.use_8bit_adam and self.optimizer == "adamw" else self.optimizer
 
     @property
     def optimizer_flag(self) -> str:
-        """How the user asked for the optimizer."""
+        """The flag that chose the optimizer, for messages."""
         return "--use_8bit_adam" if self.optimizer_name != self.optimizer else f"--optimizer {self.optimizer}"
 
     @property
@@ -61,63 +61,55 @@ class OptimizationOptions:
 def make_optimizer(
     parameters: list[torch.nn.Parameter], options: OptimizationOptions, samples_per_step: int
 ) -> torch.optim.Optimizer:
-    """The optimizer that `options` name, over any list of parameters.
+    """The optimizer for any list of parameters.
 
-    samples_per_step: accumulation x batch size x processes, by which `scale_lr` multiplies the learning rate.
+    samples_per_step: accumulation x batch size x processes, the factor of `scale_lr`.
     """
-    settings = dict(
-        lr=options.learning_rate * (samples_per_step if options.scale_lr else 1),
-        betas=(options.adam_beta1, options.adam_beta2),
-        weight_decay=options.adam_weight_decay,
-        eps=options.adam_epsilon,
+    lr = options.learning_rate * (samples_per_step if options.scale_lr else 1)
+    make = partial(_make_unfused, options=options, lr=lr)
+    return FusedBackward(parameters, make) if options.fused_backward else make(parameters)
+
+
+def _make_unfused(
+    parameters: list[torch.nn.Parameter], options: OptimizationOptions, lr: float
+) -> torch.optim.Optimizer:
+    name, weight_decay = options.optimizer_name, options.adam_weight_decay
+    adam = dict(
+        lr=lr, betas=(options.adam_beta1, options.adam_beta2), weight_decay=weight_decay, eps=options.adam_epsilon
     )
-    make: Callable = MAKERS[options.optimizer_name]
     if options.weights_dtype == "bf16":
-        make = _make_stochastic
-    if options.fused_backward:
-        return make_fused(parameters, lambda one: make(one, options, settings))
-    return make(parameters, options, settings)
+        return stochastic_adamw(is_8bit=name == "adamw8bit")(parameters, **adam)
+    if name == "adamw":
+        has_fused_kernel = parameters[0].device.type in ("cuda", "cpu")
+        return torch.optim.AdamW(parameters, fused=has_fused_kernel, **adam)
+    if name in ("adamw8bit", "paged_adamw8bit"):
+        import bitsandbytes
+
+        # Its first step undoes channels_last. Undone here, a resumed run uses the same kernels from its first step on.
+        for parameter in parameters:
+            parameter.data = parameter.data.contiguous()
+        # Paged: the state moves to CPU memory when the GPU's is full.
+        is_paged = name == "paged_adamw8bit"
+        return (bitsandbytes.optim.PagedAdamW8bit if is_paged else bitsandbytes.optim.AdamW8bit)(parameters, **adam)
+    if name == "adafactor":  # of transformers: PyTorch's always scales the updates by the size of the weights
+        from transformers.optimization import Adafactor
+
+        scaled = options.adafactor_scale_parameter
+        adafactor = dict(relative_step=False, warmup_init=False, scale_parameter=scaled)
+        return Adafactor(parameters, lr=lr, weight_decay=weight_decay, **adafactor)
+    if name == "prodigy":
+        return _make_prodigy(parameters, options, adam)
+    from schedulefree import AdamWScheduleFree
+
+    warmup = options.lr_warmup_steps if options.lr_scheduler == "constant_with_warmup" else 0
+    optimizer = AdamWScheduleFree(parameters, warmup_steps=warmup, **adam)
+    optimizer.train()
+    return optimizer
 
 
-def _make_adamw(parameters: list, options: OptimizationOptions, settings: dict) -> torch.optim.Optimizer:
-    """Fused where PyTorch has it for the device."""
-    return torch.optim.AdamW(parameters, fused=parameters[0].device.type in ("cuda", "cpu"), **settings)
-
-
-def _make_stochastic(parameters: list, options: OptimizationOptions, settings: dict) -> torch.optim.Optimizer:
-    from utils.training.stochastic_rounding import StochasticAdamW, StochasticAdamW8bit
-
-    kinds = {"adamw": StochasticAdamW, "adamw8bit": StochasticAdamW8bit}
-    return kinds[options.optimizer_name](parameters, **settings)
-
-
-def _make_adamw_8bit(parameters: list, options: OptimizationOptions, settings: dict) -> torch.optim.Optimizer:
-    """Paged: the state moves to the machine's memory where the GPU's is full."""
-    import bitsandbytes
-
-    # Its first step undoes channels_last; undone before, the first step of a resumed run has the same kernels.
-    for parameter in parameters:
-        parameter.data = parameter.data.contiguous()
-    is_paged = options.optimizer_name == "paged_adamw8bit"
-    kind = bitsandbytes.optim.PagedAdamW8bit if is_paged else bitsandbytes.optim.AdamW8bit
-    return kind(parameters, **settings)
-
-
-def _make_adafactor(parameters: list, options: OptimizationOptions, settings: dict) -> torch.optim.Optimizer:
-    """That of transformers: PyTorch's always scales the rate by the size of the weights, kohya's recipe does not."""
-    from transformers.optimization import Adafactor
-
-    return Adafactor(
-        parameters,
-        lr=settings["lr"],
-        weight_decay=settings["weight_decay"],
-        relative_step=False,
-        warmup_init=False,
-        scale_parameter=options.adafactor_scale_parameter,
-    )
-
-
-def _make_prodigy(parameters: list, options: OptimizationOptions, settings: dict) -> torch.optim.Optimizer:
+def _make_prodigy(
+    parameters: list[torch.nn.Parameter], options: OptimizationOptions, adam: dict
+) -> torch.optim.Optimizer:
     from prodigyopt import Prodigy
 
     with redirect_stdout(io.StringIO()):  # it prints a line about weight decay
@@ -127,55 +119,36 @@ def _make_prodigy(parameters: list, options: OptimizationOptions, settings: dict
             d_coef=options.prodigy_d_coef,
             use_bias_correction=options.prodigy_use_bias_correction,
             safeguard_warmup=options.prodigy_safeguard_warmup,
-            **settings,
+            **adam,
         )
-
-
-def _make_schedulefree(parameters: list, options: OptimizationOptions, settings: dict) -> torch.optim.Optimizer:
-    from schedulefree import AdamWScheduleFree
-
-    warmup = options.lr_warmup_steps if options.lr_scheduler == "constant_with_warmup" else 0
-    optimizer = AdamWScheduleFree(parameters, warmup_steps=warmup, **settings)
-    optimizer.train()
-    return optimizer
-
-
-MAKERS = {
-    "adamw": _make_adamw,
-    "adamw8bit": _make_adamw_8bit,
-    "paged_adamw8bit": _make_adamw_8bit,
-    "adafactor": _make_adafactor,
-    "prodigy": _make_prodigy,
-    "schedulefree_adamw": _make_schedulefree,
-}
 
 
 @contextmanager
 def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """The parameters are the averaged ones within, where the optimizer averages them (schedulefree); else nothing.
+    """Within the context the parameters are the averaged ones, if the optimizer averages them (schedulefree).
 
-    optimizer: as made here, also wrapped by accelerate. The weights of training are put by (once their memory), since
-    computing them back from the averaged ones would not give the same bits.
+    The training weights are copied (once their memory), because computing them back from the averaged ones would not
+    give the same bits. optimizer: may be wrapped by accelerate.
     """
     groups = optimizer.param_groups
     if not groups[0].get("train_mode", False):
         yield
         return
     parameters = [parameter for group in groups for parameter in group["params"]]
-    kept = [parameter.detach().clone() for parameter in parameters]
+    training_weights = [parameter.detach().clone() for parameter in parameters]
     optimizer.eval()
     try:
         yield
     finally:
         optimizer.train()
         with torch.no_grad():
-            for parameter, value in zip(parameters, kept, strict=True):
+            for parameter, value in zip(parameters, training_weights, strict=True):
                 parameter.copy_(value)
 
 
 def count_state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """The memory of the optimizer's state; counts what 8-bit optimizers nest and wrap."""
-    return sum(_count_bytes(values) for values in optimizer.state_dict()["state"].values())
+    """The size of the optimizer's state, including the nested tensors of 8-bit optimizers."""
+    return _count_bytes(optimizer.state_dict()["state"])
 
 
 def _count_bytes(value: object) -> int:
@@ -183,7 +156,7 @@ def _count_bytes(value: object) -> int:
         return sum(_count_bytes(inner) for inner in value.values())
     if not torch.is_tensor(value):
         return 0
-    if hasattr(value, "__tensor_flatten__"):  # torchao's: a tensor of tensors
+    if hasattr(value, "__tensor_flatten__"):  # torchao's tensor subclasses
         return sum(_count_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
     return value.numel() * value.element_size()
 
@@ -196,9 +169,9 @@ def make_lr_schedule(
 ) -> torch.optim.lr_scheduler.LRScheduler:
     """The learning rate over optimizer steps.
 
-    Unlike diffusers, the schedule is stepped once per optimizer step by us and is not given to accelerate, so that its
-    length means the same for any accumulation and any number of processes.
+    Unlike diffusers, the schedule is not given to accelerate: it is stepped once per optimizer step, so that its length
+    does not depend on accumulation and the number of processes.
     """
-    # schedulefree warms up by itself: its average must know how far the warm-up has come.
+    # schedulefree has its own warm-up, which its average depends on.
     name = "constant" if options.has_averaged_weights else options.lr_scheduler
     return get_scheduler(name, optimizer, num_warmup_steps=options.lr_warmup_steps, num_training_steps=max_train_steps)

@@ -1,4 +1,4 @@
-"""From trained weights to a whole pipeline in a folder, with its card, and to the Hub."""
+"""Publishing: the best weights, the saved pipeline or adapter with its model card, and the upload to the Hub."""
 
 from __future__ import annotations
 
@@ -10,68 +10,127 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from PIL import Image
 
-from utils.atomic_files import remove_whole, written_beside
+from utils.atomic_files import atomic_folder, remove_path
 from utils.hub import upload
+from utils.model_cards import TrainedModel, write_trained_card
 from utils.models.adapters import add_adapter, merge_adapter
-from utils.models.noise_schedules import make_published_scheduler
+from utils.models.noise_schedules import make_inference_scheduler
 from utils.models.stable_diffusion import editor_class, load_stable_diffusion, make_editor, widen_conv_in
-from utils.training.card import ModelFacts, write_card
+from utils.training.checkpoints import Weights, put_weights, read_trained, save_trained, trained_weights
 from utils.training.optimizers import averaged_weights
-from utils.training.preflight import Plan, publishes_pipeline
-from utils.training.session import Run
-from utils.training.settings import Settings
-from utils.training.trained_weights import Weights, put_weights, read_trained, save_trained, trained_weights
+from utils.training.preflight import publishes_pipeline
+from utils.training.session import TrainingSession
 from utils.training.training_log import draw_curve, read_log
 
 
 @dataclass(frozen=True)
 class BestWeights:
-    """The UNet with the lowest held-out loss so far, in `checkpoint-best/`."""
+    """The trained weights with the lowest held-out loss so far, in `checkpoint-best/`."""
 
     output_dir: Path
     enabled: bool
 
     @property
-    def place(self) -> Path:
+    def path(self) -> Path:
         return self.output_dir / "checkpoint-best"
 
-    def keep(self, unet: UNet2DConditionModel, step: int, loss: float) -> None:
-        """Replace what was kept by what was trained of the UNet, as it is now."""
+    def save(self, unet: UNet2DConditionModel, step: int, loss: float) -> None:
+        """Replace the saved weights with the UNet's current ones."""
         if not self.enabled:
             return
-        with written_beside(self.place) as unfinished:
+        with atomic_folder(self.path) as unfinished:
             save_trained(unfinished / "unet", unet)
             (unfinished / "best.json").write_text(json.dumps({"global_step": step, "held_out_loss": loss}))
-            remove_whole(self.place)
-            unfinished.rename(self.place)
+            remove_path(self.path)
+            unfinished.rename(self.path)
 
-    def load(self, unet: UNet2DConditionModel) -> tuple[Weights, dict] | None:
-        """(weights, what is known of them), or None where nothing was kept."""
-        if not self.enabled or not (self.place / "best.json").exists():
+    def load(self, unet: UNet2DConditionModel) -> tuple[Weights, float] | None:
+        """(weights, held-out loss), or None if nothing is saved."""
+        if not self.enabled or not (self.path / "best.json").exists():
             return None
-        return read_trained(self.place / "unet", unet), json.loads((self.place / "best.json").read_text())
+        description = json.loads((self.path / "best.json").read_text())
+        return read_trained(self.path / "unet", unet), description["held_out_loss"]
+
+
+def publish(session: TrainingSession, best: BestWeights) -> None:
+    """Save the pipeline or the adapter in float32, with its model card, and push it with --push_to_hub.
+
+    Raises `InputError` if it cannot be written or pushed; the checkpoints are kept.
+    """
+    settings, options = session.settings, session.settings.publishing
+    with averaged_weights(session.state.optimizer):
+        results = choose_weights(session, best)
+        if publishes_pipeline(settings):
+            save_pipeline(make_final_pipeline(session), settings.output_dir)
+        else:
+            save_final_adapter(session.state.model, settings.output_dir)
+    write_trained_card(settings.output_dir, describe_model(session, results), options.hub_token)
+    result = "pipeline" if publishes_pipeline(settings) else "adapter"
+    print(f"the {result} is saved in {settings.output_dir}", file=sys.stderr, flush=True)
+    if session.plan.repo_id:
+        url = upload(settings.output_dir, session.plan.repo_id, options.hub_token, private=options.hub_private_repo)
+        print(f"pushed to {url}", file=sys.stderr, flush=True)
+
+
+def choose_weights(session: TrainingSession, best: BestWeights) -> dict[str, float]:
+    """Copy the weights to be published into the model; returns their evaluation results by name."""
+    state = session.state
+    if saved := best.load(state.model):
+        weights, loss = saved
+        put_weights(state.model, weights)
+        return {"held-out loss": loss}
+    if state.ema:
+        if session.settings.optimization.weights_dtype == "bf16":
+            state.model.to(torch.float32)  # bf16 would round the average
+        put_weights(state.model, state.ema.state_dict())
+    losses = [entry["held_out_loss"] for entry in read_log(session.settings.output_dir) if "held_out_loss" in entry]
+    return {"held-out loss": losses[-1]} if losses else {}
+
+
+def make_final_pipeline(session: TrainingSession) -> DiffusionPipeline:
+    """The pipeline with the trained weights, all in float32; an adapter is merged into a newly loaded base."""
+    settings, plan, unet = session.settings, session.plan, None
+    if settings.adapter.lora_rank is None:
+        unet = session.state.model.to("cpu", torch.float32, memory_format=torch.contiguous_format)
+    parts = load_stable_diffusion(settings.model, unet=unet)  # the frozen models in memory may have 16 bits
+    if settings.adapter.lora_rank is not None:
+        if plan.needs_widening:
+            widen_conv_in(parts.unet)
+        add_adapter(parts.unet, settings.adapter, train_conv_in=plan.trains_conv_in)
+        put_weights(parts.unet, trained_weights(session.state.model))
+        merge_adapter(parts.unet)
+    return make_editor(parts, make_inference_scheduler(parts.scheduler, plan.schedule))
 
 
 def save_pipeline(pipeline: DiffusionPipeline, output_dir: Path) -> None:
-    """Save a pipeline into `output_dir`, each part renamed into its place and `model_index.json` last.
+    """Save a pipeline into `output_dir`: its components first, `model_index.json` last.
 
-    Until that file stands, nothing takes the folder for a whole pipeline. Raises `InputError` where it cannot be
-    written; the checkpoints stand.
+    Without that file the folder is not a pipeline, so an interrupted call leaves no broken one. Raises `InputError` if
+    it cannot be written.
     """
-    with written_beside(output_dir / "pipeline") as unfinished:
+    with atomic_folder(output_dir / "pipeline") as unfinished:
         pipeline.save_pretrained(unfinished)
-        make_readable(unfinished)
+        apply_umask(unfinished)
         (output_dir / "model_index.json").unlink(missing_ok=True)
-        for part in sorted(unfinished.iterdir(), key=lambda path: path.name == "model_index.json"):
-            remove_whole(output_dir / part.name)
-            part.rename(output_dir / part.name)
+        for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "model_index.json"):
+            remove_path(output_dir / path.name)
+            path.rename(output_dir / path.name)
         unfinished.rmdir()
 
 
-def make_readable(folder: Path) -> None:
-    """Give files the mode that the user's umask says: safetensors writes its own for the owner alone."""
+def save_final_adapter(unet: UNet2DConditionModel, output_dir: Path) -> None:
+    """Save the adapter into `output_dir`. Raises `InputError` if it cannot be written."""
+    with atomic_folder(output_dir / "adapter") as unfinished:
+        save_trained(unfinished, unet)
+        apply_umask(unfinished)
+        for path in sorted(unfinished.iterdir()):
+            path.rename(output_dir / path.name)
+        unfinished.rmdir()
+
+
+def apply_umask(folder: Path) -> None:
+    """Give files the permissions of the user's umask; safetensors makes them readable for the owner only."""
     umask = os.umask(0)
     os.umask(umask)
     for path in folder.rglob("*"):
@@ -79,105 +138,45 @@ def make_readable(folder: Path) -> None:
             path.chmod(0o666 & ~umask)
 
 
-def finish(run: Run, best: BestWeights) -> None:
-    """Publish what was trained, in float32: the whole editor, or the adapter alone; push it where that is asked for.
-
-    Raises `InputError` where it cannot be written or pushed; the checkpoints stand.
-    """
-    settings, options = run.settings, run.settings.publishing
-    with averaged_weights(run.trainee.optimizer):
-        results = choose_weights(run, best)
-        if publishes_pipeline(settings):
-            save_pipeline(make_whole_editor(run), settings.output_dir)
-        else:
-            publish_adapter(run.trainee.model, settings.output_dir)
-    write_card(settings.output_dir, gather_facts(run, results), options.hub_token)
-    kind = "editor" if publishes_pipeline(settings) else "adapter"
-    print(f"the {kind} stands in {settings.output_dir}", file=sys.stderr, flush=True)
-    if run.plan.repo_id:
-        url = upload(settings.output_dir, run.plan.repo_id, options.hub_token, private=options.hub_private_repo)
-        print(f"pushed to {url}", file=sys.stderr, flush=True)
+# ---- the model card -------------------------------------------------------------------------------------------------
 
 
-def make_whole_editor(run: Run) -> DiffusionPipeline:
-    """The editor with the weights trained, every part in float32; an adapter is merged into a base loaded anew."""
-    settings, unet = run.settings, None
-    if settings.adapter.lora_rank is None:
-        unet = run.trainee.model.to("cpu", torch.float32, memory_format=torch.contiguous_format)
-    parts = load_stable_diffusion(settings.model, unet=unet)  # the frozen ones anew: in memory they may have 16 bits
-    if settings.adapter.lora_rank is not None:
-        if run.plan.is_widened:
-            widen_conv_in(parts.unet)
-        add_adapter(parts.unet, settings.adapter, train_conv_in=run.plan.trains_conv_in)
-        put_weights(parts.unet, trained_weights(run.trainee.model))
-        merge_adapter(parts.unet)
-    return make_editor(parts, make_published_scheduler(parts.scheduler, run.plan.schedule))
-
-
-def publish_adapter(unet: UNet2DConditionModel, output_dir: Path) -> None:
-    """Write the adapter beside its place and rename it into it."""
-    with written_beside(output_dir / "adapter") as unfinished:
-        save_trained(unfinished, unet)
-        make_readable(unfinished)
-        for path in sorted(unfinished.iterdir()):
-            path.rename(output_dir / path.name)
-        unfinished.rmdir()
-
-
-def choose_weights(run: Run, best: BestWeights) -> dict[str, float]:
-    """Put the weights to be published into the model; returns what was measured of them, by name."""
-    kept = best.load(run.trainee.model)
-    if kept:
-        put_weights(run.trainee.model, kept[0])
-        return {"held-out loss": kept[1]["held_out_loss"]}
-    if run.trainee.ema:
-        if run.settings.optimization.weights_dtype == "bf16":
-            run.trainee.model.to(torch.float32)  # the average is finer than weights in bf16 can hold
-        put_weights(run.trainee.model, run.trainee.ema.state_dict())
-    held_out = [entry["held_out_loss"] for entry in read_log(run.settings.output_dir) if "held_out_loss" in entry]
-    return {"held-out loss": held_out[-1]} if held_out else {}
-
-
-def gather_facts(run: Run, results: dict[str, float]) -> ModelFacts:
-    """What the card tells of a run."""
-    settings, plan = run.settings, run.plan
+def describe_model(session: TrainingSession, results: dict[str, float]) -> TrainedModel:
+    """What the model card says about this run."""
+    settings, plan = session.settings, session.plan
     curve = draw_curve(settings.output_dir)
-    samples = sorted((settings.output_dir / "validation").glob("step-*.png"), key=lambda path: int(path.stem[5:]))
+    sheets = sorted((settings.output_dir / "validation").glob("step-*.png"), key=lambda path: int(path.stem[5:]))
     hyperparameters = {"steps": plan.progress.global_step, "samples per step": plan.samples_per_step}
     hyperparameters |= asdict(settings.objective) | asdict(settings.optimization) | asdict(settings.geometry)
     if settings.adapter.lora_rank is not None:
         hyperparameters |= asdict(settings.adapter)
-    hyperparameters |= {"prediction_type": plan.schedule.config.prediction_type, "use_ema": settings.run.use_ema}
-    return ModelFacts(
+    hyperparameters |= {"prediction_type": plan.schedule.prediction_type, "use_ema": settings.run.use_ema}
+    datasets = [settings.data.dataset_name or settings.data.train_data_dir]
+    if settings.data.train_mix:
+        datasets = [source.name.rsplit(":", 1)[0] for source in plan.sources]
+    return TrainedModel(
         base_model=settings.model.name,
-        pipeline_class=editor_class(run.parts.is_sdxl).__name__,
+        pipeline_class=editor_class(session.parts.is_sdxl).__name__,
         is_adapter=not publishes_pipeline(settings),
-        is_base_widened=plan.is_widened,
+        needs_widening=plan.needs_widening,
         command=["accelerate", "launch", *sys.argv],
         repo_id=plan.repo_id,
-        datasets=name_datasets(settings, plan),
+        datasets=datasets,
         hyperparameters={k: v for k, v in hyperparameters.items() if v is not None} | {"seed": plan.progress.seed},
         results=results,
-        widget=save_inputs(settings.output_dir, plan.pairs),
-        samples=[f"validation/{path.name}" for path in samples[-1:]],
+        widget=save_validation_inputs(session),
+        samples=[f"validation/{path.name}" for path in sheets[-1:]],
         curve=curve.name if curve else None,
         resolution=settings.geometry.resolution,
     )
 
 
-def name_datasets(settings: Settings, plan: Plan) -> list[str]:
-    """Ids or folders of what was trained on."""
-    if settings.data.train_mix:
-        return [source.name.rsplit(":", 1)[0] for source in plan.sources]
-    return [settings.data.dataset_name or settings.data.train_data_dir]
-
-
-def save_inputs(output_dir: Path, pairs: list[tuple[Image.Image, str]]) -> list[tuple[str, str]]:
-    """Keep the validation pictures for the card's widgets: (path in output_dir, instruction) each."""
+def save_validation_inputs(session: TrainingSession) -> list[tuple[str, str]]:
+    """Save the validation images for the card's widgets; returns (path in output_dir, prompt) of each."""
     widget = []
-    for index, (image, prompt) in enumerate(pairs):
+    for index, (image, prompt) in enumerate(session.plan.validation_pairs):
         path = Path("validation") / f"input-{index}.png"
-        (output_dir / path).parent.mkdir(exist_ok=True)
-        image.save(output_dir / path)
+        (session.settings.output_dir / path).parent.mkdir(exist_ok=True)
+        image.save(session.settings.output_dir / path)
         widget.append((str(path), prompt))
     return widget

@@ -1,4 +1,4 @@
-"""A run that is under way: what the checks found, the models, and the batches."""
+"""The running session: what the checks found, the models, and the batches."""
 
 from __future__ import annotations
 
@@ -10,48 +10,48 @@ from accelerate import Accelerator
 from utils.data.batches import make_loader
 from utils.data.latent_cache import make_latent_cache
 from utils.models.stable_diffusion import StableDiffusion
-from utils.training.loop import Trainee
+from utils.training.loop import TrainingState
 from utils.training.objective import Objective
-from utils.training.preflight import Plan
+from utils.training.preflight import RunPlan
 from utils.training.settings import Settings
 
 Batches = Generator[dict, None, None]
 
 
 @dataclass(frozen=True)
-class Run:
-    """Everything that validation and publishing look at."""
+class TrainingSession:
+    """Everything that validation and publishing read."""
 
     accelerator: Accelerator
     settings: Settings
-    plan: Plan
+    plan: RunPlan
     parts: StableDiffusion
     objective: Objective
-    trainee: Trainee
+    state: TrainingState
 
     def training_batches(self) -> Batches:
-        """The endless stream of this process's micro-batches, from where the run stands."""
-        settings, samples = self.settings, self.settings.data.train_batch_size * self.accelerator.num_processes
+        """The endless stream of this process's micro-batches, from the current progress on."""
+        settings, plan = self.settings, self.plan
         cache = None
         if settings.data.cache_latents and not settings.run.dry_run:
-            digest = self.plan.progress.identity["dataset"]
+            digest = plan.progress.identity["dataset"]
             cache = make_latent_cache(
-                self.accelerator, settings.output_dir, self.plan.sources, digest, settings.geometry, self.parts.vae
+                self.accelerator, settings.output_dir, plan.sources, digest, settings.geometry, self.parts.vae
             )
         loader = make_loader(
-            self.plan.sources,
+            plan.sources,
             settings.geometry,
             **self._loader_settings(),
             cache=cache,
-            start_batch=self.plan.progress.draws // samples,
+            start_batch=plan.progress.draws // (settings.data.train_batch_size * self.accelerator.num_processes),
             num_workers=settings.data.dataloader_num_workers,
         )
         return iter(loader)
 
     def held_out_batches(self) -> Batches:
-        """This process's share of the rows held out, from their start, with nothing left to chance but the noise."""
+        """This process's share of the held-out rows, from the first; crops are centred and nothing is mirrored."""
         geometry = replace(self.settings.geometry, center_crop=True, random_flip=False)
-        if geometry.resize_mode == "bucket":  # buckets do not give the rows in order
+        if geometry.resize_mode == "bucket":  # buckets would change the order of the rows
             geometry = replace(geometry, resize_mode="crop")
         return iter(make_loader(self.plan.held_out, geometry, **self._loader_settings()))
 

@@ -1,4 +1,4 @@
-"""What a run was asked for, by concern. The fields are flags; `utils.cli.pick` fills them."""
+"""The settings of a run, grouped. All fields are flags; `utils.cli.pick` fills them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from utils.training.optimizers import OptimizationOptions
 
 @dataclass(frozen=True)
 class DataOptions:
-    """The fields are flags."""
+    """The dataset and how it is read."""
 
     dataset_name: str | None = None
     dataset_config_name: str | None = None
@@ -38,7 +38,7 @@ class DataOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The fields are flags."""
+    """Length, memory and seed of the run, and its validation images."""
 
     output_dir: str = "instruct-pix2pix-model"
     seed: int | None = None
@@ -58,7 +58,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class ValidationOptions:
-    """The fields are flags."""
+    """How often to validate, and with how many images."""
 
     num_validation_images: int = 4
     validation_epochs: int = 1
@@ -68,7 +68,7 @@ class ValidationOptions:
 
 @dataclass(frozen=True)
 class PublishingOptions:
-    """The fields are flags."""
+    """Whether and where to upload the result."""
 
     push_to_hub: bool = False
     hub_model_id: str | None = None
@@ -78,7 +78,7 @@ class PublishingOptions:
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a run was asked for, by concern."""
+    """All settings of a run."""
 
     machine: MachineOptions
     model: ModelOptions
@@ -97,6 +97,6 @@ class Settings:
         return Path(self.run.output_dir)
 
     def by_flag(self) -> dict:
-        """Every setting under the name of its flag, without the token."""
-        values = {flag: value for concern in asdict(self).values() for flag, value in concern.items()}
+        """All values by flag, without the access token."""
+        values = {flag: value for group in asdict(self).values() for flag, value in group.items()}
         return values | {"hub_token": None}

@@ -1,4 +1,4 @@
-"""`training_log.jsonl`, the record of a run, and the curve that is drawn from it."""
+"""`training_log.jsonl`, and the training curve drawn from it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from utils.atomic_files import UNFINISHED
 
 
 def append_log(output_dir: Path, entry: dict) -> None:
-    """Add a line to `training_log.jsonl`, from which the training curve is drawn."""
+    """Add a line to `training_log.jsonl`."""
     with (output_dir / "training_log.jsonl").open("a") as file:
         file.write(json.dumps(entry) + "\n")
 
 
 def read_log(output_dir: Path) -> list[dict]:
-    """The entries of `training_log.jsonl`; a line cut off by a kill is left out."""
+    """The entries of `training_log.jsonl`; a line that a kill cut off is ignored."""
     path = output_dir / "training_log.jsonl"
     entries = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -29,7 +29,7 @@ def read_log(output_dir: Path) -> list[dict]:
 
 
 def cut_log(output_dir: Path, last_step: int) -> None:
-    """Forget what a killed run logged after the checkpoint that it goes on from."""
+    """Remove the entries after the checkpoint from which a run is resumed."""
     kept = [entry for entry in read_log(output_dir) if entry["step"] <= last_step]
     unfinished = output_dir / f"{UNFINISHED}training_log.jsonl"
     unfinished.write_text("".join(json.dumps(entry) + "\n" for entry in kept))
@@ -37,7 +37,7 @@ def cut_log(output_dir: Path, last_step: int) -> None:
 
 
 def draw_curve(output_dir: Path) -> Path | None:
-    """Draw loss, held-out loss and learning rate over the steps into `training_curve.png`; None without entries."""
+    """Draw losses and learning rate into `training_curve.png`; None if nothing is logged yet."""
     entries = read_log(output_dir)
     training = [entry for entry in entries if "loss" in entry]
     if not training:
@@ -52,16 +52,9 @@ def draw_curve(output_dir: Path) -> Path | None:
     losses = np.array([entry["loss"] for entry in training])
     loss_axis.plot(steps, losses, color="tab:blue", alpha=0.3, linewidth=1)
     loss_axis.plot(steps, _smooth(losses), color="tab:blue", label="training loss (smoothed)")
-    held_out = [entry for entry in entries if "held_out_loss" in entry]
+    held_out = [(entry["step"], entry["held_out_loss"]) for entry in entries if "held_out_loss" in entry]
     if held_out:
-        loss_axis.plot(
-            [entry["step"] for entry in held_out],
-            [entry["held_out_loss"] for entry in held_out],
-            "o-",
-            color="tab:orange",
-            markersize=3,
-            label="held-out loss",
-        )
+        loss_axis.plot(*zip(*held_out, strict=True), "o-", color="tab:orange", markersize=3, label="held-out loss")
     if losses.min() > 0:
         loss_axis.set_yscale("log")
     loss_axis.set(xlabel="optimizer step", ylabel="loss")
@@ -77,7 +70,7 @@ def draw_curve(output_dir: Path) -> Path | None:
 
 
 def _smooth(values: np.ndarray) -> np.ndarray:
-    """Moving average over about a twentieth of the run, shorter at the ends."""
+    """Moving average over about a tenth of the values, less at the ends."""
     width = max(1, len(values) // 20)
     sums = np.concatenate([[0.0], np.cumsum(values)])
     ends = np.arange(len(values))

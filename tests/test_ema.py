@@ -1,0 +1,196 @@
+"""The moving average: its formula, beside the weights and on the CPU by a thread, and its places with them changed."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+
+from utils.training.ema import MovingAverage
+
+PLACES = pytest.mark.parametrize("device", [None, "cpu"], ids=["in the step", "by a thread"])
+
+
+def make_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.Conv2d(3, 4, 3)).to(dtype)
+
+
+@torch.no_grad()
+def move(model: torch.nn.Module, step: int) -> None:
+    """Change every weight, by the step's own numbers."""
+    numbers = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn(parameter.shape, generator=numbers).to(parameter.dtype))
+
+
+def follow(average: MovingAverage, model: torch.nn.Module, num_steps: int = 30) -> dict[str, torch.Tensor]:
+    for step in range(1, num_steps + 1):
+        move(model, step)
+        average.update(model, step)
+    return {name: value.clone() for name, value in average.state_dict().items()}
+
+
+@PLACES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("decay", [0.9999, 0.5, 0.0])
+def test_it_follows_its_formula(decay: float, dtype: torch.dtype, device: str | None) -> None:
+    model = make_model(dtype)
+    average = MovingAverage(model, decay, device)
+    expected = {name: value.detach().double() for name, value in model.named_parameters()}
+    for step in range(1, 61):
+        move(model, step)
+        average.update(model, step)
+        kept = min(decay, (1 + step) / (10 + step))
+        for name, value in model.named_parameters():
+            expected[name] = kept * expected[name] + (1 - kept) * value.detach().double()
+    state = average.state_dict()
+    assert list(state) == list(expected)
+    for name, value in state.items():
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_thread_computes_the_same_bits(dtype: torch.dtype) -> None:
+    states = [follow(MovingAverage(make_model(dtype), 0.9, device), make_model(dtype)) for device in (None, "cpu")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_chunks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = follow(MovingAverage(make_model(torch.bfloat16), 0.9), make_model(torch.bfloat16))
+    monkeypatch.setattr("utils.training.ema.CHUNK_BYTES", 1)  # "CHUNK_BYTES", 1)
+    single = follow(MovingAverage(make_model(torch.bfloat16), 0.9), make_model(torch.bfloat16))
+    assert all(torch.equal(whole[name], single[name]) for name in whole)
+
+
+@PLACES
+def test_only_what_is_trained_is_averaged(device: str | None) -> None:
+    model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), make_model())
+    trained = {name for name, value in model.named_parameters() if value.requires_grad}
+    average = MovingAverage(model, 0.9, device)
+    assert set(follow(average, model)) == trained and 0 < len(trained) < len(list(model.parameters()))
+    frozen = {name: value.clone() for name, value in model.named_parameters() if name not in trained}
+    with average.swapped_into(model):
+        assert all(torch.equal(value, frozen.get(name, value)) for name, value in model.named_parameters())
+
+
+@PLACES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_it_is_swapped_in_and_out_to_the_bit(dtype: torch.dtype, device: str | None) -> None:
+    model = make_model(dtype)
+    average = MovingAverage(model, 0.9, device)
+    state = follow(average, model)
+    live = {name: value.detach().clone() for name, value in model.named_parameters()}
+    with pytest.raises(ZeroDivisionError), average.swapped_into(model):
+        assert all(torch.equal(value, state[name].to(dtype)) for name, value in model.named_parameters())
+        raise ZeroDivisionError
+    assert all(torch.equal(value, live[name]) for name, value in model.named_parameters())
+    assert all(torch.equal(value, state[name]) for name, value in average.state_dict().items())
+
+
+@PLACES
+def test_it_takes_over_a_state_whole_or_not_at_all(device: str | None) -> None:
+    model = make_model()
+    average = MovingAverage(model, 0.9, device)
+    state = follow(average, model)
+    other = MovingAverage(make_model(), 0.9, device)
+    other.load_state_dict(state | {"of another model": torch.ones(1)})
+    assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
+    with pytest.raises(KeyError, match="1.bias"):
+        other.load_state_dict({name: torch.zeros_like(v) for name, v in state.items() if name != "1.bias"})
+    assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
+
+
+# ---- the thread -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """No average moves before it is set."""
+    event, lerp = threading.Event(), torch._foreach_lerp_
+
+    def wait_and_lerp(*values: object) -> None:
+        assert event.wait(timeout=60)
+        lerp(*values)
+
+    monkeypatch.setattr(torch, "_foreach_lerp_", wait_and_lerp)
+    return event
+
+
+def test_weights_that_change_at_once_do_not_disturb_it(gate: threading.Event) -> None:
+    """The average surely moves after the weights have changed, and so after `update` returned, without waiting."""
+    model = make_model()
+    average = MovingAverage(model, 0.5, "cpu")
+    start = {name: value.detach().clone() for name, value in model.named_parameters()}
+    move(model, 1)
+    moved = {name: value.detach().clone() for name, value in model.named_parameters()}
+    average.update(model, 1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(torch.nan)
+    gate.set()
+    for name, value in average.state_dict().items():
+        torch.testing.assert_close(value, torch.lerp(start[name], moved[name], 1 - 2 / 11))
+
+
+def test_the_next_update_waits_for_the_last(gate: threading.Event) -> None:
+    """Else it would overwrite the copies which the last one reads: two quick updates equal two slow ones."""
+    expected = MovingAverage(make_model(), 0.9)
+    model = make_model()
+    average = MovingAverage(model, 0.9, "cpu")
+    threading.Timer(0.2, gate.set).start()
+    state = follow(average, model, num_steps=2)
+    expected = follow(expected, make_model(), num_steps=2)
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+
+
+def test_what_goes_wrong_in_the_thread_is_raised_by_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = set(threading.enumerate())
+    model = make_model()
+    average = MovingAverage(model, 0.9, "cpu")
+    monkeypatch.setattr(torch, "_foreach_lerp_", lambda *_: 1 / 0)
+    average.update(model, 1)
+    for call in (average.state_dict, lambda: average.update(model, 2), average.close):
+        with pytest.raises(ZeroDivisionError):
+            call()
+    assert set(threading.enumerate()) <= before
+
+
+@PLACES
+def test_a_closed_one_can_be_read(device: str | None) -> None:
+    before = set(threading.enumerate())
+    model = make_model()
+    average = MovingAverage(model, 0.9, device)
+    state = follow(average, model)
+    average.close()
+    assert all(torch.equal(value, state[name]) for name, value in average.state_dict().items())
+    assert set(threading.enumerate()) <= before
+
+
+def test_another_device_is_refused() -> None:
+    with pytest.raises(ValueError, match="'cuda'; it must be None"):
+        MovingAverage(make_model(), 0.9, "cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
+def test_a_gpu_is_copied_in_order_and_swapping_takes_nothing_of_it() -> None:
+    model = make_model().cuda()
+    average, expected = MovingAverage(model, 0.9, "cpu"), MovingAverage(make_model(), 0.9)
+    reference = make_model()
+    for step in range(1, 11):
+        for one, ema in ((model, average), (reference, expected)):
+            with torch.no_grad():
+                for parameter in one.parameters():
+                    parameter.add_(step)
+            ema.update(one, step)
+    for name, value in average.state_dict().items():
+        assert value.device.type == "cpu"
+        torch.testing.assert_close(value, expected.state_dict()[name])
+    live = [parameter.detach().clone() for parameter in model.parameters()]
+    before = torch.cuda.memory_allocated()
+    with average.swapped_into(model):
+        assert torch.cuda.memory_allocated() == before
+    assert all(torch.equal(now, then) for now, then in zip(model.parameters(), live, strict=True))
