@@ -7,7 +7,7 @@ import torch
 from benchmarks.memory_ladder import Configuration, Surroundings
 from benchmarks.memory_models import make_step, make_unet, make_vae
 from utils.training.ema import MovingAverage
-from utils.training.gradient_checkpointing import checkpoint_blocks
+from utils.training.memory_saving import checkpoint_blocks
 from utils.training.optimizers import OptimizationOptions, make_optimizer
 
 NUM_STEPS = 3  # the optimizer's state comes with the first

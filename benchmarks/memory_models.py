@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.memory_count import StepCount, count_peak, count_saved, count_step, like_cuda
 from utils.models.adapters import AdapterOptions, add_adapter, cast_frozen
-from utils.training.gradient_checkpointing import checkpoint_blocks
+from utils.training.memory_saving import checkpoint_blocks
 
 KINDS = ("fp32", "bf16", "lora")  # what is trained: all in float32, all in bfloat16, an adapter beside a bf16 base
 PROMPT_TOKENS, PIXELS_PER_LATENT = 77, 8
