@@ -9,7 +9,7 @@ import datasets
 import numpy as np
 from PIL import Image
 
-from utils.data.columns import OURS
+from utils.data.columns import DEFAULT_COLUMNS
 from utils.data.sources import Source
 
 
@@ -59,7 +59,7 @@ def make_source(num_rows: int, weight: float = 1.0, name: str = "train", **repla
     dataset = datasets.Dataset.from_dict(rows)
     for column in ("original_image", "edited_image"):
         dataset = dataset.cast_column(column, datasets.Image(decode=False))
-    return Source(dataset, OURS, name, weight)
+    return Source(dataset, DEFAULT_COLUMNS, name, weight)
 
 
 def write_image_folder(folder: Path, num_rows: int) -> dict[str, list]:

@@ -125,7 +125,7 @@ def test_columns(flags_on: Callable, make: Callable, extra: str, words: tuple[st
         ("/no/such/folder", ("no folder /no/such/folder",)),
         ("./no-such-folder", ("no folder", "no-such-folder")),
         ("nobody/nothing", ("nobody/nothing from the Hugging Face Hub",)),
-        (__file__, ("is a file", "the folder that holds it")),
+        (__file__, ("is a file", "give its folder")),
     ],
     ids=["missing folder", "missing relative folder", "Hub id while offline", "a file"],
 )
@@ -171,7 +171,7 @@ def test_metadata_that_names_missing_files_only(flags_on: Callable, tmp_path: Pa
     write_metadata(tmp_path / "data")
     for path in (tmp_path / "data").glob("*/*.png"):
         path.unlink()
-    fails_early(flags_on(tmp_path / "data"), "4 rows in a row cannot be used", "train[0]", "no such file")
+    fails_early(flags_on(tmp_path / "data"), "4 consecutive rows cannot be used", "train[0]", "no such file")
 
 
 def test_metadata_that_is_no_json(flags_on: Callable, tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_a_dataset_smaller_than_a_batch_is_enough(flags_on: Callable, num_rows: 
 
 
 @pytest.mark.parametrize(
-    "limit, words", [("1", ("2 bad rows", "--max_bad_rows 1")), ("0.4", ("--max_bad_rows 0.4", "(1.6 of 4)"))]
+    "limit, words", [("1", ("--max_bad_rows 1", "2 rows are bad")), ("0.4", ("--max_bad_rows 0.4", "1.6 of 4 rows"))]
 )
 def test_more_bad_rows_than_allowed(flags_on: Callable, limit: str, words: tuple[str, ...]) -> None:
     rows = spoilt(original_image={1: b"", 2: b"no image"})
@@ -269,12 +269,12 @@ def test_bad_rows_count_over_a_resumed_run(flags_on: Callable) -> None:
     pairs = output_dir_of(flags).parent / "pairs"
     more = (f"--dataset_name={pairs}", "--max_train_steps=3", "--resume_from_checkpoint=latest")
     finishes([*flags, *more], "1 bad rows were skipped: train[1]")
-    fails_late([*flags, *more, "--max_train_steps=4", "--max_bad_rows=0"], "1 bad rows are more", "train[1]")
+    fails_late([*flags, *more, "--max_train_steps=4", "--max_bad_rows=0"], "1 rows are bad", "train[1]")
 
 
 def test_only_bad_rows(flags_on: Callable) -> None:
     rows = make_rows(4) | {"edit_prompt": [None, "", " ", None]}
-    fails_early(flags_on(rows, "--max_bad_rows=100"), "4 rows in a row cannot be used", "train[3]: no prompt")
+    fails_early(flags_on(rows, "--max_bad_rows=100"), "4 consecutive rows cannot be used", "train[3]: no prompt")
 
 
 # ---- streams --------------------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ def test_a_bad_row_of_a_stream_is_skipped(flags_on: Callable) -> None:
 
 def test_a_stream_of_bad_rows(flags_on: Callable) -> None:
     rows = make_rows(4) | {"edit_prompt": [None, "", " ", None]}
-    fails_early(flags_on(rows, "--streaming"), "4 rows in a row cannot be used", "no prompt")
+    fails_early(flags_on(rows, "--streaming"), "4 consecutive rows cannot be used", "no prompt")
 
 
 def test_an_empty_stream(flags_on: Callable) -> None:

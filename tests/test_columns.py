@@ -6,7 +6,7 @@ import datasets
 import pytest
 
 from tests.published import IMAGE, SHAPES, TEXT
-from utils.data.columns import KNOWN, Columns, resolve_columns
+from utils.data.columns import KNOWN_COLUMNS, Columns, resolve_columns
 from utils.errors import InputError
 
 PUBLISHED = {name: shape.features for name, shape in SHAPES.items()}
@@ -16,7 +16,7 @@ PUBLISHED = {name: shape.features for name, shape in SHAPES.items()}
 @pytest.mark.parametrize("is_local_copy", [False, True])
 def test_published_datasets_need_no_flag(name: str, is_local_copy: bool) -> None:
     features = datasets.Features(PUBLISHED[name])
-    assert resolve_columns("copies/of-it" if is_local_copy else name, features) == KNOWN[name]
+    assert resolve_columns("copies/of-it" if is_local_copy else name, features) == KNOWN_COLUMNS[name]
 
 
 def test_our_own_schema_is_recognised() -> None:

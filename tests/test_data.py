@@ -19,11 +19,11 @@ import torch
 from PIL import Image
 
 from tests.pairs import encode, make_image, make_rows, make_source
-from utils.data.batches import BadRowLimit, check_first_rows, make_loader
-from utils.data.columns import OURS
+from utils.data.batches import make_loader
+from utils.data.columns import DEFAULT_COLUMNS
 from utils.data.draws import DrawOrder, sample_draws
 from utils.data.geometry import Geometry
-from utils.data.samples import choose_prompt
+from utils.data.samples import BadRowLimit, check_first_rows, choose_prompt
 from utils.data.sources import Source
 from utils.errors import InputError
 
@@ -40,7 +40,8 @@ def stream_of(rows: dict[str, list]) -> Source:
     dataset = datasets.Dataset.from_dict(rows)
     for column in ("original_image", "edited_image"):
         dataset = dataset.cast_column(column, datasets.Image(decode=False))
-    return Source(dataset.to_iterable_dataset(num_shards=min(3, len(dataset))), OURS, "train", is_streaming=True)
+    rows = dataset.to_iterable_dataset(num_shards=min(3, len(dataset)))
+    return Source(rows, DEFAULT_COLUMNS, "train", is_streaming=True)
 
 
 def assert_equal(left: list[dict], right: list[dict]) -> None:
@@ -277,7 +278,7 @@ def test_one_prompt_of_a_list() -> None:
     assert choose_prompt([None, " ", "c"], 0.1) == "c"
     source = make_source(4)
     rows = source.rows.remove_columns("edit_prompt").add_column("edit_prompt", [["a", "b"]] * 4)
-    drawn = {prompt for batch in batches([Source(rows, OURS, "train")], 6) for prompt in batch["prompts"]}
+    drawn = {prompt for batch in batches([Source(rows, DEFAULT_COLUMNS, "train")], 6) for prompt in batch["prompts"]}
     assert drawn == {"a", "b"}
 
 
@@ -302,8 +303,8 @@ def test_order_needs_no_past() -> None:
     one, other = DrawOrder([7, 30], [2.0, 1.0], seed=5), DrawOrder([7, 30], [2.0, 1.0], seed=5)
     late = [one.locate(draw) for draw in range(370, 400)]
     assert [other.locate(draw) for draw in range(400)][370:] == late
-    assert len(other._epochs) <= 2
-    assert len(other._permutations) <= 4
+    assert other._epoch.cache_info().currsize <= 2
+    assert other._permutation.cache_info().currsize <= 4
 
 
 # ---- bad rows -------------------------------------------------------------------------------------------------------
@@ -355,7 +356,7 @@ def test_rows_that_are_all_bad_stop_the_run_with_one_message(kind: str, num_work
     source = (
         stream_of(rows) if kind == "stream" else make_source(num_rows, edit_prompt=dict(enumerate(rows["edit_prompt"])))
     )
-    with pytest.raises(InputError, match=r"^(4|100) rows in a row cannot be used.*\n  - train\[") as caught:
+    with pytest.raises(InputError, match=r"^(4|100) consecutive rows cannot be used.*\n  - train\[") as caught:
         batches([source], 1, num_workers=num_workers)
     assert "Traceback" not in str(caught.value)
 
@@ -367,7 +368,7 @@ def test_streams_refuse_what_they_cannot_know() -> None:
         )
     with pytest.raises(InputError, match="has no rows"):
         empty = datasets.IterableDataset.from_generator(lambda: iter(()))
-        batches([Source(empty, OURS, "train", is_streaming=True)], 1)
+        batches([Source(empty, DEFAULT_COLUMNS, "train", is_streaming=True)], 1)
 
 
 def test_first_rows_are_checked() -> None:
@@ -375,7 +376,7 @@ def test_first_rows_are_checked() -> None:
     bad = check_first_rows([make_source(20, edit_prompt={3: None, 12: None})], GEOMETRY)
     assert bad == [("train[3]", "no prompt")]
     assert len(check_first_rows([stream_of(make_rows(9) | dict(edit_prompt=[None, *"abcdefgh"]))], GEOMETRY)) == 1
-    with pytest.raises(InputError, match=r"2 rows in a row cannot be used.*\n  - b\[0\]: edited image: empty file"):
+    with pytest.raises(InputError, match=r"2 consecutive rows cannot be used.*\n  - b\[0\]: edited image: empty file"):
         check_first_rows([make_source(3), make_source(2, name="b", edited_image={0: EMPTY, 1: EMPTY})], GEOMETRY)
 
 
@@ -386,7 +387,7 @@ def test_bad_rows_are_counted_once_and_stop_the_run_over_the_limit(caplog: pytes
         limit.add([("train[1]", "no prompt")])
     assert len(caplog.records) == 2
     assert "train[2]: empty file" in caplog.text
-    with pytest.raises(InputError, match=r"3 bad rows are more than --max_bad_rows 0.02 .*2 of 100(?s:.*)train\[7\]"):
+    with pytest.raises(InputError, match=r"--max_bad_rows 0.02 allows 2 of 100 rows, but 3 (?s:.*)train\[7\]"):
         limit.add([("train[7]", "too small")])
     count = BadRowLimit(1, num_rows=100)
     count.add([("train[1]", "x")])

@@ -11,10 +11,9 @@ from data_preparation.tasks.degradations import DEGRADATIONS
 from data_preparation.toy_edits import EDITS
 from tests.pairs import make_rows, make_source
 from utils.checks import image_measures as measures
-from utils.checks.findings import KINDS, Findings, printable
-from utils.checks.pair_inspection import CLEANER, inspect_row
+from utils.checks.findings import KINDS, Findings, printable, quick_check
+from utils.checks.pair_inspection import RESTORATION_RULES, inspect_row
 from utils.checks.prompt_checks import estimate_tokens, guess_task
-from utils.checks.quick_check import quick_check
 
 PHOTOS = Path(__file__).resolve().parents[1] / "assets/photos"
 NAMES = ("coffee", "city_1", "garden_2", "quay_3", "cat", "lobby_1", "rocket", "meadow_3")
@@ -54,7 +53,7 @@ def test_no_degradation_raises_a_false_alarm(task):
         assert kinds_of(degraded, clean, task=task) == [], name
 
 
-@pytest.mark.parametrize("task", CLEANER)
+@pytest.mark.parametrize("task", RESTORATION_RULES)
 def test_a_restoring_pair_the_wrong_way_round_is_found(task):
     found = 0
     for seed, name in enumerate(NAMES):
@@ -124,7 +123,7 @@ def test_pictures_that_cannot_be_used_say_why():
 @pytest.mark.parametrize("size", [(8, 8), (9, 900), (1500, 20), (16, 17), (50, 1000), (23, 24)])
 def test_odd_sizes_are_looked_at_without_a_warning(size, recwarn):
     noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    for task in (None, *CLEANER):
+    for task in (None, *RESTORATION_RULES):
         assert "unreadable" not in kinds_of(noise, 255 - noise, task=task)
     assert not recwarn.list
 
@@ -181,5 +180,5 @@ def test_the_quick_check_names_rows_and_is_silent_on_hints():
         original_image=dict(enumerate(big)),
         edited_image=dict(enumerate(encoded(255 - photograph(name)) for name in NAMES)),
     )
-    assert quick_check([good, good], seed=0) == ["a quick check of 16 rows found nothing to warn of"]
-    assert quick_check([good], seed=0, max_seconds=0) == ["a quick check of 1 rows found nothing to warn of"]
+    assert quick_check([good, good], seed=0) == ["a quick check of 16 rows found no problems"]
+    assert quick_check([good], seed=0, max_seconds=0) == ["a quick check of 1 rows found no problems"]

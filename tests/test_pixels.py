@@ -287,5 +287,5 @@ def test_bucket_geometry_covers_the_bucket() -> None:
 
 
 def test_geometry_refuses_what_it_does_not_know() -> None:
-    with pytest.raises(ValueError, match="--resize_mode is 'stretch'; it can be crop, squash, bucket"):
+    with pytest.raises(ValueError, match="--resize_mode is 'stretch'; use one of crop, squash, bucket"):
         Geometry(64, "stretch")

@@ -1,4 +1,4 @@
-"""Files and folders that are either complete or absent: written beside their place, then renamed into it."""
+"""Files and folders that are either complete or absent: written to a temporary name, then renamed."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ from pathlib import Path
 
 from utils.errors import InputError
 
-UNFINISHED = ".unfinished-"  # prefix of what is being written; removed when the next run starts
+UNFINISHED = ".unfinished-"  # prefix of what is being written; the next run removes it
 
 
 @contextmanager
-def written_beside(place: Path, advice: str = "start again") -> Iterator[Path]:
-    """An empty folder to fill and to rename to `place`; it is removed when anything goes wrong.
+def atomic_folder(path: Path, advice: str = "start again") -> Iterator[Path]:
+    """An empty temporary folder, which the caller fills and renames to `path`; removed on any error.
 
-    Raises `InputError` when the disk refuses; what stood before stands still.
+    An existing `path` is not changed. Raises InputError if the files cannot be written, such as on a full disk.
     """
-    unfinished = place.with_name(f"{UNFINISHED}{place.name}")
+    unfinished = path.with_name(f"{UNFINISHED}{path.name}")
     try:
-        remove_whole(unfinished)
+        remove_path(unfinished)
         unfinished.mkdir(parents=True)
         yield unfinished
     except Exception as error:
-        remove_whole(unfinished)
-        if not is_write_failure(error):
+        remove_path(unfinished)
+        if not _is_write_failure(error):
             raise
-        raise InputError(f"{place} could not be written (a full disk?): {error}. Make room, and {advice}") from error
+        raise InputError(f"{path} could not be written (a full disk?): {error}. Make room and {advice}") from error
 
 
-def is_write_failure(error: Exception) -> bool:
-    """Whether a file could not be written, as on a full disk: torch and safetensors have their own words for it."""
+def _is_write_failure(error: Exception) -> bool:
+    """Whether a file could not be written: torch and safetensors do not raise OSError on a full disk."""
     words = ("PytorchStreamWriter", "inline_container", "iostream")
     is_torch = isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     return isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or is_torch
 
 
 def remove_unfinished(output_dir: Path) -> None:
-    """Clear away what a killed run was writing."""
+    """Remove what an interrupted run left half-written."""
     for path in output_dir.glob(f"{UNFINISHED}*"):
-        remove_whole(path)
+        remove_path(path)
 
 
 def flush_to_disk(path: Path) -> None:
-    """fsync: a rename that reaches the disk before the data would leave a checkpoint of empty files."""
+    """fsync: without it, a power failure after the rename could leave a checkpoint of empty files."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -54,23 +54,37 @@ def flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-def remove_whole(path: Path) -> None:
-    """Remove a file or a folder; in two steps, so that a kill leaves no half checkpoint under a whole one's name."""
+def remove_path(path: Path) -> None:
+    """Remove a file or folder. A folder is renamed first: an interruption must not leave half of it under its name."""
     if path.is_file():
         path.unlink()
     elif path.exists():
-        doomed = path.with_name(f"{UNFINISHED}removing-{path.name}")
-        shutil.rmtree(doomed, ignore_errors=True)
-        path.rename(doomed)
-        shutil.rmtree(doomed)
+        renamed = path.with_name(f"{UNFINISHED}removing-{path.name}")
+        shutil.rmtree(renamed, ignore_errors=True)
+        path.rename(renamed)
+        shutil.rmtree(renamed)
 
 
 def make_writable(folder: Path, flag: str) -> None:
-    """Make the folder and try to write to it. Raises `InputError` that names `flag`."""
+    """Create the folder and test writing to it. Raises InputError that names `flag`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"x" * 65536)
     except OSError as error:
-        message = f"{flag} {folder} cannot be written to ({error.strerror}): name another folder, or make room"
+        message = f"{flag} {folder} cannot be written to ({error.strerror}): choose another folder or make room"
         raise InputError(message) from error
+
+
+def write_atomically(path: Path, content: bytes, folder: Path | None = None) -> None:
+    """Write a temporary file beside `path` (or in `folder`), flush it to disk, and rename it. Raises OSError."""
+    unfinished = (folder or path.parent) / f"{path.name}.unfinished"
+    try:
+        with unfinished.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # a rename that reaches the disk before the data would leave an empty file
+        unfinished.replace(path)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise

@@ -1,4 +1,4 @@
-"""One message for a user's mistake, and no traceback."""
+"""Errors that are the user's to fix: one clear message, no traceback."""
 
 from __future__ import annotations
 
@@ -11,20 +11,17 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class InputError(ValueError):
-    """Something that the user gave cannot work: the message names it, says what is allowed and what to do."""
+    """A flag, file or value that cannot be used. The message names it and says what is allowed and what to do."""
 
     @classmethod
     def from_problems(cls, problems: list[str]) -> InputError:
-        """All problems of one kind in one message, one line each."""
-        return cls(problems[0] if len(problems) == 1 else "\n  - ".join(["several things need mending:", *problems]))
+        """One error for all problems: the message of a single one, or a list."""
+        return cls(problems[0] if len(problems) == 1 else "\n  - ".join(["fix these problems:", *problems]))
 
 
 @contextmanager
 def exit_on_input_error(exit_code: int = 2) -> Iterator[None]:
-    """Turn an `InputError` or a full disk into one message on stderr and `exit_code`.
-
-    Any other exception is a bug and shows itself.
-    """
+    """Exit with one message on stderr on `InputError` or a full disk; any other exception is a bug and is raised."""
     try:
         yield
     except InputError as error:
@@ -32,19 +29,22 @@ def exit_on_input_error(exit_code: int = 2) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        message = f"{error.filename or 'a file'} could not be written: {error.strerror}. Make room, and run this again"
+        message = f"{error.filename or 'a file'} could not be written: {error.strerror}. Make room and run this again"
     else:
         return
     print(f"error: {message}", file=sys.stderr, flush=True)
     raise SystemExit(exit_code)
 
 
-ADVICE = "give the folder of a whole diffusers pipeline, or its id on the Hub; copy a damaged file again"
+ADVICE = "give a folder with a complete diffusers pipeline or its Hub id; copy a damaged file again"
 
 
 @contextmanager
 def explaining_load_errors(what: str, advice: str = ADVICE) -> Iterator[None]:
-    """Turn the many errors of a model that is missing, unreachable or damaged into one `InputError` about `what`."""
+    """Replace the many errors for a model that is missing, unreachable or damaged by one `InputError`.
+
+    what: the model, as the start of the message.
+    """
     import pickle
 
     from safetensors import SafetensorError
@@ -58,14 +58,14 @@ def explaining_load_errors(what: str, advice: str = ADVICE) -> Iterator[None]:
         known = (OSError, *damaged, SafetensorError)
         if not isinstance(error, known) and type(error).__name__ != "SingleFileComponentError":  # diffusers' own
             raise
-        reason = f": {_first_line(error)}" if isinstance(error, OSError) else f", is it damaged? {_first_line(error)}"
+        reason = f": {first_line(error)}" if isinstance(error, OSError) else f", is it damaged? {first_line(error)}"
         if is_hub_out_of_reach(error):
             reason = ": it is not on this machine, not cached, and the Hub cannot be reached (or offline mode is on)"
         raise InputError(f"{what} cannot be loaded{reason} ({advice})") from error
 
 
 def is_hub_out_of_reach(error: BaseException | None) -> bool:
-    """diffusers wraps the reason: without a connection it says that the repository lacks the file."""
+    """Whether there is no connection to the Hub; diffusers reports that as a file missing from the repository."""
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     while error is not None:
@@ -75,5 +75,6 @@ def is_hub_out_of_reach(error: BaseException | None) -> bool:
     return False
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """The first line of an error's message that is not blank, or the name of its type."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

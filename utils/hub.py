@@ -1,4 +1,4 @@
-"""The way to the Hugging Face Hub: the right to push, checked before training, and the upload after it."""
+"""Publishing to the Hugging Face Hub: the permission to push, checked before a long run, and the upload after it."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import filter_repo_objects, validate_repo_id
 
-from utils.errors import InputError
+from utils.errors import InputError, first_line
 
 logger = logging.getLogger(__name__)
 
-# What stands in an output folder and is no part of the published model. In these patterns `*` also matches `/`.
-NOT_PUBLISHED = (
+# Files of an output folder that do not belong to the published model. In these patterns, `*` also matches `/`.
+NOT_PUBLISHED = [
     "checkpoint-*/*",
     ".*",
     "*/.*",
@@ -40,14 +40,14 @@ NOT_PUBLISHED = (
     "*.tmp*",
     "*.log",
     "*__pycache__/*",
-)
+]
 TEXT_SUFFIXES = {".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".csv"}
 TOKEN_PAGE = "https://huggingface.co/settings/tokens"
 HIDDEN = "HIDDEN"
 
 
 class PushFlags(NamedTuple):
-    """What messages call the flags by which something is published, and what to do without them."""
+    """The flags of the script that publishes, and what to do without them, for messages."""
 
     push: str
     repo: str
@@ -60,12 +60,12 @@ PUSH_FLAGS = {
         "--push_to_hub",
         "--hub_model_id",
         "--hub_private_repo",
-        "train without --push_to_hub and upload the model later with `hf upload`",
+        "train without --push_to_hub, then upload the model with `hf upload`",
     ),
-    "dataset": PushFlags("--repo_id", "--repo_id", "--private", "give --no_push and run this again later"),
+    "dataset": PushFlags("--repo_id", "--repo_id", "--private", "use --no_push now and run this again later"),
 }
 
-# `--hub_t…` because argparse also takes a flag by an unambiguous beginning.
+# `--hub_t…`: argparse accepts abbreviated flags.
 _TOKEN_FLAG = re.compile(r"(--hub[_-]t\w*(?:=|\s+))(\"[^\"]*\"|'[^']*'|\S+)")
 _TOKEN_KEY = re.compile(r"(\bhub_token[\"']?\s*[:=]\s*)(\"[^\"]*\"|'[^']*'|(?!null\b|None\b)[^\s,})]+)")
 _TOKEN_SHAPE = re.compile(r"\b(?:hf_(?:oauth_|jwt_)?|api_org_)[A-Za-z0-9._-]{16,}")
@@ -73,7 +73,7 @@ _URL_LOGIN = re.compile(r"(?<=://)[^\s/@:]+:[^\s/@]+(?=@)")
 
 
 def redact(value: str | Sequence[str], secret: str | None = None) -> str | list[str]:
-    """Hide the value of `--hub_token`, `secret`, and whatever looks like a token, in a text or a command."""
+    """Hide the value of `--hub_token`, `secret` and anything that looks like a token, in a text or a command line."""
     if not isinstance(value, str):
         flags = [None, *value]
         is_token = [bool(flag and re.fullmatch(r"--hub[_-]t\w*", flag)) for flag in flags]
@@ -96,11 +96,13 @@ def check_push_rights(
     create: bool = True,
     repo_type: str = "model",
 ) -> str:
-    """Make sure that the model or dataset can be pushed later, and return the full id of its repository.
+    """Check that a model or dataset can be pushed, and return the full id of its repository.
 
-    The repository is made now when it does not exist, unless `create` is off (a dry run leaves nothing on the Hub).
+    Creates the repository if `create` is set (not for a dry run). Raises InputError that says which right is missing.
     """
     login, flags = token or get_token(), PUSH_FLAGS[repo_type]
+    saved = "the token in HF_TOKEN" if os.environ.get("HF_TOKEN") else "the token saved by `hf auth login`"
+    source = "the token given by --hub_token" if token else saved
     if not login:
         raise InputError(f"{flags.push} needs a login: run `hf auth login`, set HF_TOKEN, or pass --hub_token")
     api, account, full_id = HfApi(token=login), None, repo_id or ""
@@ -109,9 +111,14 @@ def check_push_rights(
         full_id = _full_id(repo_id, output_dir, account["name"], flags)
         _try_to_write(api, full_id, account, private, create, repo_type)
     except HfHubHTTPError as error:
-        raise _refusal(error, _token_source(token), login, full_id, account, flags) from None
+        raise _refusal(error, source, login, full_id, account, flags) from None
     except (HTTPError, OSError, JSONDecodeError) as error:
-        raise _unreachable(error, api.endpoint, login, flags) from None
+        if isinstance(error, OfflineModeIsEnabled):
+            raise InputError(f"{flags.push} needs the network, but HF_HUB_OFFLINE is set: unset it") from None
+        raise InputError(
+            f"{flags.push}: the Hub ({api.endpoint}) cannot be reached ({failure_reason(error, login)}): "
+            f"check the network, or {flags.later}"
+        ) from None
     return full_id
 
 
@@ -123,70 +130,66 @@ def upload(
     private: bool = False,
     waits: Sequence[float] = (5, 20, 60),
 ) -> str:
-    """Push the published part of `output_dir` as one commit and return its URL; `waits` are the pauses of retries."""
+    """Upload the files that belong to the model as one commit, and return its URL.
+
+    waits: seconds before each retry. Raises InputError with the command that uploads the model later.
+    """
     login = token or get_token()
     api = HfApi(token=login)
     for pause in (*waits, None):
         try:
             api.create_repo(repo_id, private=private or None, exist_ok=True)
-            # Not `upload_folder`: it may commit in batches, and a model would stand half-written on the Hub.
+            # Not `upload_folder`: it may commit in batches, and an interruption would leave half a model on the Hub.
             operations = [_as_operation(Path(output_dir), path, login) for path in files_to_publish(output_dir)]
             api.create_commit(repo_id, operations, commit_message=redact(commit_message, login))
             return f"{api.endpoint}/{repo_id}"
-        except Exception as error:  # wide, because hf_xet raises types of its own and hours of training are at stake
+        except Exception as error:  # hf_xet raises its own types, and hours of training are at stake
             failure = error
-            if pause is None or not may_pass(error):
+            if pause is None or not is_temporary(error):
                 break
-            logger.warning("upload to %s: %s; trying again in %s s", repo_id, failure_reason(error, login), pause)
+            logger.warning("upload to %s: %s; retrying in %s s", repo_id, failure_reason(error, login), pause)
             time.sleep(pause)
     raise InputError(
         f"the upload to {repo_id} failed: {failure_reason(failure, login)}\n"
-        f"Nothing is lost: the model stands whole in {output_dir}. This command uploads it later:\n"
+        f"The model is complete in {output_dir}. Upload it later with:\n"
         f"  {upload_command(output_dir, repo_id, private)}"
     ) from failure
 
 
 def files_to_publish(output_dir: str | Path) -> list[str]:
-    """Paths, relative to `output_dir`, of what belongs to the published model, in order."""
+    """The files that belong to the published model: sorted paths relative to `output_dir`."""
     root = Path(output_dir)
     paths = sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file())
-    return list(filter_repo_objects(paths, ignore_patterns=list(NOT_PUBLISHED)))
+    return list(filter_repo_objects(paths, ignore_patterns=NOT_PUBLISHED))
 
 
 def upload_command(output_dir: str | Path, repo_id: str, private: bool = False) -> str:
-    """The shell command that uploads the same files by hand."""
+    """The shell command that uploads the same files."""
     excluded = [part for pattern in NOT_PUBLISHED for part in ("--exclude", pattern)]
     return shlex.join(["hf", "upload", repo_id, str(output_dir), ".", *(["--private"] if private else []), *excluded])
 
 
-def _token_source(token: str | None) -> str:
-    if token:
-        return "the token given by --hub_token"
-    if os.environ.get("HF_TOKEN"):
-        return "the token in the environment variable HF_TOKEN"
-    return "the token saved by `hf auth login`"
-
-
 def _full_id(repo_id: str | None, output_dir: str | Path, user: str, flags: PushFlags) -> str:
-    """`repo_id` under the user's namespace where it names none; by default the output folder's name."""
+    """`repo_id`, by default the name of the output folder, with the user's namespace if it has none."""
     name = repo_id or re.sub(r"[^\w.-]+|\.{2,}|-{2,}", "-", Path(output_dir).resolve().name, flags=re.ASCII).strip("-.")
     full = name if "/" in name else f"{user}/{name}"
     try:
         validate_repo_id(full)
     except HFValidationError as error:
-        raise InputError(f"{flags.repo}: {full!r} cannot name a repository: {error}") from None
+        raise InputError(f"{flags.repo}: {full!r} is not a valid repository id: {error}") from None
     return full
 
 
 def _try_to_write(api: HfApi, repo_id: str, account: dict, private: bool, create: bool, repo_type: str) -> None:
-    """Let the Hub itself say whether this token may write; raises the client's error where it may not."""
+    """Ask the Hub whether this token may write; raises the client's error if not."""
     if create:
         api.create_repo(repo_id, private=private or None, exist_ok=True, repo_type=repo_type)
     try:
-        # `create_repo` passes for a repository that stands and can be read: only this asks for the right to write.
+        # `create_repo` succeeds for any existing repository that the token can read.
         api.auth_check(repo_id, write=True, repo_type=repo_type)
     except RepositoryNotFoundError:
-        if create or not _may_create(account, repo_id):
+        may_create = repo_id.split("/")[0] in _namespaces(account) and _role(account) != "read"
+        if create or not may_create:
             raise
         return
     if private and not api.repo_info(repo_id, repo_type=repo_type).private:
@@ -195,10 +198,6 @@ def _try_to_write(api: HfApi, repo_id: str, account: dict, private: bool, create
             f"{flags.private} was given, but {repo_id} exists and is public: choose another {flags.repo}, "
             f"make the repository private in its settings, or drop {flags.private}"
         )
-
-
-def _may_create(account: dict, repo_id: str) -> bool:
-    return repo_id.split("/")[0] in _namespaces(account) and _role(account) != "read"
 
 
 def _namespaces(account: dict) -> list[str]:
@@ -212,17 +211,17 @@ def _role(account: dict) -> str:
 def _refusal(
     error: HfHubHTTPError, source: str, login: str, repo_id: str, account: dict | None, flags: PushFlags
 ) -> InputError:
-    """The Hub's refusal in plain words: whose token, which right is missing, what to do."""
+    """Explain a refusal of the Hub: whose token, which right is missing, what to do."""
     status = error.response.status_code
     if account is None and status in (401, 403):
-        return InputError(f"the Hub does not accept {source}: it is wrong or expired; make a new one at {TOKEN_PAGE}")
+        return InputError(f"the Hub does not accept {source}: it is wrong or expired; create a new one at {TOKEN_PAGE}")
     if account is None or status not in (401, 403, 404):
-        return InputError(f"the Hub refused the check of the right to push ({failure_reason(error, login)})")
+        return InputError(f"the Hub refused to check the permission to push ({failure_reason(error, login)})")
     user, role, namespace = account["name"], _role(account), repo_id.split("/")[0]
     if role == "read":
         return InputError(
-            f"{source} (of {user}) may only read, so nothing can be pushed to {repo_id}: "
-            f"make one with the role 'write' at {TOKEN_PAGE}"
+            f"{source} (of {user}) may only read, so it cannot push to {repo_id}: "
+            f"create one with the role 'write' at {TOKEN_PAGE}"
         )
     if namespace not in _namespaces(account):
         return InputError(
@@ -231,21 +230,12 @@ def _refusal(
         )
     advice = f"give it 'Write access to contents/settings of all repos under {namespace}' at {TOKEN_PAGE}"
     if role != "fineGrained":
-        advice = f"ask an administrator of {namespace} for the right to write, or choose another {flags.repo}"
+        advice = f"ask an administrator of {namespace} for write access, or choose another {flags.repo}"
     return InputError(f"{source} (of {user}, role {role!r}) may not write to {repo_id}: {advice}")
 
 
-def _unreachable(error: Exception, endpoint: str, login: str, flags: PushFlags) -> InputError:
-    if isinstance(error, OfflineModeIsEnabled):
-        return InputError(f"{flags.push} needs the network, but HF_HUB_OFFLINE is set: unset it, or push later")
-    return InputError(
-        f"{flags.push}: the Hub ({endpoint}) cannot be reached ({failure_reason(error, login)}): "
-        f"check the network, or {flags.later}"
-    )
-
-
 def _as_operation(root: Path, path: str, login: str | None) -> CommitOperationAdd:
-    """A file of the commit; a text in which a token stands goes up without it, whoever wrote it there."""
+    """A file of the commit; tokens in text files are hidden."""
     if Path(path).suffix in TEXT_SUFFIXES:
         content = (root / path).read_bytes().decode("utf-8", errors="surrogateescape")
         clean = redact(content, login)
@@ -254,8 +244,8 @@ def _as_operation(root: Path, path: str, login: str | None) -> CommitOperationAd
     return CommitOperationAdd(path, root / path)
 
 
-def may_pass(error: Exception) -> bool:
-    """Whether a fault is one of the network or the server, for which a later try can succeed."""
+def is_temporary(error: Exception) -> bool:
+    """Whether an error is the network's or the server's, so that a retry can succeed."""
     for cause in (error, error.__cause__):
         if isinstance(cause, HfHubHTTPError):
             return cause.response.status_code in (408, 429) or cause.response.status_code >= 500
@@ -263,7 +253,6 @@ def may_pass(error: Exception) -> bool:
 
 
 def failure_reason(error: Exception, login: str | None) -> str:
-    """One line about a fault and its cause, without a token."""
-    causes = [cause for cause in (error, error.__cause__) if cause is not None]
-    lines = [next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__) for cause in causes]
-    return redact(" ".join(dict.fromkeys(line.strip() for line in lines)), login)
+    """One line about an error and its cause, without tokens."""
+    lines = [first_line(cause) for cause in (error, error.__cause__) if cause is not None]
+    return redact(" ".join(dict.fromkeys(lines)), login)

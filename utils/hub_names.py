@@ -1,4 +1,4 @@
-"""What users name a model or a dataset by: a path on this machine, or an id on the Hugging Face Hub."""
+"""How users name a model or a dataset: a path on this machine, or an id on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ _SAMPLED_BYTES = 2**16  # at each end of a file
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether `name` can only be a path: it exists, or is not written like an id ("owner/name", or "name" alone)."""
-    return Path(name).expanduser().exists() or not _HUB_ID.fullmatch(name)
+    """Whether `name` is a path: it exists on this machine, or it does not have the form of a Hub id.
+
+    A Hub id is "name" or "owner/name", each of letters, digits, "_", "-" and ".", and not starting with "-" or ".".
+    """
+    return not _HUB_ID.fullmatch(name) or Path(name).exists()
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether `name` is written like an id on the Hub and is not a path on this machine."""
+    """Whether `name` has the form of a Hub id and is not a path on this machine."""
     return not looks_like_path(name)
 
 
 def public_name(name: str) -> str:
-    """A Hub id unchanged; of a path only the last part, because the rest is private."""
+    """What may be published of a name: a Hub id unchanged, of a path only the last part."""
     return Path(name).expanduser().resolve().name if looks_like_path(name) else name
 
 
@@ -32,11 +35,11 @@ def snapshot_revision(path: Path) -> str | None:
     return match[1] if match else None
 
 
-def find_revision(name: str, revision: str | None, *files: str) -> str:
+def find_revision(name: str, revision: str | None, *files: str) -> str | None:
     """The commit of a Hub repository, or a digest of the files of a local path.
 
-    The first of `files` that the repository has is downloaded, so the answer is the same before and after the model
-    itself is. Raises OSError when none can be had.
+    Downloads the first of `files` that the repository has: the answer does not depend on whether the model is cached.
+    Raises OSError if none of them can be downloaded.
     """
     from huggingface_hub import hf_hub_download
 
@@ -45,13 +48,13 @@ def find_revision(name: str, revision: str | None, *files: str) -> str:
     for file in files[:-1]:
         try:
             return snapshot_revision(Path(hf_hub_download(name, file, revision=revision)))
-        except OSError:  # the repository lacks it, or the Hub is out of reach; the last file decides
+        except OSError:  # not in the repository, or the Hub is out of reach: the last file decides
             continue
     return snapshot_revision(Path(hf_hub_download(name, files[-1], revision=revision)))
 
 
 def digest_files(path: Path) -> str:
-    """A digest of a file or of all files of a folder: their names, sizes, first and last bytes."""
+    """A digest of a file, or of all files in a folder: their names, sizes, and first and last 64 KiB."""
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     digest = hashlib.blake2b(digest_size=16)
     for file in files:

@@ -10,18 +10,21 @@ from utils.errors import InputError
 
 
 def read_json_lines(path: Path, lines: Iterable[str] | None = None) -> Iterator[tuple[int, dict]]:
-    """(line number from 1, object) of each line that is not blank.
+    """Yield (line number from 1, object) for each line that is not blank.
 
-    lines: the lines of the file, if they have been read already. Raises InputError that names file and line.
+    lines: the lines of the file, if the caller has read them. Raises InputError that names the file and the line.
     """
-    lines = path.read_text("utf-8").splitlines() if lines is None else lines
+    if lines is None:
+        with path.open(encoding="utf-8-sig") as file:
+            yield from read_json_lines(path, file)
+        return
     for number, line in enumerate(lines, start=1):
         if line.strip():
             yield number, parse_json_object(line, f"{path}, line {number}")
 
 
 def parse_json_object(text: str, where: str) -> dict:
-    """The JSON object in `text`. where: start of the message of the InputError that is raised for anything else."""
+    """Parse one JSON object. where: the start of the message of the InputError for anything else."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:

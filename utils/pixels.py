@@ -1,4 +1,7 @@
-"""One image of a row, in whatever form it is stored -> a PIL image in RGB, upright, or the reason why not."""
+"""Decodes one stored image of a dataset row, in any form, to an upright RGB image; `BadRow` says why that fails.
+
+Images that a user names on the command line are read by image_sources.py.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-MAX_PIXELS = 178_956_970  # twice Pillow's own limit, the point where it refuses to open a file
+MAX_PIXELS = 178_956_970  # twice Pillow's limit for a warning: above this, Pillow refuses to open a file
 MIN_SIDE = 8  # one latent pixel of Stable Diffusion
 ORIENTATION_TAG = 0x0112
 TRANSPOSE_BY_ORIENTATION = {
@@ -23,12 +26,12 @@ TRANSPOSE_BY_ORIENTATION = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Our own limit is checked for every image, and it names the row; Pillow's warning at half of it does not.
+# Pillow warns at half of our limit, without naming the image.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class BadRow(Exception):
-    """A row that cannot be trained on. `reason` says why in a few words."""
+    """A row that cannot be used. `reason` says why in a few words."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -36,19 +39,19 @@ class BadRow(Exception):
 
 
 def decode_image(value: object, *, shorter_side: int | None = None, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """A stored image -> an upright RGB image, alpha composited on white.
+    """Decode a stored image to an upright RGB image, with alpha composited on white.
 
-    `value` is a dict with "bytes" and "path" (an undecoded `datasets.Image`), bytes, a path or a PIL image. With
-    `shorter_side`, a JPEG may come back smaller than stored, but never below twice that side, from where resampling
-    loses nothing that shows. Raises `BadRow`.
+    value: a dict with "bytes" and "path" (an undecoded `datasets.Image`), bytes, a path or a PIL image.
+    shorter_side: allows decoding a JPEG at a reduced size, whose shorter side is at least twice this many pixels.
+    Raises BadRow.
     """
-    return decode_with_size(value, shorter_side=shorter_side, max_pixels=max_pixels)[0]
+    return decode_image_and_size(value, shorter_side=shorter_side, max_pixels=max_pixels)[0]
 
 
-def decode_with_size(
+def decode_image_and_size(
     value: object, *, shorter_side: int | None = None, max_pixels: int = MAX_PIXELS
 ) -> tuple[Image.Image, tuple[int, int]]:
-    """As `decode_image`, with the upright size (h, w) as stored. Raises `BadRow`."""
+    """Like `decode_image`, and also the size (h, w) of the stored image, upright. Raises BadRow."""
     try:
         image = _open(value)
         _check_size(image, max_pixels)
@@ -57,38 +60,36 @@ def decode_with_size(
             factor = 2 * shorter_side / min(stored_size)
             image.draft(None, (math.ceil(image.width * factor), math.ceil(image.height * factor)))
         image.load()
-        orientation = _orientation(image)  # after loading: a PNG may keep EXIF behind its pixels, a TIFF turns itself
+        orientation = _orientation(image)  # after loading: a PNG may store EXIF after its pixels, Pillow rotates a TIFF
         if image.format == "TIFF":
             stored_size = image.size
-        return _to_rgb(_turn(image, orientation)), _upright_size(stored_size, orientation)
+        method = TRANSPOSE_BY_ORIENTATION.get(orientation)
+        image = image if method is None else image.transpose(method)
+        return _to_rgb(image), _upright_size(stored_size, orientation)
     except BadRow:
         raise
-    except Exception as error:  # Pillow's decoders raise anything on damaged bytes, from SyntaxError to struct.error
-        raise BadRow(f"cannot be decoded: {_describe(error)}") from error
+    except Exception as error:  # on damaged bytes, Pillow raises anything from SyntaxError to struct.error
+        raise BadRow(f"cannot be decoded: {str(error) or type(error).__name__}") from error
 
 
 def peek_size(value: object, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """The upright size (h, w) of a stored image, from its header alone. Raises `BadRow`."""
+    """The upright size (h, w) of a stored image, read from its header. Raises BadRow."""
     path = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else value
     if isinstance(path, (str, Path)) and Path(path).is_file():
-        with Path(path).open("rb") as file:  # unlike `_read`, which would read all of it
+        with Path(path).open("rb") as file:  # does not read the whole file, unlike `_read`
             return peek_size(file, max_pixels=max_pixels)
     try:
         image = _open(value)
         _check_size(image, max_pixels)
-        if image.format == "TIFF":  # Pillow gives its size upright
+        if image.format == "TIFF":  # Pillow's size is already upright
             return image.height, image.width
         if image.format == "PNG" and not {"exif", "Raw profile type exif"} & set(image.info):
-            return image.height, image.width  # `getexif` would decode all pixels to look for EXIF behind them
+            return image.height, image.width  # `getexif` would decode all pixels to find EXIF after them
         return _upright_size(image.size, _orientation(image))
     except BadRow:
         raise
-    except Exception as error:  # as in decode_with_size
-        raise BadRow(f"cannot be opened: {_describe(error)}") from error
-
-
-def _describe(error: Exception) -> str:
-    return str(error) or type(error).__name__
+    except Exception as error:  # as in decode_image_and_size
+        raise BadRow(f"cannot be opened: {str(error) or type(error).__name__}") from error
 
 
 def _open(value: object) -> Image.Image:
@@ -115,7 +116,7 @@ def _open(value: object) -> Image.Image:
 
 
 def _read(path: str) -> bytes:
-    if "://" in path:  # a streamed file: "hf://…", "zip://…::…"
+    if "://" in path:  # a file of a streamed dataset: "hf://…", "zip://…::…"
         from datasets.utils.file_utils import xopen
 
         with xopen(path, "rb") as file:
@@ -135,16 +136,11 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 to 8. A damaged EXIF block is common in photographs and counts as upright."""
+    """EXIF orientation, 1 to 8. Damaged EXIF is common in photographs: it counts as upright."""
     try:
         return image.getexif().get(ORIENTATION_TAG, 1)
     except Exception:
         return 1
-
-
-def _turn(image: Image.Image, orientation: int) -> Image.Image:
-    method = TRANSPOSE_BY_ORIENTATION.get(orientation)
-    return image if method is None else image.transpose(method)
 
 
 def _upright_size(stored_size: tuple[int, int], orientation: int) -> tuple[int, int]:
@@ -160,13 +156,13 @@ def _to_rgb(image: Image.Image) -> Image.Image:
         return _wide_grey_to_rgb(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        # Alpha on white, as a browser shows it; dropping alpha would lay open whatever colour lies under it.
+        # White, as in a browser; dropping alpha would show the hidden colours of transparent pixels.
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
 
 
 def _wide_grey_to_rgb(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float greyscale. Pillow's `convert` would clip it at 255, which turns a photograph white."""
+    """16-bit, 32-bit and float greyscale, scaled to 8 bits: Pillow's `convert` would clip it at 255."""
     values = np.asarray(image).astype(np.float64)  # (h, w)
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > 65535:
         raise BadRow(f"values of mode {image.mode} outside 0..65535")

@@ -1,6 +1,6 @@
-"""Keeps other libraries' hints and progress bars out of the way of our own lines; their errors still show.
+"""Hides other libraries' warnings, hints and progress bars; their errors are still shown.
 
-Nothing is imported here: the settings must stand before the libraries are.
+Imports no library: the settings must be made before the libraries are imported.
 """
 
 from __future__ import annotations
@@ -9,32 +9,21 @@ import logging
 import os
 import warnings
 
-SETTINGS = {
+ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "DIFFUSERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
     "BITSANDBYTES_NOWELCOME": "1",
     "WANDB_SILENT": "true",
 }
-CHATTY = (
-    "bitsandbytes",
-    "kernels",
-    "httpx",
-    "httpx2",
-    "accelerate",
-    "datasets",
-    "peft",
-    "torch.distributed",
-    "torch.utils._pytree",
-    "torchao",
-)
+LOGGERS = "bitsandbytes kernels httpx httpx2 accelerate datasets peft torch.distributed torch.utils._pytree torchao"
 
 
 def quiet_libraries() -> None:
-    """Call before torch, diffusers or transformers are imported. What the user set in the environment wins."""
-    for name, value in SETTINGS.items():
+    """Call before importing torch, diffusers or transformers. Does not change what the environment already sets."""
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    for name in CHATTY:
+    for name in LOGGERS.split():
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
@@ -42,7 +31,7 @@ def quiet_libraries() -> None:
 
 
 def hide_progress_bars() -> None:
-    """Call after diffusers and transformers are imported: their bars for loading and sampling say little."""
+    """Hide the bars of diffusers and transformers for loading and sampling. Imports both libraries."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -1,4 +1,4 @@
-"""The machine that a run finds: precision, libraries, trackers, signals. Checked before anything large is loaded."""
+"""What a run needs from the machine: device, dtype, trackers, signals. Checked before any model is loaded."""
 
 from __future__ import annotations
 
@@ -19,9 +19,30 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml", "trackio": "trackio"}
 
 
+def choose_device(device: str = "auto", dtype: str | None = None, rank: int | None = None) -> tuple[str, torch.dtype]:
+    """The device ("auto": the first available of cuda, mps, cpu) and dtype (fp32, fp16, bf16; None: fp16 on cuda only).
+
+    rank: of one of several workers on this machine, which share its GPUs in turn if `device` is "cuda" or "auto".
+    Raises InputError for a device that this machine does not have or a dtype that the device does not support.
+    """
+    counts = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
+    available = [kind for kind, count in counts.items() if count]
+    if device == "auto":
+        device = available[0]
+    kind, _, index = device.partition(":")
+    if not (index or "0").isdecimal() or int(index or 0) >= counts.get(kind, 0):
+        raise InputError(f"--device {device} is not available; this machine has {', '.join(available)}")
+    dtype = dtype or ("fp16" if kind == "cuda" else "fp32")
+    if kind == "cpu" and dtype == "fp16":
+        raise InputError("--dtype fp16 does not work on the CPU: use fp32 or bf16")
+    if device == "cuda" and rank is not None:
+        device = f"cuda:{rank % counts['cuda']}"
+    return device, DTYPES[dtype]
+
+
 @dataclass(frozen=True)
 class MachineOptions:
-    """What a run asks of the machine; the fields are flags."""
+    """Flags about the machine and the trackers."""
 
     mixed_precision: str | None = None
     allow_tf32: bool = False
@@ -31,53 +52,68 @@ class MachineOptions:
     logging_dir: str = "logs"
 
 
-def is_installed(package: str) -> bool:
-    """Whether `package` can be imported, without importing it."""
-    return importlib.util.find_spec(package) is not None
+def start_accelerator(options: MachineOptions) -> Accelerator:
+    """The accelerator of the run. Raises InputError with all flags that this machine does not support."""
+    problems = _find_machine_problems(options) + _find_tracker_problems(options.report_to)
+    if problems:
+        raise InputError.from_problems(problems)
+    output_dir = Path(options.output_dir)
+    accelerator = Accelerator(
+        mixed_precision=options.mixed_precision,
+        log_with=_choose_trackers(options.report_to),
+        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / options.logging_dir)),
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise InputError(
+            f"accelerate is set to {accelerator.distributed_type.value}, which this script does not support: "
+            "run `accelerate config` and choose multi-GPU without FSDP and DeepSpeed"
+        )
+    if options.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    return accelerator
 
 
-def find_machine_problems(options: MachineOptions) -> list[str]:
-    """What this machine cannot do of what was asked; one sentence each, saying what to change."""
-    problems = []
+def _find_machine_problems(options: MachineOptions) -> list[str]:
+    """Flags that this machine does not support; one sentence each, which says what to change."""
+    problems, has_gpu = [], torch.cuda.is_available()
     precision = options.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", "fp16", "bf16"):
-        problems.append(f"accelerate is set to {precision}, and this script trains in no (float32), fp16 or bf16")
-    has_gpu = torch.cuda.is_available()
+        problems.append(f"accelerate is set to {precision}; this script supports no (float32), fp16 and bf16")
     if precision == "fp16" and not has_gpu:
         problems.append(
-            "fp16 was asked for (--mixed_precision of the script or of accelerate), and this machine has no GPU: "
-            "use --mixed_precision=no in both places, or bf16 where the processor has it"
+            "--mixed_precision fp16, of this script or of accelerate, needs a GPU, and this machine has no GPU: "
+            "use --mixed_precision=no in both places, or bf16 if the processor supports it"
         )
     if precision == "bf16" and has_gpu and not torch.cuda.is_bf16_supported():
-        problems.append("bf16 was asked for, and this GPU does not have it: use --mixed_precision=fp16")
-    if options.enable_xformers_memory_efficient_attention and not (has_gpu and is_installed("xformers")):
-        reason = (
-            "this machine has no GPU" if not has_gpu else "xformers is not installed (see requirements-optional.txt)"
-        )
+        problems.append("--mixed_precision bf16 is not supported by this GPU: use --mixed_precision=fp16")
+    if options.enable_xformers_memory_efficient_attention and not (has_gpu and _is_installed("xformers")):
+        reason = "xformers is not installed (see requirements-optional.txt)" if has_gpu else "this machine has no GPU"
         problems.append(
-            f"--enable_xformers_memory_efficient_attention was given, and {reason}: drop the flag, "
-            "PyTorch's own memory-efficient attention is used then"
+            f"--enable_xformers_memory_efficient_attention: {reason}: drop the flag to use PyTorch's own "
+            "memory-efficient attention"
         )
     if options.allow_tf32 and not has_gpu:
-        problems.append("--allow_tf32 concerns GPUs, and this machine has none: drop the flag")
-    return problems + find_tracker_problems(options.report_to)
+        problems.append("--allow_tf32 needs a GPU, and this machine has no GPU: drop the flag")
+    return problems
 
 
-def find_tracker_problems(report_to: str) -> list[str]:
-    """Whether the tracker is installed and, for those with an account, logged in or offline."""
+def _find_tracker_problems(report_to: str) -> list[str]:
+    """Whether the tracker's package is missing, or its account neither logged in nor in offline mode."""
     if report_to in ("all", "none"):
         return []
-    if not is_installed(TRACKER_PACKAGES[report_to]):
+    if not _is_installed(TRACKER_PACKAGES[report_to]):
         return [f"--report_to {report_to} needs its package: pip install {TRACKER_PACKAGES[report_to]}"]
-    if report_to == "wandb" and (reason := _why_wandb_refuses()):
-        return [f"--report_to wandb: {reason}: run `wandb login`, or set WANDB_MODE=offline"]
+    if report_to == "wandb" and (reason := _wandb_problem()):
+        return [f"--report_to wandb: {reason}: run `wandb login` or set WANDB_MODE=offline"]
     if report_to == "comet_ml" and not (os.environ.get("COMET_API_KEY") or (Path.home() / ".comet.config").exists()):
-        return ["--report_to comet_ml: no key found: set COMET_API_KEY, or run `comet login`"]
+        return ["--report_to comet_ml: there is no API key: set COMET_API_KEY or run `comet login`"]
     return []
 
 
-def _why_wandb_refuses() -> str | None:
-    """Asks the server without asking the user; None where wandb is logged in, offline or switched off."""
+def _wandb_problem() -> str | None:
+    """Why wandb cannot log, checked with its server without a prompt; None if it can, is offline or is disabled."""
     import wandb
 
     if wandb.setup().settings.mode in ("offline", "dryrun", "disabled"):
@@ -88,90 +124,48 @@ def _why_wandb_refuses() -> str | None:
         return str(error).rstrip(".")
 
 
-def start_accelerator(options: MachineOptions) -> Accelerator:
-    """The accelerator of the run. Raises `InputError` with every problem of this machine, before anything is loaded."""
-    problems = find_machine_problems(options)
-    if problems:
-        raise InputError.from_problems(problems)
-    output_dir = Path(options.output_dir)
-    accelerator = Accelerator(
-        mixed_precision=options.mixed_precision,
-        log_with=choose_trackers(options.report_to),
-        project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / options.logging_dir)),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise InputError(
-            f"accelerate is set to {accelerator.distributed_type.value}, which this script does not support yet: "
-            "run `accelerate config` and choose multi-GPU without FSDP and DeepSpeed"
-        )
-    if options.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-    return accelerator
-
-
-def choose_trackers(report_to: str) -> list[str] | None:
-    """Names for accelerate's `log_with`; "all" stands for those installed that log in without a question."""
+def _choose_trackers(report_to: str) -> list[str] | None:
+    """accelerate's `log_with`; for "all", the trackers that are installed and need no login."""
     if report_to == "none":
         return None
     if report_to != "all":
         return [report_to]
-    return [
-        name for name, package in TRACKER_PACKAGES.items() if is_installed(package) and not find_tracker_problems(name)
-    ]
+    return [name for name in TRACKER_PACKAGES if not _find_tracker_problems(name)]
+
+
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
 
 
 def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
-    """The dtype of the frozen models (VAE, text encoder): 16 bits under mixed precision, they need no gradients."""
-    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    """The dtype of the frozen models (VAE, text encoder): 16 bits in mixed precision, as they need no gradients."""
+    return DTYPES.get(accelerator.mixed_precision, torch.float32)
 
 
 @dataclass
 class StopSignal:
-    """SIGTERM or SIGINT, noted so that the step in hand can be finished; a second one acts at once."""
+    """Records SIGTERM or SIGINT, so that training can finish the current step; a second signal stops at once."""
 
     received: signal.Signals | None = None
-    _former: dict = field(default_factory=dict)
+    _previous: dict = field(default_factory=dict)
 
     def __enter__(self) -> StopSignal:
         for number in (signal.SIGTERM, signal.SIGINT):
-            self._former[number] = signal.signal(number, self._note)
+            self._previous[number] = signal.signal(number, self.receive)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._former.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _frame: object) -> None:
+    def receive(self, number: int, _frame: object = None) -> None:
+        """Record a signal that this process or, in a distributed run, another process received."""
         self.received = signal.Signals(number)
-        print(f"{self.received.name} received: finishing this step, then a checkpoint", file=sys.stderr, flush=True)
+        message = f"{self.received.name} received: finishing this step, then saving a checkpoint"
+        print(message, file=sys.stderr, flush=True)
         self.__exit__()
 
     @property
     def exit_code(self) -> int:
-        """128 + the signal's number, as shells report it: 143 for SIGTERM, 130 for SIGINT."""
+        """128 + the signal's number, as shells do: 143 for SIGTERM, 130 for SIGINT."""
         return 128 + int(self.received or 0)
-
-
-def choose_device(device: str = "auto", dtype: str | None = None, rank: int | None = None) -> tuple[str, torch.dtype]:
-    """The device ("auto": the first available of cuda, mps, cpu) and dtype (fp32, fp16, bf16; None: fp16 on cuda only).
-
-    rank: of one of several workers on this machine, which share its GPUs in turn unless `device` names one.
-
-    Raises InputError for what this machine does not have or cannot do.
-    """
-    there = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available()), "cpu": 1}
-    if device == "auto":
-        device = next(name for name, count in there.items() if count)
-    kind, _, index = device.partition(":")
-    if not (index or "0").isdecimal() or int(index or 0) >= there.get(kind, 0):
-        raise InputError(
-            f"--device {device} is not available; this machine has {', '.join(k for k, n in there.items() if n)}"
-        )
-    dtype = dtype or ("fp16" if kind == "cuda" else "fp32")
-    if kind == "cpu" and dtype == "fp16":
-        raise InputError("--dtype fp16 does not work on the CPU: use fp32 or bf16")
-    if device == "cuda" and rank is not None:
-        device = f"cuda:{rank % there['cuda']}"
-    return device, DTYPES[dtype]

@@ -1,6 +1,6 @@
-"""Weight files read a few rows of a tensor at a time, and written the same way: a model never lies in memory whole.
+"""Reads and writes weight files a few rows of a tensor at a time, so that a model is never in memory as a whole.
 
-Files are mapped, and mapped anew after every `WINDOW` bytes, so that the pages read go back to the system.
+Files are memory-mapped, and mapped again after every `WINDOW` bytes, which releases the pages that were read.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from utils.errors import InputError
+from utils.errors import InputError, first_line
 
-WINDOW = 32 << 20  # bytes read before a file is mapped anew
-CHUNK = 1 << 19  # elements worked on at a time: what a processor's cache holds
-CODES = {
+WINDOW = 32 << 20  # bytes read before a file is mapped again
+CHUNK = 1 << 19  # elements of a slice: small enough for a processor's cache
+SAFETENSORS_DTYPES = {
     torch.float32: "F32",
     torch.float16: "F16",
     torch.bfloat16: "BF16",
@@ -37,35 +37,45 @@ CODES = {
     torch.bool: "BOOL",
 }
 ALL = slice(None)
+READ_ERRORS = (SafetensorError, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError)
+
+
+def read_header(path: Path, what: str) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
+    """(shapes by name, metadata) of a .safetensors file, without its weights.
+
+    what: the model or adapter, as the start of the message of the InputError for a damaged file.
+    """
+    file = _OpenFile(path, what)
+    return file.shapes, file.metadata
 
 
 class TensorFiles:
-    """The tensors of one model or adapter, in one .safetensors or .bin file or several.
+    """The tensors of one model or adapter in one or more .safetensors or .bin files.
 
-    `shapes`: name -> shape; `metadata`: what safetensors files say beside them. what: the flag and name, for messages.
-    Raises `InputError` for a file that is not whole.
+    shapes: by name; metadata: of the safetensors headers. what: flag and value, for messages.
+    Raises InputError for a damaged file.
     """
 
     def __init__(self, files: Sequence[Path], what: str) -> None:
         self.what, self.shapes, self.metadata = what, {}, {}
-        self._homes: dict[str, _OpenFile] = {}
+        self._files: dict[str, _OpenFile] = {}
         for path in files:
             opened = _OpenFile(Path(path), what)
             self.metadata |= opened.metadata
             self.shapes |= opened.shapes
-            self._homes |= dict.fromkeys(opened.shapes, opened)
+            self._files |= dict.fromkeys(opened.shapes, opened)
 
     def read(self, name: str, rows: slice = ALL) -> torch.Tensor:
-        """A tensor, or some of its rows, in its stored dtype; it may be mapped, so it must not be changed in place."""
-        return self._homes[name].read(name, rows if self.shapes[name] else ALL)
+        """A tensor or some of its rows in the stored dtype. Do not change it in place: it may be memory-mapped."""
+        return self._files[name].read(name, rows if self.shapes[name] else ALL)
 
 
 class _OpenFile:
-    """One file, mapped anew as it is read."""
+    """One file, mapped again after every `WINDOW` bytes."""
 
     def __init__(self, path: Path, what: str) -> None:
         self._path, self._what, self._is_safetensors = path, what, path.suffix.lower() == ".safetensors"
-        self._read, self._handle = 0, None
+        self._num_read, self._handle = 0, None
         handle = self._open()
         if self._is_safetensors:
             self.shapes = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
@@ -74,29 +84,26 @@ class _OpenFile:
             self.shapes, self.metadata = {name: tuple(value.shape) for name, value in handle.items()}, {}
 
     def read(self, name: str, rows: slice) -> torch.Tensor:
-        if self._handle is None or self._read > WINDOW:
-            self._handle, self._read = None, 0  # first let go of the old pages
+        if self._handle is None or self._num_read > WINDOW:
+            self._handle, self._num_read = None, 0  # unmap before mapping again
             self._handle = self._open()
         if self._is_safetensors:
             value = self._handle.get_slice(name)[rows] if rows != ALL else self._handle.get_tensor(name)
         else:
             value = self._handle[name][rows] if rows != ALL else self._handle[name]
-        self._read += value.nbytes
+        self._num_read += value.nbytes
         return value
 
     def _open(self) -> Any:
         try:
-            if self._is_safetensors:
-                return safe_open(self._path, framework="pt")
-            return _load_pickle(self._path)
-        except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            advice = "copy it again" if self._is_safetensors else "only plain tensors are read from such files"
-            raise InputError(f"{self._what}: {self._path} cannot be read ({first.strip()}): {advice}") from error
+            return safe_open(self._path, framework="pt") if self._is_safetensors else _load_pickle(self._path)
+        except READ_ERRORS as error:
+            advice = "copy it again" if self._is_safetensors else "only plain tensors are supported"
+            raise InputError(f"{self._what}: {self._path} cannot be read ({first_line(error)}): {advice}") from error
 
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file of `torch.save`; nothing in it is run. Old files, which cannot be mapped, are loaded."""
+    """The tensors of a `torch.save` file, without running code in it; memory-mapped unless the format is too old."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:
@@ -105,12 +112,12 @@ def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
-        raise ValueError("it holds something else than tensors by their names")
+        raise ValueError("it is not a dict of tensors by name")
     return content
 
 
 def split_rows(shape: Sequence[int], chunk: int = CHUNK) -> Iterator[slice]:
-    """Slices of the first dimension that hold about `chunk` elements each; one for all where there is little."""
+    """Slices of the first dimension with about `chunk` elements each; a single one for a small tensor."""
     if not shape or prod(shape) <= chunk:
         yield ALL
         return
@@ -122,17 +129,17 @@ def split_rows(shape: Sequence[int], chunk: int = CHUNK) -> Iterator[slice]:
 def write_safetensors(
     path: Path, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], rows: Iterable[tuple[str, torch.Tensor]]
 ) -> None:
-    """Write a .safetensors file from start to end, beside its place, and rename it into it.
+    """Write a .safetensors file front to back under a temporary name, then rename it.
 
-    tensors: name -> (shape, dtype), in the order of `rows`, which gives (name, next rows of it).
-    Format: https://github.com/huggingface/safetensors#format. Raises ValueError when `rows` are not what was promised.
+    tensors: name -> (shape, dtype), in the order of `rows`, which yields (name, its next rows).
+    Format: https://github.com/huggingface/safetensors#format. Raises ValueError if `rows` do not match `tensors`.
     """
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, (shape, dtype) in tensors.items():
         begin, end = end, end + prod(shape) * dtype.itemsize
-        header[name] = {"dtype": CODES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of eight bytes
+    text += b" " * (-len(text) % 8)  # the data starts at a multiple of eight bytes
     unfinished = path.with_name(f".{os.getpid()}-{path.name}")
     try:
         with unfinished.open("wb") as file:
@@ -140,10 +147,10 @@ def write_safetensors(
             for name, value in rows:
                 expected = len(text) + 8 + header[name]["data_offsets"][0]
                 if value.dtype != tensors[name][1] or not expected <= file.tell():
-                    raise ValueError(f"{name} does not come in its turn or in its dtype")
+                    raise ValueError(f"{name} has another dtype or is out of order")
                 file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
             if file.tell() != len(text) + 8 + end:
-                raise ValueError("not every row of every tensor was written")
+                raise ValueError("rows are missing")
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)
@@ -152,7 +159,7 @@ def write_safetensors(
 def save_weights(folder: Path, model: ModelMixin, state: dict[str, torch.Tensor]) -> None:
     """Write a folder that `from_pretrained` loads: the model's configuration with `state` as the weights.
 
-    diffusers' `save_pretrained` takes no other weights than the model's own, and ignores a `state_dict` it is given.
+    diffusers' `save_pretrained` ignores its `state_dict` argument and saves the model's own weights.
     """
     model.save_config(folder)
     contiguous = {name: value.contiguous() for name, value in state.items()}  # channels_last cannot be stored
@@ -160,7 +167,7 @@ def save_weights(folder: Path, model: ModelMixin, state: dict[str, torch.Tensor]
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:
-    """The state dict saved in a model's folder, sharded or not."""
+    """The state dict in a model's folder, sharded or not."""
     state = {}
     for path in sorted(folder.glob("*.safetensors")):
         state |= load_file(path)

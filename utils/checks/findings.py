@@ -1,17 +1,22 @@
-"""The kinds of things that can be wrong with a dataset of pairs: how bad each is, and what to do."""
+"""What can be wrong with a dataset of pairs: the kinds of findings, their collection, and the check for `--dry_run`."""
 
 from __future__ import annotations
 
+import time
 from array import array
 from collections.abc import Collection, Iterator
 from typing import NamedTuple
 
+from utils.checks.pair_inspection import inspect_row
+from utils.data.draws import random_subset
+from utils.data.sources import Source
+
 SEVERITIES = ("error", "warning", "info")
-MAX_DETAILS = 1000  # of a kind; the numbers of all rows are kept
+MAX_DETAILS = 1000  # of each kind; the row numbers are not limited
 
 
-class Kind(NamedTuple):
-    """severity: an error spoils training or scores. is_dropped: a cleaned copy leaves the row out."""
+class FindingKind(NamedTuple):
+    """severity: an error spoils training or evaluation. is_dropped: the cleaned copy of a dataset omits the row."""
 
     severity: str
     title: str
@@ -19,43 +24,47 @@ class Kind(NamedTuple):
     is_dropped: bool = False
 
 
-KINDS: dict[str, Kind] = {
-    "unreadable": Kind(
-        "error", "image cannot be read", "training skips the row; make the file again, or drop it", True
+def _error(title: str, advice: str) -> FindingKind:
+    return FindingKind("error", title, advice, is_dropped=True)
+
+
+def _warning(title: str, advice: str) -> FindingKind:
+    return FindingKind("warning", title, advice)
+
+
+KINDS: dict[str, FindingKind] = {
+    "unreadable": _error("image cannot be read", "training skips the row; recreate the file or drop the row"),
+    "blank": _error("image of one colour", "often the output of a safety checker; drop the row"),
+    "no_prompt": _error("no instruction", "training skips the row; write an instruction or drop the row"),
+    "aspect": _error("aspect ratios differ", "training skips the row; crop both images alike"),
+    "identical": _error("nothing edited", "teaches no edit; drop the row or set its task to identity"),
+    "swapped": _error("original and edited swapped", "teaches the opposite edit; swap the images (--fix_swapped)"),
+    "exchanged": _error("same pair in both directions", "the same instruction for opposite edits; drop the wrong row"),
+    "overlap": _error("image of the other dataset", "scores on that dataset would be too good; drop the row"),
+    "near_identical": _warning("almost nothing edited", "teaches weak edits; look at the examples"),
+    "misaligned": _warning("edited image shifted", "teaches blurring; crop both images alike (--fix_shifts)"),
+    "long_prompt": _warning("instruction over 77 tokens", "the text encoder ignores the rest; shorten it"),
+    "duplicate": FindingKind("warning", "duplicate row", "counts twice in training; drop one", is_dropped=True),
+    "near_duplicate": _warning("near-duplicate row", "a recompressed or resized copy; drop one"),
+    "tiny": _warning("very small image", "training enlarges it, which blurs; use a larger one"),
+    "huge": _warning("very large image", "slow to decode in every epoch; resize it once"),
+    "size_differs": FindingKind(
+        "info", "sizes differ", "the edited image is resized; check that both show the same crop"
     ),
-    "blank": Kind("error", "image of one colour", "often what a safety checker left; drop the row", True),
-    "no_prompt": Kind("error", "no instruction", "training skips the row; write one, or drop it", True),
-    "aspect": Kind("error", "aspect ratios differ", "training skips the row; crop both images alike", True),
-    "identical": Kind("error", "nothing edited", "teaches to do nothing; drop it, or give it the task identity", True),
-    "swapped": Kind(
-        "error", "original and edited swapped", "teaches the opposite; exchange them (--fix_swapped)", True
-    ),
-    "exchanged": Kind(
-        "error", "same pair both ways round", "one instruction cannot mean both; drop the wrong one", True
-    ),
-    "overlap": Kind("error", "image of the other dataset", "scores on that dataset would be too good; drop it", True),
-    "near_identical": Kind("warning", "almost nothing edited", "teaches to do little; look at the examples"),
-    "misaligned": Kind("warning", "edited image shifted", "blurs what is learnt; crop both alike (--fix_shifts)"),
-    "long_prompt": Kind("warning", "instruction over 77 tokens", "the text encoder reads no further; shorten it"),
-    "duplicate": Kind("warning", "same row again", "counts twice in training; drop one", True),
-    "near_duplicate": Kind("warning", "nearly the same row again", "recompressed or resized copies; drop one"),
-    "tiny": Kind("warning", "very small image", "will be enlarged and blurred; get a larger one"),
-    "huge": Kind("warning", "very large image", "slow to decode at each visit; scale it down once"),
-    "size_differs": Kind("info", "sizes differ", "the edited image is resized; check that both show the same crop"),
-    "direction": Kind("info", "names left or right", "never mirrored by --random_flip; nothing to do"),
-    "same_source": Kind("info", "original used again", "split by source image, or the test set is not unseen"),
+    "direction": FindingKind("info", "mentions left or right", "--random_flip does not mirror the row; nothing to do"),
+    "same_source": FindingKind("info", "original used again", "keep rows of one original in the same split"),
 }
 
 
 class Findings:
-    """What was found, by kind: the numbers of all rows, and the words on the first of them."""
+    """Findings by kind: the numbers of all rows, and the details of the first ones."""
 
     def __init__(self) -> None:
         self.rows: dict[str, array] = {}
         self.details: dict[str, dict[int, str]] = {}
 
     def add(self, kind: str, row: int, detail: str) -> None:
-        """Add a finding on a row; of several of one kind on a row the words are joined."""
+        """Add a finding. The details of several findings of one kind on one row are joined."""
         rows, details = self.rows.setdefault(kind, array("q")), self.details.setdefault(kind, {})
         if rows and rows[-1] == row:
             if row in details:
@@ -70,26 +79,65 @@ class Findings:
         return len(self.rows.get(kind, ()))
 
     def kinds(self, severity: str | None = None) -> Iterator[str]:
-        """The kinds that were found, the worst first."""
+        """The kinds that were found, in the order of `KINDS`."""
         for kind, meaning in KINDS.items():
             if kind in self.rows and severity in (None, meaning.severity):
                 yield kind
 
     def num_rows(self, severity: str) -> int:
-        """Rows with a finding of this severity."""
+        """Number of rows with any finding of this severity."""
         return len({row for kind in self.kinds(severity) for row in self.rows[kind]})
 
-    def dropped(self, forgiven: Collection[str] = ()) -> dict[int, str]:
-        """The rows that a cleaned copy leaves out, each with the worst reason; reasons `forgiven` do not count."""
+    def dropped(self, ignored: Collection[str] = ()) -> dict[int, str]:
+        """The rows that a cleaned copy omits, each with its first kind in `KINDS` that is not `ignored`."""
         found: dict[int, str] = {}
         for kind in self.kinds():
-            if KINDS[kind].is_dropped and kind not in forgiven:
+            if KINDS[kind].is_dropped and kind not in ignored:
                 for row in self.rows[kind]:
                     found.setdefault(row, kind)
         return found
 
 
 def printable(text: str, length: int = 160) -> str:
-    """Text of a dataset on one line of a terminal: no control characters, cut to `length`."""
+    """Text of a dataset for one line of a terminal: without control characters, cut to `length`."""
     text = "".join(letter if letter.isprintable() else " " for letter in text)
     return text if len(text) <= length else f"{text[: length - 3].rstrip()}..."
+
+
+def quick_check(sources: list[Source], seed: int, max_rows: int = 256, max_seconds: float = 10.0) -> list[str]:
+    """Check some rows of each source, and describe the errors and warnings in lines to print.
+
+    The rows are drawn by the seed; of a stream, they are the first ones. Stops after `max_seconds`.
+    """
+    deadline = time.monotonic() + max_seconds
+    findings, names = Findings(), []
+    for position, source in enumerate(sources):
+        now = time.monotonic()
+        until = now + (deadline - now) / (len(sources) - position)  # the remaining time is split among the sources
+        columns = source.columns
+        for name, row in _sample_rows(source, seed, max(1, max_rows // len(sources))):
+            inspection = inspect_row(row[columns.original], row[columns.edited], row[columns.prompt])
+            for kind, detail in inspection.findings:
+                findings.add(kind, len(names), detail)
+            names.append(name)
+            if time.monotonic() > until:
+                break
+    kinds = [*findings.kinds("error"), *findings.kinds("warning")]
+    if not kinds:
+        return [f"a quick check of {len(names)} rows found no problems"]
+    lines = [f"a quick check of {len(names)} rows found problems (details: data_preparation/check_dataset.py):"]
+    for kind in kinds:
+        row, count = findings.rows[kind][0], findings.count(kind)
+        example = printable(f"{names[row]}: {findings.details[kind][row]}")
+        lines.append(f"  warning: {KINDS[kind].title}: {count} row{'s' * (count != 1)}, such as {example}")
+    return lines
+
+
+def _sample_rows(source: Source, seed: int, size: int) -> Iterator[tuple[str, dict]]:
+    """(name, row) of some rows."""
+    if source.is_streaming:
+        for row, values in enumerate(source.rows.take(size)):
+            yield f"{source.name}[stream {row}]", values
+    else:
+        for row in random_subset(seed, len(source.rows), size).tolist():
+            yield source.row_name(row), source.rows[row]

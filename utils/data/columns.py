@@ -1,10 +1,11 @@
-"""Which three columns of a dataset are the original image, the edited image and the prompt: known, or asked for."""
+"""Which three columns of a dataset hold the original image, the prompt and the edited image; usable prompts."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import datasets
+import numpy as np
 
 from utils.errors import InputError
 
@@ -18,9 +19,9 @@ class Columns:
     edited: str
 
 
-OURS = Columns("original_image", "edit_prompt", "edited_image")
-KNOWN: dict[str, Columns] = {
-    "timbrooks/instructpix2pix-clip-filtered": OURS,
+DEFAULT_COLUMNS = Columns("original_image", "edit_prompt", "edited_image")
+KNOWN_COLUMNS: dict[str, Columns] = {
+    "timbrooks/instructpix2pix-clip-filtered": DEFAULT_COLUMNS,
     "fusing/instructpix2pix-1000-samples": Columns("input_image", "edit_prompt", "edited_image"),
     "hf-internal-testing/instructpix2pix-10-samples": Columns("input_image", "edit_prompt", "edited_image"),
     "instruction-tuning-sd/cartoonization": Columns("original_image", "edit_prompt", "cartoonized_image"),
@@ -37,19 +38,17 @@ KNOWN: dict[str, Columns] = {
     "AILab-CVC/SEED-Data-Edit-Part2-3": Columns("source_image", "instruction", "target_image"),
     "BryanW/HumanEdit": Columns("INPUT_IMG", "EDITING_INSTRUCTION", "OUTPUT_IMG"),
 }
-UNPACK = (
-    "unpack the archives, and import the table: data_preparation/import_pairs.py --source TABLE --image_root FOLDER"
-)
-SEED_DATA_EDIT = f"it holds split tar.gz archives and a jsonl of paths into them, not images: {UNPACK}"
+UNPACK = "unpack the archives and import the table: data_preparation/import_pairs.py --source TABLE --image_root FOLDER"
+SEED_DATA_EDIT = f"it contains split tar.gz archives and a jsonl of paths into them, not images: {UNPACK}"
 NOT_READABLE: dict[str, str] = {
     "AILab-CVC/SEED-Data-Edit-Part1-Openimages": SEED_DATA_EDIT,
     "AILab-CVC/SEED-Data-Edit-Part1-Unsplash": SEED_DATA_EDIT,
     "AILab-CVC/SEED-Data-Edit-Part2-3": SEED_DATA_EDIT,
-    "sysuyy/ImgEdit": f"its parquet files hold lists of paths into split tar archives, not images: {UNPACK}",
-    "apple/pico-banana-400k": "it is a jsonl of addresses, not images: download the jsonl, and import it: "
+    "sysuyy/ImgEdit": f"its parquet files contain lists of paths into split tar archives, not images: {UNPACK}",
+    "apple/pico-banana-400k": "it is a jsonl of URLs, not images: download the jsonl and import it: "
     "data_preparation/import_pairs.py --source sft.jsonl --image_root https://...",
 }
-FLAGS = Columns("--original_image_column", "--edit_prompt_column", "--edited_image_column")
+COLUMN_FLAGS = Columns("--original_image_column", "--edit_prompt_column", "--edited_image_column")
 ROLES = ("original", "prompt", "edited")
 
 
@@ -69,8 +68,14 @@ def is_prompt_feature(feature: object) -> bool:
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "string_view")
 
 
+def usable_prompts(value: object) -> list[str]:
+    """The prompts in a value of a prompt column, a string or a list: the strings that are not blank."""
+    values = value if isinstance(value, (list, tuple, np.ndarray)) else [value]
+    return [prompt for prompt in values if isinstance(prompt, str) and prompt.strip()]
+
+
 def describe_feature(feature: object) -> str:
-    """The type of a column in words, such as "image", "string" or "list of string"."""
+    """The type of a column, such as "image", "string" or "list of string"."""
     if is_image_feature(feature):
         return "image"
     if isinstance(feature, datasets.Value):
@@ -80,7 +85,7 @@ def describe_feature(feature: object) -> str:
 
 
 def describe_features(features: datasets.Features) -> str:
-    """All columns with their types, for a message."""
+    """All columns and their types."""
     return ", ".join(f"{name} ({describe_feature(feature)})" for name, feature in features.items())
 
 
@@ -91,9 +96,9 @@ def resolve_columns(
     prompt: str | None = None,
     edited: str | None = None,
 ) -> Columns:
-    """Find the three columns: what the flags name, else what is known of the dataset, else its one known triple.
+    """The three columns: given by flags, else known for the dataset, else the only known triple that it has.
 
-    Raises an `InputError` that lists every problem and the columns that exist; never guesses by position.
+    Raises InputError with all problems and the existing columns; never guesses by position.
     """
     given = Columns(original, prompt, edited)
     names = {role: getattr(given, role) for role in ROLES}
@@ -102,68 +107,67 @@ def resolve_columns(
         names = {role: name or getattr(known, role) for role, name in names.items()}
     problems = [problem for role in ROLES for problem in _column_problems(role, names[role], features)]
     if names["original"] == names["edited"]:
-        problems.append(f"{FLAGS.original} and {FLAGS.edited} both name {names['original']!r}; a pair is two images")
+        problems.append(
+            f"{COLUMN_FLAGS.original} and {COLUMN_FLAGS.edited} both name {names['original']!r}; a pair has two images"
+        )
     if problems:
-        raise InputError.from_problems([*problems, f"the columns of {dataset_name}: {describe_features(features)}"])
+        raise InputError.from_problems([*problems, f"{dataset_name} has the columns {describe_features(features)}"])
     return Columns(**names)
 
 
 def refuse_unreadable(dataset_name: str) -> None:
-    """Raise an `InputError` for a dataset of the Hub that is published as archives or addresses.
+    """Raise InputError for a dataset on the Hub that consists of archives or URLs.
 
-    To be asked before it is opened: datasets would first download all of it, up to terabytes.
+    Call before opening it: datasets would download all of it, up to terabytes.
     """
     for name, reason in NOT_READABLE.items():
         if dataset_name.casefold() == name.casefold():
-            raise InputError(f"{name} cannot be read as it is: {reason}")
+            raise InputError(f"{name} cannot be used directly: {reason}")
 
 
 def _known_columns(dataset_name: str, features: datasets.Features, given: Columns) -> Columns:
-    """What is known of a dataset by its id, or of a local copy by the names and types of its columns."""
-    by_id = {name.casefold(): columns for name, columns in KNOWN.items()}
+    """The columns known for a dataset's id or, for a local copy, by the names and types of its columns."""
+    by_id = {name.casefold(): columns for name, columns in KNOWN_COLUMNS.items()}
     if columns := by_id.get(dataset_name.casefold()):
         return columns
     refuse_unreadable(dataset_name)
-    candidates = {_overlay(columns, given) for columns in KNOWN.values()}
+    candidates = {
+        Columns(**{role: getattr(given, role) or getattr(columns, role) for role in ROLES})
+        for columns in KNOWN_COLUMNS.values()
+    }
     open_roles = [role for role in ROLES if getattr(given, role) is None]
     named = [columns for columns in candidates if all(getattr(columns, role) in features for role in open_roles)]
     matches = [columns for columns in named if _fits(columns, features, given)] or named
     if len(matches) == 1:
         return matches[0]
-    missing = ", ".join(getattr(FLAGS, role) for role in ROLES if getattr(given, role) is None)
+    missing = ", ".join(getattr(COLUMN_FLAGS, role) for role in ROLES if getattr(given, role) is None)
     if matches:
         triples = "; ".join(f"{c.original} / {c.prompt} / {c.edited}" for c in sorted(matches, key=str))
-        raise InputError(
-            f"{dataset_name} has the columns of several known datasets ({triples}): say which with {missing}"
-        )
+        raise InputError(f"{dataset_name} has the columns of several known datasets ({triples}): choose with {missing}")
     raise InputError(
         f"the columns of {dataset_name} are not known: name them with {missing} "
-        f"(an image, a prompt as string or list of strings, an image). Its columns: {describe_features(features)}"
+        f"(image, prompt as a string or list of strings, image). It has the columns {describe_features(features)}"
     )
 
 
-def _overlay(columns: Columns, given: Columns) -> Columns:
-    return Columns(**{role: getattr(given, role) or getattr(columns, role) for role in ROLES})
-
-
 def _fits(columns: Columns, features: datasets.Features, given: Columns) -> bool:
-    """Whether the columns that the user did not name exist with the right types (those named are judged later)."""
+    """Whether the columns that are not given by flags exist with the right types."""
     return not any(
         _column_problems(role, getattr(columns, role), features) for role in ROLES if getattr(given, role) is None
     )
 
 
 def _column_problems(role: str, name: str, features: datasets.Features) -> list[str]:
-    flag = getattr(FLAGS, role)
+    flag = getattr(COLUMN_FLAGS, role)
     if name not in features:
         return [f"{flag}: there is no column {name!r}"]
-    is_right, wanted = (
+    is_right, needed = (
         (is_prompt_feature, "a string or a list of strings") if role == "prompt" else (is_image_feature, "an image")
     )
     if is_right(features[name]):
         return []
     others = [other for other, feature in features.items() if is_right(feature)]
     return [
-        f"{flag}: column {name!r} holds {describe_feature(features[name])}, but {wanted} is needed "
+        f"{flag}: column {name!r} holds {describe_feature(features[name])}, but {needed} is needed "
         f"(columns of that type: {', '.join(others) or 'none'})"
     ]

@@ -1,4 +1,4 @@
-"""The same resize, crop and mirror for both images of a pair (design.md, section 4, "Geometry")."""
+"""The same resizing, cropping and mirroring for both images of a pair."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from utils.pixels import BadRow, decode_with_size
+from utils.pixels import BadRow, decode_image_and_size
 
 RESIZE_MODES = ("crop", "squash", "bucket")
 MAX_ASPECT_DIFFERENCE = 0.02
-# Words that stop being true when both images are mirrored.
+# Words that are wrong after mirroring both images.
 DIRECTION = re.compile(r"\b((left|right)(most|wards?|hand|handed)?|(counter|anti)?-?clockwise)\b", re.IGNORECASE)
 
 Size = tuple[int, int]  # always (h, w)
@@ -21,7 +21,7 @@ Size = tuple[int, int]  # always (h, w)
 
 @dataclass(frozen=True)
 class Geometry:
-    """How the pixels of a pair are brought to the training size."""
+    """How a pair is resized and cropped to the training size, and whether it may be mirrored."""
 
     resolution: int
     resize_mode: str = "crop"
@@ -30,14 +30,14 @@ class Geometry:
 
     def __post_init__(self) -> None:
         if self.resize_mode not in RESIZE_MODES:
-            raise ValueError(f"--resize_mode is {self.resize_mode!r}; it can be {', '.join(RESIZE_MODES)}")
+            raise ValueError(f"--resize_mode is {self.resize_mode!r}; use one of {', '.join(RESIZE_MODES)}")
         if self.resolution < 8:
             raise ValueError(f"--resolution is {self.resolution}; it must be at least 8")
 
 
 @dataclass(frozen=True)
 class PreparedPair:
-    """Pixels of both images after the same geometry, and what the geometry was (SDXL's time ids need it)."""
+    """Both images at training size, and the sizes and crop for SDXL's time ids."""
 
     original: np.ndarray  # (3, H, W) uint8
     edited: np.ndarray  # (3, H, W) uint8
@@ -48,22 +48,22 @@ class PreparedPair:
 
 
 def mentions_direction(prompt: str) -> bool:
-    """Whether the prompt speaks of left, right or a sense of rotation, so that mirroring would falsify it."""
+    """Whether the prompt mentions left, right or a direction of rotation: then the pair must not be mirrored."""
     return DIRECTION.search(prompt) is not None
 
 
 def is_mirrored(geometry: Geometry, u_flip: float, prompt: str) -> bool:
-    """Whether a pair is mirrored: half of them, by the uniform draw `u_flip`, where that is asked for and harmless."""
+    """Whether a pair is mirrored under `random_flip`: half of those that may be, by the uniform draw `u_flip`."""
     return geometry.random_flip and u_flip < 0.5 and not mentions_direction(prompt)
 
 
 def make_buckets(resolution: int) -> list[Size]:
-    """Training sizes (h, w) of about resolution² pixels, from 1:2.5 to 2.5:1, in steps of 64 (or less)."""
+    """Training sizes (h, w) of about resolution² pixels, from 1:2.5 to 2.5:1, in multiples of 64 (or less)."""
     step = next((step for step in (64, 32, 16) if resolution >= 4 * step), 8)
     square = resolution // 8 * 8
     buckets = {(square, square)}
     for short in range(step, resolution + 1, step):
-        # No more pixels than the square has: memory is what the resolution was chosen for.
+        # At most as many pixels as the square, to need no more memory.
         long = resolution * resolution // short // step * step
         if long <= 2.5 * short:
             buckets |= {(short, long), (long, short)}
@@ -71,7 +71,7 @@ def make_buckets(resolution: int) -> list[Size]:
 
 
 def nearest_bucket(size: Size, buckets: list[Size]) -> Size:
-    """The bucket whose aspect ratio is nearest to that of `size`; of two alike, the larger."""
+    """The bucket with the aspect ratio nearest to that of `size`; the larger one of two."""
     aspect = math.log(size[0] / size[1])
     return min(buckets, key=lambda bucket: (abs(math.log(bucket[0] / bucket[1]) - aspect), -bucket[0] * bucket[1]))
 
@@ -85,36 +85,35 @@ def prepare_pair(
     prompt: str = "",
     bucket: Size | None = None,
 ) -> PreparedPair:
-    """Two stored images (anything `decode_image` takes) -> the pair at training size, both under the same geometry.
+    """Two stored images (anything `decode_image` accepts) -> the pair at training size.
 
-    `u_crop` (y, x) and `u_flip` are uniform draws in [0, 1). In the mode "bucket", `bucket` (h, w) is the size to give;
-    without it the nearest is taken. Raises `BadRow`.
+    u_crop (y, x), u_flip: uniform draws in [0, 1). bucket: the training size (h, w) in the mode "bucket", by default
+    the nearest one. Raises BadRow.
     """
     needed_side = max(bucket) if bucket else geometry.resolution * (2 if geometry.resize_mode == "bucket" else 1)
-    original_image, original_size = _decode("original image", original, needed_side)
-    edited_image, edited_size = _decode("edited image", edited, needed_side)
-    check_aspects(original_size, edited_size)
-    resized, target = _sizes(original_size, geometry, bucket)
+    images, stored_sizes = [], []
+    for name, value in (("original image", original), ("edited image", edited)):
+        try:
+            image, size = decode_image_and_size(value, shorter_side=needed_side)
+        except BadRow as error:
+            raise BadRow(f"{name}: {error.reason}") from error
+        images.append(image)
+        stored_sizes.append(size)
+    check_aspects(*stored_sizes)
+    resized, target = _sizes(stored_sizes[0], geometry, bucket)
     u_crop = (0.5, 0.5) if geometry.center_crop else u_crop
     top, left = (min(int(u * (r - t + 1)), r - t) for u, r, t in zip(u_crop, resized, target, strict=True))
     is_flipped = is_mirrored(geometry, u_flip, prompt)
-    pixels = [_resize_and_crop(image, resized, (top, left), target) for image in (original_image, edited_image)]
+    pixels = [_resize_and_crop(image, resized, (top, left), target) for image in images]
     if is_flipped:
         pixels = [array[:, ::-1] for array in pixels]
         left = resized[1] - target[1] - left
     original_pixels, edited_pixels = (np.ascontiguousarray(array.transpose(2, 0, 1)) for array in pixels)
-    return PreparedPair(original_pixels, edited_pixels, original_size, (top, left), target, is_flipped)
-
-
-def _decode(what: str, value: object, needed_side: int) -> tuple[Image.Image, Size]:
-    try:
-        return decode_with_size(value, shorter_side=needed_side)
-    except BadRow as error:
-        raise BadRow(f"{what}: {error.reason}") from error
+    return PreparedPair(original_pixels, edited_pixels, stored_sizes[0], (top, left), target, is_flipped)
 
 
 def check_aspects(original_size: Size, edited_size: Size) -> None:
-    """Raise `BadRow` for two pictures that cannot show the same view."""
+    """Raise BadRow for two images whose aspect ratios differ too much to show the same view."""
     ratio = (original_size[0] / original_size[1]) / (edited_size[0] / edited_size[1])
     if max(ratio, 1 / ratio) > 1 + MAX_ASPECT_DIFFERENCE:
         sizes = " and ".join(f"{width}x{height}" for height, width in (original_size, edited_size))
@@ -122,25 +121,25 @@ def check_aspects(original_size: Size, edited_size: Size) -> None:
 
 
 def _sizes(size: Size, geometry: Geometry, bucket: Size | None) -> tuple[Size, Size]:
-    """(size the whole image is resized to, size that is then cut out of it)."""
+    """(size that the whole image is resized to, size of the crop)."""
     target = (geometry.resolution, geometry.resolution)
     if geometry.resize_mode == "squash":
         return target, target
     if geometry.resize_mode == "bucket":
         target = bucket or nearest_bucket(size, make_buckets(geometry.resolution))
     scale = max(target[0] / size[0], target[1] / size[1])
-    resized = tuple(max(round(side * scale), wanted) for side, wanted in zip(size, target, strict=True))
+    resized = tuple(max(round(side * scale), least) for side, least in zip(size, target, strict=True))
     return resized, target
 
 
 def _resize_and_crop(image: Image.Image, resized: Size, top_left: tuple[int, int], target: Size) -> np.ndarray:
-    """Resize to `resized` and cut `target` out at `top_left` -> (H, W, 3) uint8.
+    """Resize to `resized` and crop `target` at `top_left` -> (H, W, 3) uint8.
 
-    One operation: only the box that is kept is resampled. An edited image of another size than the original, or a JPEG
-    decoded at reduced size, is brought to the original's grid by the same step.
+    In one step, which resamples only the crop. `image` may have another size than the stored original: an edited image
+    of another size, or a JPEG decoded at a reduced size.
     """
     y_scale, x_scale = image.height / resized[0], image.width / resized[1]
     (top, left), (height, width) = top_left, target
     box = (left * x_scale, top * y_scale, (left + width) * x_scale, (top + height) * y_scale)
-    box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))  # against rounding past the edge
+    box = (box[0], box[1], min(box[2], image.width), min(box[3], image.height))  # rounding may exceed the edge
     return np.asarray(image.resize((width, height), Image.Resampling.LANCZOS, box=box, reducing_gap=3.0))

@@ -1,11 +1,11 @@
-"""The VAE's moments of every pair, computed once and kept on disk: `--cache_latents`.
+"""The VAE's moments of all pairs, computed once and saved: `--cache_latents`.
 
-Two encodings a pair and step are about two fifths of the arithmetic of training SD 1.5. A cached pair has one crop, so
-the geometry must leave nothing to chance but mirroring; with --random_flip both are kept, plain and mirrored.
+Encoding both images in each step is about two fifths of the compute of training SD 1.5. A cached pair has one crop, so
+the crop must not be random; with --random_flip, the pair is cached both plain and mirrored.
 
 latent-cache/KEY/source-I-NNNNN.safetensors holds `ROWS_PER_SHARD` rows: `moments` float32 (rows, flips, 3C, h, w), the
-original's mean (C) and the edited image's mean and log variance (2C); `sizes` int64 (rows, flips, 3, 2), the original
-size, the crop's corner and the target size, for SDXL. Bad rows stand in the metadata, with the reason.
+mean of the original (C) and the mean and log variance of the edited image (2C); `sizes` int64 (rows, flips, 3, 2), the
+original size, the crop's top left and the target size, for SDXL. The metadata lists bad rows with their reasons.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ ROWS_PER_SHARD = 256
 
 
 class LatentCache:
-    """Reads moments by source, row and mirroring; safe to hand to loader workers."""
+    """Reads the moments of a row; can be used in loader workers."""
 
     def __init__(self, folder: Path, geometry: Geometry) -> None:
         self.folder = folder
         self.geometry = geometry
 
     def read(self, source: int, row: int, is_flipped: bool) -> tuple[np.ndarray, np.ndarray]:
-        """Moments float32 (3C, h, w) and sizes (3, 2) of one pair. Raises `BadRow` as decoding the row would have."""
+        """Moments float32 (3C, h, w) and sizes (3, 2) of one pair. Raises BadRow as decoding would."""
         shard = _open_shard(shard_path(self.folder, source, row // ROWS_PER_SHARD))
         reason = json.loads(shard.metadata()["bad_rows"]).get(str(row))
         if reason is not None:
             raise BadRow(reason)
-        place, flip = row % ROWS_PER_SHARD, int(is_flipped)
-        return tuple(shard.get_slice(name)[place : place + 1, flip : flip + 1][0, 0] for name in ("moments", "sizes"))
+        index, flip = row % ROWS_PER_SHARD, int(is_flipped)
+        return tuple(shard.get_slice(name)[index : index + 1, flip : flip + 1][0, 0] for name in ("moments", "sizes"))
 
 
 @lru_cache(maxsize=64)
@@ -67,9 +67,9 @@ def make_latent_cache(
     geometry: Geometry,
     vae: AutoencoderKL,
 ) -> LatentCache:
-    """Encode what is not cached yet, each process its share of the shards, and return the reader.
+    """Encode the shards that are not cached yet, split among the processes, and return the reader.
 
-    Cached under a key of the data, the geometry and the VAE's weights and dtype: another of these makes another cache.
+    The folder's name is a key of the data, the geometry and the VAE's weights and dtype.
     """
     folder = output_dir / "latent-cache" / cache_key(data_digest, geometry, vae)
     folder.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def make_latent_cache(
     ]
     bar = tqdm(
         total=sum(len(_rows_of(sources[index], shard)) for index, shard in shards),
-        desc="encoding",
+        desc="Encoding latents",
         unit="pair",
         disable=not (shards and accelerator.is_main_process),
     )
@@ -95,7 +95,7 @@ def make_latent_cache(
 
 
 def cache_key(data_digest: str, geometry: Geometry, vae: AutoencoderKL) -> str:
-    """A name that changes with anything the moments depend on."""
+    """A digest of everything that the moments depend on."""
     digest = hashlib.sha256(f"{data_digest} {geometry} {vae.dtype}".encode())
     for name, value in vae.state_dict().items():
         digest.update(name.encode())
@@ -126,9 +126,9 @@ def _write_shard(path: Path, source: Source, shard: int, geometry: Geometry, vae
 def _encode_row(row: dict, source: Source, geometry: Geometry, vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
     """One pair -> moments float32 (flips, 3C, h, w) and sizes (flips, 3, 2).
 
-    One pair at a time, so that its last bits do not depend on which rows happen to stand beside it.
+    Not in batches: the last bits would depend on the other rows.
     """
-    choose_prompt(row[source.columns.prompt], 0.0)  # a row without a prompt is bad whatever its pictures
+    choose_prompt(row[source.columns.prompt], 0.0)  # raises BadRow
     variants, sizes = [], []
     for u_flip in (1.0, 0.0) if geometry.random_flip else (1.0,):
         pair = prepare_pair(row[source.columns.original], row[source.columns.edited], geometry, u_flip=u_flip)

@@ -1,4 +1,4 @@
-"""Where pairs come from: a dataset on the Hub, a local folder, or a mix of several."""
+"""The sources of training pairs: a dataset on the Hub, a local folder, or a mix of several."""
 
 from __future__ import annotations
 
@@ -20,28 +20,27 @@ from utils.data.rows import open_rows
 from utils.errors import InputError
 
 COLUMN_KEYS = {"original_image_column": "original", "edit_prompt_column": "prompt", "edited_image_column": "edited"}
-SAMPLED_ROWS = 64  # whose bytes go into the digest
-STREAMED_ROWS = 8
-MIX_KEYS = ("name", "config", "split", "weight", *COLUMN_KEYS)
+DIGESTED_ROWS, DIGESTED_STREAM_ROWS = 64, 8  # whose bytes go into the digest
+ENTRY_KEYS = ("name", "config", "split", "weight", *COLUMN_KEYS)
 
 
 @dataclass(frozen=True)
 class Source:
-    """Rows of one dataset: the three columns only, images undecoded (a dict with "bytes" and "path")."""
+    """The rows of one dataset: three columns, images not decoded (a dict with "bytes" and "path")."""
 
     rows: datasets.Dataset | datasets.IterableDataset
     columns: Columns
-    name: str  # as it stands before a row number in messages, such as "train"
-    weight: float = 1.0  # share of the draws beside the other sources' weights
+    name: str  # before a row number in messages, such as "train"
+    weight: float = 1.0  # share of the draws, relative to the weights of the other sources
     is_streaming: bool = False
-    row_numbers: np.ndarray | None = None  # the number in the dataset of each row, where only some rows are taken
+    row_numbers: np.ndarray | None = None  # of a subset: the number of each row in the dataset
 
     def row_name(self, row: int) -> str:
-        """A row as the user finds it, such as "train[12]"."""
+        """The name of a row in messages, such as "train[12]"."""
         return f"{self.name}[{row if self.row_numbers is None else self.row_numbers[row]}]"
 
     def select(self, rows: np.ndarray) -> Source:
-        """The source with only these rows (integers), under the numbers that they had."""
+        """The source with only these rows (integers), which keep their numbers."""
         numbers = rows if self.row_numbers is None else self.row_numbers[rows]
         return replace(self, rows=self.rows.select(rows), row_numbers=numbers)
 
@@ -59,9 +58,9 @@ def open_source(
     edited_image_column: str | None = None,
     seed: int = 0,
 ) -> Source:
-    """Open a dataset of the Hub or a local folder and find its columns. `InputError`: what is wrong and what exists."""
+    """Open a dataset on the Hub or a local folder and find its columns. Raises InputError with what exists."""
     if bool(dataset_name) == bool(train_data_dir):
-        raise InputError("give the pairs with either --dataset_name (Hub id or folder) or --train_data_dir (folder)")
+        raise InputError("give either --dataset_name (Hub id or folder) or --train_data_dir (folder)")
     if max_train_samples is not None and max_train_samples < 1:
         raise InputError(f"--max_train_samples is {max_train_samples}; it must be at least 1")
     name = dataset_name or train_data_dir
@@ -71,32 +70,35 @@ def open_source(
     if not streaming and len(rows) == 0:
         raise InputError(f"{name}, split {split!r}, has no rows")
     columns = resolve_columns(name, rows.features, original_image_column, edit_prompt_column, edited_image_column)
-    source = Source(_undecoded(rows, columns), columns, split, is_streaming=streaming)
+    # Images are decoded in the workers, where a corrupt one is a bad row.
+    rows = rows.select_columns([columns.original, columns.prompt, columns.edited])
+    for column in (columns.original, columns.edited):
+        rows = rows.cast_column(column, datasets.Image(decode=False))
+    source = Source(rows, columns, split, is_streaming=streaming)
     if max_train_samples is None:
         return source
     if streaming:
-        return replace(source, rows=source.rows.take(max_train_samples))
-    if max_train_samples < len(rows):
-        # A random subset, as in diffusers: the first rows of many datasets are of one kind.
-        source = source.select(random_subset(seed, len(rows), max_train_samples))
-    return source
+        return replace(source, rows=rows.take(max_train_samples))
+    # A random subset, as in diffusers: the first rows of many datasets are alike.
+    is_subset = max_train_samples < len(rows)
+    return source.select(random_subset(seed, len(rows), max_train_samples)) if is_subset else source
 
 
 def open_mix(
     path: str | Path, *, max_train_samples: int | None = None, cache_dir: str | None = None, seed: int = 0
 ) -> list[Source]:
-    """Open all datasets that a YAML file lists under `datasets:`; every problem of every entry is in one `InputError`.
+    """Open all datasets that a YAML file lists under `datasets:`. Raises one InputError with all problems.
 
-    Keys of an entry: name (Hub id or folder, also relative to the file), config, split, weight and the three column
-    names. A weight is the share of the draws beside the other weights, whatever the numbers of rows; 1 by default.
+    Keys of an entry: name (Hub id, or folder, which may be relative to the file), config, split, weight and the three
+    column flags. The weights (default 1) are the proportions of the draws, independent of the numbers of rows.
     """
     path = Path(path)
     entries = _read_mix(path)
     sources, problems = [], []
     for index, entry in enumerate(entries):
         split = entry.get("split", "train")
-        beside = path.parent / entry["name"]
-        name = str(beside) if beside.is_dir() and not Path(entry["name"]).exists() else entry["name"]
+        relative = path.parent / entry["name"]
+        name = str(relative) if relative.is_dir() and not Path(entry["name"]).exists() else entry["name"]
         columns = {key: entry.get(key) for key in COLUMN_KEYS}
         try:
             source = open_source(
@@ -112,12 +114,12 @@ def open_mix(
 
 
 def hold_out(sources: list[Source], fraction: float, seed: int) -> tuple[list[Source], list[Source]]:
-    """(sources to train on, sources held out): of each, `fraction` of the rows, at least one and never all."""
+    """(training sources, held-out sources): `fraction` of the rows of each are held out, at least one and never all."""
     if not 0 < fraction < 1:
-        raise InputError(f"--validation_split is {fraction}; it must lie between 0 and 1, both excluded")
+        raise InputError(f"--validation_split is {fraction}; it must be above 0 and below 1")
     if any(source.is_streaming for source in sources):
         raise InputError(
-            "--validation_split needs the number of rows, which --streaming does not know: drop one of them"
+            "--validation_split needs the number of rows, which is unknown with --streaming: drop one of them"
         )
     kept, held_out = [], []
     for source in sources:
@@ -126,24 +128,24 @@ def hold_out(sources: list[Source], fraction: float, seed: int) -> tuple[list[So
         chosen = random_subset(seed, num_rows, size)
         kept.append(source.select(np.setdiff1d(np.arange(num_rows), chosen)))
         if size:
-            # Rows held out are each looked at once: no source counts for more than its rows.
+            # Each held-out row is evaluated once, whatever the weights for training.
             held_out.append(replace(source.select(chosen), weight=float(size)))
     if not held_out:
-        raise InputError("--validation_split cannot keep a row out: no dataset has two rows or more")
+        raise InputError("--validation_split needs a dataset with at least two rows")
     return kept, held_out
 
 
 def sources_digest(sources: list[Source]) -> str:
-    """Hex digest of the sources: columns, weights, row numbers, every prompt, the size of every image, sampled pixels.
+    """A hex digest of columns, weights, row numbers, all prompts, all file sizes, and the files of some rows.
 
-    Taken from the content: datasets' own fingerprint changes with the folder's place and the version of the library.
-    Of a stream only the first rows are known. Equal across processes and runs; another when rows change.
+    The same in all processes and runs, unlike datasets' own fingerprint, which depends on the folder's path and the
+    library version. Of a stream, only the first rows are digested.
     """
     digest = hashlib.sha256()
     for source in sources:
         _add(digest, [source.columns.original, source.columns.prompt, source.columns.edited, source.weight])
         if source.is_streaming:
-            for row in source.rows.take(STREAMED_ROWS):
+            for row in source.rows.take(DIGESTED_STREAM_ROWS):
                 _add_row(digest, source, row)
         else:
             _add_map_style(digest, source)
@@ -163,27 +165,25 @@ def _add_map_style(digest: hashlib._Hash, source: Source) -> None:
         _add(digest, batch[source.columns.prompt])
     for name in (source.columns.original, source.columns.edited):
         digest.update(_file_sizes(source.rows, name).tobytes())
-    for row in np.unique(np.linspace(0, num_rows - 1, SAMPLED_ROWS).astype(int)):
+    for row in np.unique(np.linspace(0, num_rows - 1, DIGESTED_ROWS).astype(int)):
         _add_row(digest, source, source.rows[int(row)])
 
 
 def _file_sizes(rows: datasets.Dataset, column: str) -> np.ndarray:
-    """Number of bytes of each image of the whole table (selected or not), as int64; -1 where there is none."""
+    """The file size of each image of the whole table, selected or not, as int64; -1 if there is none."""
     images = rows.data.column(column)
     sizes = [np.empty(0, dtype="<i8")]
     for chunk in images.chunks:
-        # Offsets only: the images of a memory-mapped table stay on disk.
+        # Reads only offsets: the images of a memory-mapped table stay on disk.
         lengths = pc.binary_length(pc.struct_field(chunk, "bytes"))
         sizes.append(pc.fill_null(lengths.cast(pa.int64()), -1).to_numpy(zero_copy_only=False).astype("<i8"))
         if lengths.null_count:
             is_on_disk = pc.is_null(lengths)
             paths = pc.struct_field(chunk, "path").filter(is_on_disk).to_pylist()
-            sizes[-1][is_on_disk.to_numpy(zero_copy_only=False)] = [_size_on_disk(path) for path in paths]
+            sizes[-1][is_on_disk.to_numpy(zero_copy_only=False)] = [
+                Path(path).stat().st_size if path and Path(path).is_file() else -1 for path in paths
+            ]
     return np.concatenate(sizes)
-
-
-def _size_on_disk(path: str | None) -> int:
-    return Path(path).stat().st_size if path and Path(path).is_file() else -1
 
 
 def _add_row(digest: hashlib._Hash, source: Source, row: dict) -> None:
@@ -196,24 +196,18 @@ def _add_row(digest: hashlib._Hash, source: Source, row: dict) -> None:
         digest.update(hashlib.sha256(content or b"").digest())
 
 
-def _undecoded(rows: datasets.Dataset, columns: Columns) -> datasets.Dataset:
-    """Only the three columns, images as stored, so that a corrupt one is met row by row and inside a worker."""
-    rows = rows.select_columns([columns.original, columns.prompt, columns.edited])
-    for name in (columns.original, columns.edited):
-        rows = rows.cast_column(name, datasets.Image(decode=False))
-    return rows
-
-
 def _read_mix(path: Path) -> list[dict]:
-    """The entries of a mix file, their keys and values checked."""
+    """The entries of a mix file, after checking their keys and values."""
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"--train_mix {path} cannot be read: {error}") from error
     entries = content.get("datasets") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
-        raise InputError(f"--train_mix {path} must hold a list under `datasets:`, each entry with at least a `name:`")
-    problems = [f"unknown key {key!r} beside `datasets`" for key in content if key != "datasets"]
+        raise InputError(
+            f"--train_mix {path} must contain a list under `datasets:`, each entry with at least a `name:`"
+        )
+    problems = [f"unknown key {key!r} next to `datasets`" for key in content if key != "datasets"]
     for index, entry in enumerate(entries):
         problems += [f"datasets[{index}]: {problem}" for problem in _entry_problems(entry)]
     if problems:
@@ -223,13 +217,13 @@ def _read_mix(path: Path) -> list[dict]:
 
 def _entry_problems(entry: object) -> list[str]:
     if not isinstance(entry, dict):
-        return [f"{entry!r} is not a mapping with the keys {', '.join(MIX_KEYS)}"]
-    problems = [f"unknown key {key!r}; the keys are {', '.join(MIX_KEYS)}" for key in entry if key not in MIX_KEYS]
+        return [f"{entry!r} is not a mapping with the keys {', '.join(ENTRY_KEYS)}"]
+    problems = [f"unknown key {key!r}; the keys are {', '.join(ENTRY_KEYS)}" for key in entry if key not in ENTRY_KEYS]
     if not entry.get("name"):
         problems.append("`name` is missing (a Hub id or a folder)")
-    for key in MIX_KEYS:
+    for key in ENTRY_KEYS:
         if key != "weight" and entry.get(key, "") is not None and not isinstance(entry.get(key, ""), str):
-            problems.append(f"{key} is {entry[key]!r}; it must be text")
+            problems.append(f"{key} is {entry[key]!r}; it must be a string")
     weight = entry.get("weight", 1.0)
     is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
     if not is_number or not math.isfinite(weight) or weight <= 0:

@@ -1,9 +1,9 @@
-"""Micro-batches from a stream (`--streaming`): the draw is the position in the stream."""
+"""Micro-batches from a streamed dataset (`--streaming`): the draw is the position in the stream."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
@@ -20,10 +20,10 @@ SHUFFLE_BUFFER = 1000
 
 
 def check_streamable(sources: list[Source], geometry: Geometry) -> None:
-    """Refuse what needs to know the rows beforehand."""
+    """Raise InputError for options that need to know all rows beforehand."""
     problems = []
     if len(sources) > 1:
-        problems.append("--streaming reads one dataset; for --train_mix, drop --streaming")
+        problems.append("--streaming reads one dataset; drop it to use --train_mix")
     if geometry.resize_mode == "bucket":
         problems.append("--resize_mode bucket needs the size of every image beforehand, which --streaming cannot know")
     if problems:
@@ -31,11 +31,11 @@ def check_streamable(sources: list[Source], geometry: Geometry) -> None:
 
 
 class StreamedBatches(IterableDataset):
-    """Micro-batches of one rank, without end, from `start_batch` on.
+    """One rank's micro-batches, endlessly, starting at `start_batch`.
 
-    Every rank reads the whole stream and decodes its own draws. One process reads, and `num_threads` threads in it
-    decode (Pillow releases the interpreter lock), so that the batches do not depend on their number. Rows before
-    `start_batch` are only read. A bad row is replaced by the next good one of the stream, its draw unchanged.
+    Every rank reads the whole stream and decodes its own draws. One process reads, and `num_threads` threads decode
+    (Pillow releases the interpreter lock): the batches do not depend on their number. Rows before `start_batch` are
+    read but not decoded. The next good row of the stream replaces a bad row; the draw stays the same.
     """
 
     def __init__(
@@ -61,26 +61,25 @@ class StreamedBatches(IterableDataset):
 
     def _batches(self) -> Iterator[dict]:
         if get_worker_info() is not None:
-            fsspec.asyn.reset_lock()  # the lock of remote files came along from the process that was forked
+            fsspec.asyn.reset_lock()  # it was copied from the forked process
         window = _Window(self._endless_rows())
-        window.skip(self.start_batch * self.global_batch_size)
+        window.drop_before(self.start_batch * self.global_batch_size)
         with ThreadPoolExecutor(self.num_threads) as threads:
             for batch in count(self.start_batch):
                 first = batch * self.global_batch_size
-                rows = [(draw, window.row(draw)) for draw in range(first, first + self.global_batch_size)]
-                attempts = list(threads.map(self._try, *zip(*rows[self.rank :: self.world_size], strict=True)))
-                draws = [draw for draw, _ in rows[self.rank :: self.world_size]]
-                yield self._mend(draws, attempts, window)
+                draws = range(first, first + self.global_batch_size)[self.rank :: self.world_size]
+                samples = list(threads.map(self._try, draws, [window.row(draw) for draw in draws]))
+                yield self._replace_bad_rows(draws, samples, window)
                 window.drop_before(first + self.global_batch_size)
 
     def _endless_rows(self) -> Iterator[dict]:
-        """All passes through the stream, each in its own shuffled order."""
+        """The rows of all epochs, each shuffled differently."""
         shuffled = self.source.rows.shuffle(seed=self.settings.seed, buffer_size=SHUFFLE_BUFFER)
         for epoch in count():
             shuffled.set_epoch(epoch)
             is_empty = True
-            # Not `for row in shuffled`: inside a worker, datasets would deal its shards out among the workers and
-            # shuffle in another order than without one.
+            # Not `for row in shuffled`: inside a worker, datasets would split its shards among the workers, and the
+            # order would depend on their number.
             for rows in shuffled.iter(batch_size=1):
                 is_empty = False
                 yield {name: values[0] for name, values in rows.items()}
@@ -93,11 +92,10 @@ class StreamedBatches(IterableDataset):
         except BadRow as error:
             return error
 
-    def _mend(self, draws: list[int], attempts: list[dict | BadRow], window: _Window) -> dict:
-        """Replace the bad rows among the attempts and collate."""
-        bad_rows: list[tuple[str, str]] = []
-        samples, positions = [], []
-        for draw, sample in zip(draws, attempts, strict=True):
+    def _replace_bad_rows(self, draws: Sequence[int], samples: list[dict | BadRow], window: _Window) -> dict:
+        """Try the next rows in place of the bad ones, and collate."""
+        good, names, bad_rows = [], [], []
+        for draw, sample in zip(draws, samples, strict=True):
             position = draw
             while isinstance(sample, BadRow):
                 bad_rows.append((f"{self.source.name}[stream {position}]", sample.reason))
@@ -105,17 +103,16 @@ class StreamedBatches(IterableDataset):
                 if position - draw >= MAX_CONSECUTIVE_BAD_ROWS:
                     raise too_many_bad_rows(bad_rows[-MAX_CONSECUTIVE_BAD_ROWS:])
                 sample = self._try(draw, window.row(position))
-            samples.append(sample)
-            positions.append(position)
-        return collate(samples, [f"{self.source.name}[stream {position}]" for position in positions], bad_rows)
+            good.append(sample)
+            names.append(f"{self.source.name}[stream {position}]")
+        return collate(good, names, bad_rows)
 
 
 class _Window:
-    """The rows of a stream between the oldest that is still needed and the furthest that was looked at."""
+    """The rows of a stream from the oldest one still needed to the furthest one read."""
 
     def __init__(self, rows: Iterator[dict]) -> None:
-        self._rows = rows
-        self._first = 0
+        self._rows, self._first = rows, 0
         self._kept: deque[dict] = deque()
 
     def row(self, position: int) -> dict:
@@ -127,5 +124,3 @@ class _Window:
         while self._first < position:
             self._kept.popleft() if self._kept else next(self._rows)
             self._first += 1
-
-    skip = drop_before
