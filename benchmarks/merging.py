@@ -34,8 +34,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from utils.merging.editor_writer import write_unet
-from utils.merging.ingredients import Recipe, open_ingredients
 from utils.merging.merge import MergeOptions, MergeReport
+from utils.merging.recipe import MergeRecipe, open_recipe
 from utils.merging.weight_sources import WeightSource
 from utils.runtime import DTYPES
 from utils.weight_files import split_rows, write_safetensors
@@ -119,7 +119,7 @@ def add_all(editor: dict, fast: dict, slow: dict) -> None:
 
 def merge_ours(folder: Path, dtype: torch.dtype) -> None:
     sources = {"distilled": "fast", "base": "slow"}
-    recipe = Recipe(
+    recipe = MergeRecipe(
         WeightSource("--model", str(folder / "editor")),
         folder,
         {role: WeightSource(f"--{role}", str(folder / name)) for role, name in sources.items()},
@@ -127,7 +127,7 @@ def merge_ours(folder: Path, dtype: torch.dtype) -> None:
         dtype=next(name for name, kind in DTYPES.items() if kind == dtype),
     )
     (folder / "ours").mkdir()
-    write_unet(folder / "ours" / FILE, recipe, open_ingredients(recipe), MergeReport())
+    write_unet(folder / "ours" / FILE, recipe, open_recipe(recipe), MergeReport())
 
 
 WAYS: dict[str, Callable[[Path, torch.dtype], None]] = {"naive": merge_naive, "mmap": merge_mapped, "ours": merge_ours}

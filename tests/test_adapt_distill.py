@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import adapt_distill
-from tests.changes import LORA, add_random_lora, load_unet, merge, save_peft_lora, weights_in
+from tests.deltas import LORA, add_random_lora, load_unet, merge, save_peft_lora, weights_in
 from tests.hub_files import serve_folder, turn_downloads
 from tests.hub_server import hub_server
 from tests.mistakes import read_files
@@ -37,11 +37,11 @@ from tests.tiny import make_tiny_sd, make_tiny_sdxl
 from utils.editing.loading import load_editor
 from utils.editing.schedulers import choose_scheduler
 from utils.licences import restrictions_of
-from utils.merging.calibration import Scores, choose_weight
+from utils.merging.calibration import WeightScores, choose_weight
 from utils.merging.merge import MergeOptions
 from utils.merging.presets import PRESETS, describe_presets
-from utils.merging.recipes import make_recipe
-from utils.models.single_file import SUFFIXES
+from utils.merging.recipe import make_recipe
+from utils.models.single_file import MODEL_SUFFIXES
 
 BASES = {"sd1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
 
@@ -174,7 +174,7 @@ def test_dtypes(tiny_editor: Path, lora: Path, dtype: str, tmp_path: Path) -> No
     kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     expected = merge(tiny_editor, MergeOptions(1.0), lora=lora)
     assert all(torch.equal(value, expected[name].to(kind)) for name, value in weights_in(tmp_path / "out").items())
-    assert ("warning: bf16 rounds" in said) == (dtype == "bf16")
+    assert ("warning: --dtype bf16 rounds" in said) == (dtype == "bf16")
 
 
 def test_variants_become_plain(tiny_editor: Path, lora: Path, tmp_path: Path) -> None:
@@ -199,7 +199,7 @@ def test_presets_are_consistent() -> None:
         assert preset.family in BASES and preset.kind in ("lora", "distilled"), name
         assert (preset.base is None) == (preset.kind == "lora"), name
         assert preset.weight == (0.5 if preset.kind == "distilled" and preset.family == "sdxl" else 1.0), name
-        assert preset.id.count("/") == 1 and (preset.weight_name or "x.bin").endswith(SUFFIXES), name
+        assert preset.id.count("/") == 1 and (preset.weight_name or "x.bin").endswith(MODEL_SUFFIXES), name
         assert 1 <= preset.steps <= 16 and preset.guidance_scale >= 1 and preset.image_guidance_scale == 1, name
         scheduler = choose_scheduler(editor, preset.scheduler)
         scheduler = type(scheduler).from_config(dict(scheduler.config), **preset.scheduler_settings)
@@ -319,10 +319,10 @@ def test_a_foreign_folder_is_left_alone(tiny_editor: Path, lora: Path, tmp_path:
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
     flags = ("--model", tiny_editor, "--lora", lora, "--output_dir")
-    assert "holds something else (thesis.txt)" in fails(*flags, out)
+    assert "contains other files (thesis.txt)" in fails(*flags, out)
     assert read_files(out) == {"thesis.txt": b"years of work"}
     assert "is a file" in fails(*flags, out / "thesis.txt")
-    assert "which is read" in fails(*flags, tiny_editor) and "which is read" in fails(*flags, lora.parent)
+    assert "contains the input" in fails(*flags, tiny_editor) and "contains the input" in fails(*flags, lora.parent)
 
 
 def test_its_own_result_is_replaced(tiny_editor: Path, lora: Path, tmp_path: Path) -> None:
@@ -412,7 +412,7 @@ def test_calibrate(tiny_editor: Path, tiny_base: Path, tmp_path: Path) -> None:
     flags = ("--model", tiny_editor, "--distilled", distilled, "--base", tiny_base, "--scheduler=lcm", "--device=cpu")
     said = succeeds(*flags, "--output_dir", out, "--calibrate", pairs, "--calibrate_weights", "0.2", "0.6", "1.0")
     content = json.loads((out / "calibration.json").read_text())
-    assert [row["weight"] for row in content["scores"]] == [0.2, 0.6, 1.0] and "<- taken" in said
+    assert [row["weight"] for row in content["scores"]] == [0.2, 0.6, 1.0] and "<- chosen" in said
     weight = json.loads((out / "adapted.json").read_text())["weight"]
     assert weight == content["chosen"] and f"weight {weight:g}" in said
     expected = merge(tiny_editor, MergeOptions(weight), distilled=distilled, base=tiny_base)
@@ -429,13 +429,13 @@ def test_calibrate(tiny_editor: Path, tiny_base: Path, tmp_path: Path) -> None:
 def test_the_knee() -> None:
     """Nearest to no distance, the same direction and the same colours; of equals the smaller weight."""
     scores = [
-        Scores(0.3, 1.0, 0.3, 0.9, 0.6),
-        Scores(0.5, 0.5, 0.2, 0.8, 1.0),
-        Scores(0.7, 0.45, 0.2, 0.4, 1.1),
-        Scores(1.0, 0.9, 0.3, 0.1, 1.9),
+        WeightScores(0.3, 1.0, 0.3, 0.9, 0.6),
+        WeightScores(0.5, 0.5, 0.2, 0.8, 1.0),
+        WeightScores(0.7, 0.45, 0.2, 0.4, 1.1),
+        WeightScores(1.0, 0.9, 0.3, 0.1, 1.9),
     ]
     assert choose_weight(scores) == 0.5
-    assert choose_weight([Scores(weight, 1.0, 1.0, 0.5, 1.0) for weight in (0.6, 0.4, 0.8)]) == 0.4
+    assert choose_weight([WeightScores(weight, 1.0, 1.0, 0.5, 1.0) for weight in (0.6, 0.4, 0.8)]) == 0.4
 
 
 # --- mistakes ---
@@ -445,20 +445,20 @@ def test_mistakes_in_the_flags(tmp_path: Path) -> None:
     """Everything that the flags alone tell, in one message, before a library is loaded."""
     cases = [
         ([], ["--model is missing", "--output_dir is missing", "give one of --preset"]),
-        (["--preset=nope"], ["--preset nope is not known"]),
+        (["--preset=nope"], ["--preset nope is unknown"]),
         (["--lora=x", "--delta=y"], ["(given: --lora, --delta)"]),
         (["--distilled=x"], ["--distilled needs --base"]),
-        (["--lora=x", "--base=y"], ["--base is subtracted from --distilled"]),
+        (["--lora=x", "--base=y"], ["--base is used with --distilled or"]),
         (["--lora=x", "--method=ties"], ["--method ties needs --base"]),
-        (["--lora=x", "--density=0.5"], ["--density belongs to"]),
+        (["--lora=x", "--density=0.5"], ["--density needs"]),
         (["--lora=x", "--method=dare", "--density=0"], ["--density 0.0: must be above 0"]),
         (["--lora=x", "--block_weights", "up=much", "=1"], ["--block_weights up=much", "--block_weights =1"]),
         (["--lora=x", "--weight=nan"], ["--weight nan"]),
-        (["--lora=x", "--steps=0", "--eta=-1"], ["--steps 0", "--eta -1.0"]),
-        (["--lora=x", "--lcm_guidance=4"], ["--lcm_guidance folds"]),
-        (["--lora=x", "--distilled_variant=fp16"], ["--distilled_variant belongs to --distilled"]),
+        (["--lora=x", "--steps=0", "--eta=2"], ["--steps 0", "--eta 2.0: must be from 0 to 1"]),
+        (["--lora=x", "--lcm_guidance=4"], ["--lcm_guidance needs --distilled"]),
+        (["--lora=x", "--distilled_variant=fp16"], ["--distilled_variant needs --distilled"]),
         (["--lora=x", "--calibrate=p.jsonl", "--weight=1"], ["--calibrate chooses the weight"]),
-        (["--lora=x", "--timestep_spacing=trailing"], ["--timestep_spacing belongs to --scheduler"]),
+        (["--lora=x", "--timestep_spacing=trailing"], ["--timestep_spacing needs --scheduler"]),
         (["--lora=x", "--seed=-1"], ["--seed -1"]),
         (["--lora=x", "--dtype=int8"], ["invalid choice: 'int8'"]),
         (["--no_such_flag"], ["no_such_flag"]),
@@ -475,19 +475,16 @@ def test_mistakes_in_the_models(
     out = ("--output_dir", tmp_path / "out")
     v_editor = make_tiny_sd(tmp_path / "v", in_channels=8, prediction_type="v_prediction")
     cases = [
-        (("--model", tmp_path / "none", "--lora", lora), "is no folder"),
-        (("--model", tiny_editor / "vae", "--lora", lora), "is no whole editor in diffusers' format"),
-        (("--model", tiny_base, "--lora", lora), "its UNet takes 4 channels"),
+        (("--model", tmp_path / "none", "--lora", lora), "is not a folder"),
+        (("--model", tiny_editor / "vae", "--lora", lora), "is not a complete editor in diffusers' format"),
+        (("--model", tiny_base, "--lora", lora), "its UNet has 4 channels"),
         (("--model", "nobody/nothing", "--lora", lora), "cannot be loaded"),
-        (("--model", tiny_sdxl_editor, "--lora", lora), "does not fit the editor"),
+        (("--model", tiny_sdxl_editor, "--lora", lora), "does not match the editor"),
         (("--model", tiny_sdxl_editor, "--preset", "tcd-sd1.5"), "--preset tcd-sd1.5 is for sd1.5"),
         (("--model", tiny_editor, "--preset", "turbo-sdxl"), "--preset turbo-sdxl is for sdxl"),
-        (("--model", v_editor, "--preset", "tcd-sd1.5"), "they cannot be added"),
-        (("--model", tiny_editor, "--lora", lora, "--block_weights", "x(=1"), "no regular expression"),
-        (
-            ("--model", tiny_editor, "--lora", lora, "--dtype=fp16", "--block_weights", "mid=1e9"),
-            "too great for float16",
-        ),
+        (("--model", v_editor, "--preset", "tcd-sd1.5"), "they cannot be merged"),
+        (("--model", tiny_editor, "--lora", lora, "--block_weights", "x(=1"), "not a regular expression"),
+        (("--model", tiny_editor, "--lora", lora, "--dtype=fp16", "--block_weights", "mid=1e9"), "overflow in float16"),
         (("--model", tiny_editor, "--lora", lora, "--scheduler=edm_euler"), "other noise levels"),
         (("--model", tiny_editor, "--lora", lora, "--calibrate", tmp_path / "no.jsonl"), "does not exist"),
     ]
@@ -512,7 +509,7 @@ def test_an_editor_in_one_file(tiny_editor: Path, lora: Path, tmp_path: Path) ->
     assert "--single_file_config is for a --model in one file" in fails(
         "--model", tiny_editor, "--single_file_config", tiny_editor, "--lora", lora, "--output_dir", tmp_path / "x"
     )
-    assert "holds a UNet without" in fails(
+    assert "contains a UNet without" in fails(
         "--model",
         broken_file(file, tmp_path),
         "--single_file_config",

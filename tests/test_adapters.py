@@ -317,8 +317,8 @@ def test_a_quantised_base_takes_no_merge_and_a_fresh_one_does(quantize, tiny_bas
     ("other", "message"),
     [
         (dict(lora_rank=2), "shape"),
-        (dict(lora_target="all"), "lacks"),
-        (dict(use_dora=True), "lacks"),
+        (dict(lora_target="all"), "misses"),
+        (dict(use_dora=True), "misses"),
         (dict(lora_alpha=4.0), "alpha is 6.0"),
     ],
 )
@@ -337,7 +337,7 @@ def test_an_adapter_of_another_model_is_refused(tiny_base, tiny_sdxl, tmp_path):
     for model in (unet, other):
         add_adapter(model, OPTIONS, train_conv_in=True)
     save(tmp_path, unet)
-    with pytest.raises(InputError, match="does not fit"):
+    with pytest.raises(InputError, match="does not match this run"):
         read_adapter(tmp_path, other)
 
 
@@ -352,7 +352,7 @@ def test_a_damaged_adapter_is_refused(damage, tiny_base, tmp_path):
         file.write_bytes(file.read_bytes()[:-100])
     else:
         file.write_text("weights")
-    with pytest.raises(InputError, match="not the whole file"):
+    with pytest.raises(InputError, match="the adapter: .* cannot be read"):
         read_adapter(tmp_path, unet)
 
 

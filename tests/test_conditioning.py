@@ -90,7 +90,7 @@ def size_of(embeds: PromptEmbeds) -> int:
 def test_a_small_cache_changes_nothing(encoder, pipeline, monkeypatch) -> None:
     roomy = [encoder([prompt, "other"]) for prompt in PROMPTS]
     assert encoder.capacity > 1000
-    monkeypatch.setattr(conditioning, "PROMPT_MEMORY", size_of(roomy[0]) // 2)
+    monkeypatch.setattr(conditioning, "PROMPT_CACHE_BYTES", size_of(roomy[0]) // 2)
     forgetful = make_prompt_encoder(pipeline)
     assert forgetful.capacity == 1
     for prompt, expected in zip(PROMPTS, roomy, strict=True):
@@ -124,7 +124,7 @@ def test_all_prompts_of_a_run_are_encoded_ahead(encoder, monkeypatch) -> None:
     assert encoded == ["", "one", "two"]
     encoder(["three"])
     assert encoded == ["", "one", "two", "three"]
-    monkeypatch.setattr(conditioning, "PROMPT_MEMORY", size_of(null))
+    monkeypatch.setattr(conditioning, "PROMPT_CACHE_BYTES", size_of(null))
     assert not encoder.encode_all(["four", "five"], show_progress=False)
     assert encoded == ["", "one", "two", "three"]
 

@@ -11,13 +11,13 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from tests.changes import load_unet, merge, weights_in
+from tests.deltas import load_unet, merge, weights_in
 from tests.hub_files import serve_folder, turn_downloads
 from tests.hub_server import hub_server
 from tests.runs import ENVIRONMENT, REPOSITORY
 from utils.errors import InputError
 from utils.merging.merge import MergeOptions
-from utils.merging.weight_sources import WeightSource, locate
+from utils.merging.weight_sources import WeightSource, find_source_files
 from utils.weight_files import TensorFiles, split_rows, write_safetensors
 
 SHA = 40
@@ -78,7 +78,7 @@ def test_forms(tiny_editor: Path, tiny_base: Path, form: str, tmp_path: Path) ->
     expected = merge(tiny_editor, MergeOptions(1.0), delta=tiny_base)
     merged = merge(tiny_editor, MergeOptions(1.0), delta=source)
     assert all(torch.equal(merged[name], expected[name]) for name in expected)
-    assert locate(source, "unet").revision is None
+    assert find_source_files(source, "unet").revision is None
 
 
 @pytest.mark.parametrize("form", ["whole", "root", "sharded", "variant", "named", "bin"])
@@ -91,14 +91,15 @@ def test_forms_on_the_hub(
     with hub_server(tmp_path / "hub") as hub:
         serve_folder(hub, "user/fast", tmp_path / "source")
         turn_downloads(monkeypatch, hub.url, tmp_path)
-        found = locate(WeightSource("--distilled", "user/fast", **flags), "unet", cache_dir=str(tmp_path / "cache"))
+        cache = str(tmp_path / "cache")
+        found = find_source_files(WeightSource("--distilled", "user/fast", **flags), "unet", cache)
         assert len(found.revision) == SHA and {path.is_file() for path in found.files} == {True}
         file = TensorFiles(found.files, "it")
         assert all(torch.equal(file.read(name), value) for name, value in weights_in(tiny_base).items())
-        with pytest.raises(InputError, match="--lora user/fast lacks pytorch_lora_weights.safetensors.*it has "):
-            locate(WeightSource("--lora", "user/fast"), "lora", cache_dir=str(tmp_path / "cache"))
+        with pytest.raises(InputError, match="--lora user/fast has no pytorch_lora_weights.safetensors.*it has "):
+            find_source_files(WeightSource("--lora", "user/fast"), "lora", cache)
         with pytest.raises(InputError, match="--lora user/none cannot be loaded"):
-            locate(WeightSource("--lora", "user/none"), "lora", cache_dir=str(tmp_path / "cache"))
+            find_source_files(WeightSource("--lora", "user/none"), "lora", cache)
     assert expected.keys() == file.shapes.keys()
 
 
@@ -106,11 +107,11 @@ def test_a_shard_that_is_missing_is_named(tiny_base: Path, tmp_path: Path) -> No
     source = save_form(load_unet(tiny_base), tmp_path / "source", "sharded")
     lost = sorted((tmp_path / "source" / "unet").glob("*.safetensors"))[1]
     lost.unlink()
-    with pytest.raises(InputError, match=f"is not whole: it lacks {lost.name}"):
-        locate(source, "unet")
+    with pytest.raises(InputError, match=f"is incomplete: missing {lost.name}"):
+        find_source_files(source, "unet")
     (tmp_path / "source" / "unet" / "diffusion_pytorch_model.safetensors.index.json").write_text("{")
-    with pytest.raises(InputError, match="no index of shards"):
-        locate(source, "unet")
+    with pytest.raises(InputError, match="not an index of shards"):
+        find_source_files(source, "unet")
 
 
 def test_what_is_written_is_what_safetensors_reads(tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_what_is_written_is_what_safetensors_reads(tmp_path: Path) -> None:
     assert read.keys() == tensors.keys() and all(torch.equal(read[name], value) for name, value in tensors.items())
     assert TensorFiles([path], "it").metadata == {"format": "pt"}
     for wrong in (pieces[:-1], pieces[::-1], [(name, value.float()) for name, value in pieces]):
-        with pytest.raises(ValueError, match="turn|every row"):
+        with pytest.raises(ValueError, match="out of order|rows are missing"):
             write_safetensors(tmp_path / "wrong.safetensors", kinds, wrong)
     assert [path.name for path in tmp_path.iterdir()] == ["made.safetensors"]
 
@@ -151,8 +152,8 @@ import sys
 from pathlib import Path
 import torch
 from utils.merging.editor_writer import write_unet
-from utils.merging.ingredients import Recipe, open_ingredients
 from utils.merging.merge import MergeOptions, MergeReport
+from utils.merging.recipe import MergeRecipe, open_recipe
 from utils.merging.weight_sources import WeightSource
 
 def peak():  # of this process alone: resource's ru_maxrss begins with what the parent took when it forked
@@ -161,13 +162,13 @@ def peak():  # of this process alone: resource's ru_maxrss begins with what the 
 
 folder, form = Path(sys.argv[1]), sys.argv[2]
 sources = {"lora": "lora.safetensors"} if form == "lora" else {"distilled": f"fast.{form}", "base": f"slow.{form}"}
-recipe = Recipe(
+recipe = MergeRecipe(
     WeightSource("--model", str(folder / "editor")), folder,
     {role: WeightSource(f"--{role}", str(folder / name)) for role, name in sources.items()}, MergeOptions(0.5),
 )
-ingredients = open_ingredients(recipe)
+opened = open_recipe(recipe)
 before = peak()
-write_unet(folder / "merged.safetensors", recipe, ingredients, MergeReport())
+write_unet(folder / "merged.safetensors", recipe, opened, MergeReport())
 print(peak() - before)
 """
 

@@ -10,12 +10,12 @@ import torch
 from diffusers import DiffusionPipeline, LatentConsistencyModelPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
-from tests.changes import (
+from tests.deltas import (
     TARGETS,
     UNET,
     add_random_lora,
     load_unet,
-    lora_change,
+    lora_delta,
     lora_layers,
     merge,
     save_kohya_lora,
@@ -26,8 +26,7 @@ from tests.original_names import original_weights, unet_weights, write_single_fi
 from tests.tiny import make_tiny_sd, make_tiny_sdxl
 from utils.errors import InputError
 from utils.merging.deltas import embed_guidance
-from utils.merging.merge import MergeOptions, MergeReport
-from utils.merging.methods import add_dare, add_ties, make_generator, trim
+from utils.merging.merge import MergeOptions, MergeReport, add_dare, add_ties, make_generator, trim
 
 Weights = dict[str, torch.Tensor]
 
@@ -157,8 +156,8 @@ def stock_fused(editor: Path, file: Path, scale: float) -> Weights:
     return pipeline.unet.state_dict()
 
 
-def lora_changes(unet: UNet2DConditionModel, alpha: float) -> Weights:
-    return {f"{n}.weight": lora_change(down, up, alpha / len(down)) for n, (down, up) in lora_layers(unet).items()}
+def lora_deltas(unet: UNet2DConditionModel, alpha: float) -> Weights:
+    return {f"{n}.weight": lora_delta(down, up, alpha / len(down)) for n, (down, up) in lora_layers(unet).items()}
 
 
 @pytest.mark.parametrize("spelling", ["peft", "kohya", "kohya-sgm", "old"])
@@ -190,7 +189,7 @@ def test_lora(editor: Path, base: Path, family: str, spelling: str, tmp_path: Pa
         file = save_kohya_lora(tmp_path / "kohya.safetensors", layers, 6.0, names)
     report = MergeReport()
     merged = merge(editor, MergeOptions(0.8), report, lora=file)
-    assert_same(merged, plain_sum(weights_in(editor), lora_changes(unet, 6.0), 0.8))
+    assert_same(merged, plain_sum(weights_in(editor), lora_deltas(unet, 6.0), 0.8))
     assert set(report.changed) == {f"{layer}.weight" for layer in layers} and "does not change it" in report.conv_in
     # Stock diffusers takes sgm's names of SDXL alone, and of old files no alpha.
     if spelling in ("peft", "kohya"):
@@ -218,7 +217,7 @@ def test_lora_with_conv_in(editor: Path, base: Path, channels: int, tmp_path: Pa
     file = save_peft_lora(tmp_path, unet)
     report = MergeReport()
     merged = merge(editor, MergeOptions(1.0), report, lora=file)
-    assert_same(merged, plain_sum(weights_in(editor), lora_changes(unet, 6.0), 1.0))
+    assert_same(merged, plain_sum(weights_in(editor), lora_deltas(unet, 6.0), 1.0))
     assert f"{channels} of its 8 inputs" in report.conv_in
     if channels == 4:
         stored = load_file(file)
@@ -266,7 +265,7 @@ def test_lora_in_a_pickle(tiny_editor: Path, tiny_base: Path, tmp_path: Path) ->
     }
     torch.save(stored, tmp_path / "pytorch_lora_weights.bin")
     merged = merge(tiny_editor, MergeOptions(1.0), lora=tmp_path)
-    assert_same(merged, plain_sum(weights_in(tiny_editor), lora_changes(unet, 4.0), 1.0))
+    assert_same(merged, plain_sum(weights_in(tiny_editor), lora_deltas(unet, 4.0), 1.0))
 
 
 def test_text_encoders_of_a_lora_are_skipped(tiny_editor: Path, tiny_base: Path, tmp_path: Path) -> None:
@@ -321,7 +320,7 @@ def test_folded_guidance(family: str, editor: Path, base: Path, lcm: UNet2DCondi
         report = MergeReport()
         unet = load_unet(same).eval()
         unet.load_state_dict(merge(same, MergeOptions(1.0), report, scale, distilled=tmp_path / "lcm", base=base))
-        assert ("folded" if scale else "dropped") in report.skipped["time_embedding.cond_proj.weight"]
+        assert ("folded into" if scale else "do not use") in report.skipped["time_embedding.cond_proj.weight"]
         with torch.no_grad():
             return unet(torch.cat([sample, torch.zeros_like(sample)], dim=1), time, **inputs).sample
 
@@ -343,7 +342,7 @@ def test_block_weights(editor: Path, base: Path, distilled: Path) -> None:
         )
         expected = plain_sum({name: own[name]}, {name: change[name]}, 0.5 * factor)[name]
         torch.testing.assert_close(merged[name], expected, rtol=0, atol=2e-6)
-    for pattern, words in (("no_such_block", "found in no parameter"), ("up_blocks[", "no regular expression")):
+    for pattern, words in (("no_such_block", "matches no parameter"), ("up_blocks[", "not a regular expression")):
         with pytest.raises(InputError, match=words):
             merge(editor, MergeOptions(1.0, block_weights=((pattern, 1.0),)), distilled=distilled, base=base)
 
@@ -423,28 +422,28 @@ def test_refusals(tiny_editor: Path, tiny_base: Path, tiny_sdxl: Path, tmp_path:
     foreign = lora | {f"unet.no.such.lora_{part}.weight": torch.ones(2, 2) for part in "AB"}
     cond = own | {"time_embedding.cond_proj.weight": torch.ones(16, 256)}
     full = [
-        (own | {"extra.weight": torch.ones(3)}, "has what the editor has not: extra.weight"),
-        ({key: value for key, value in own.items() if key != "conv_out.bias"}, "lacks conv_out.bias"),
-        (own | {"conv_out.bias": torch.ones(5)}, r"its conv_out.bias has the shape \(5,\), and the editor's \(4,\)"),
-        (lora, "holds no UNet|lacks"),
+        (own | {"extra.weight": torch.ones(3)}, "unknown weights: extra.weight"),
+        ({key: value for key, value in own.items() if key != "conv_out.bias"}, "missing weights: conv_out.bias"),
+        (own | {"conv_out.bias": torch.ones(5)}, r"conv_out.bias has shape \(5,\), in the editor \(4,\)"),
+        (lora, "is not a UNet|missing weights"),
     ]
     cases = [
         ({"distilled": save(f"full{i}", weights), "base": tiny_base}, why) for i, (weights, why) in enumerate(full)
     ]
     cases += [
-        ({"distilled": tiny_sdxl, "base": tiny_base}, "one family"),
-        ({"distilled": tiny_editor, "base": tiny_base}, "are no pair: conv_in.weight"),
-        ({"distilled": tiny_base, "base": save("cond", cond)}, "distilled itself"),
-        ({"delta": tmp_path / "cond.safetensors"}, "no difference of weights"),
+        ({"distilled": tiny_sdxl, "base": tiny_base}, "the same family"),
+        ({"distilled": tiny_editor, "base": tiny_base}, "does not match --base .*: conv_in.weight"),
+        ({"distilled": tiny_base, "base": save("cond", cond)}, "is distilled .it has time_embedding"),
+        ({"delta": tmp_path / "cond.safetensors"}, "not a difference of weights"),
         ({"lora": save("dora", lora | {f"unet.{layer}.lora_magnitude_vector": torch.ones(32)})}, "is a DoRA"),
         ({"lora": save("kohya-dora", {"lora_unet_x.dora_scale": torch.ones(2)})}, "is a DoRA"),
         ({"lora": save("loha", {"lora_unet_x.hada_w1_a": torch.ones(2)})}, "another kind than LoRA"),
-        ({"lora": tiny_base / UNET}, "is no LoRA"),
-        ({"lora": save("narrow", narrow)}, "make no change of mid_block"),
-        ({"lora": save("half", no_up)}, "one of the two matrices is missing"),
-        ({"lora": save("foreign", foreign)}, "no.such.lora_A.weight.* belong to no layer"),
+        ({"lora": tiny_base / UNET}, "is not a LoRA"),
+        ({"lora": save("narrow", narrow)}, "mid_block.* has shape .*, the matrices"),
+        ({"lora": save("half", no_up)}, "missing one of two matrices of mid_block"),
+        ({"lora": save("foreign", foreign)}, "its UNet has no layers unet.no.such.lora_A.weight"),
         ({"lora": tmp_path / "missing.safetensors"}, "missing.safetensors does not exist"),
-        ({"lora": tiny_base}, "lacks pytorch_lora_weights.safetensors.*it has .*unet/.*--lora_weight_name"),
+        ({"lora": tiny_base}, "has no pytorch_lora_weights.safetensors.*it has .*unet/.*--lora_weight_name"),
         ({"lora": "nobody/nothing"}, "cannot be loaded.*Hub cannot be reached"),
         ({"distilled": "nobody/nothing", "base": tiny_base}, "cannot be loaded.*Hub cannot be reached"),
     ]
@@ -454,7 +453,7 @@ def test_refusals(tiny_editor: Path, tiny_base: Path, tiny_sdxl: Path, tmp_path:
     cases += [
         ({"delta": tmp_path / "cut.safetensors"}, "cannot be read.*copy it again"),
         ({"delta": tmp_path / "evil.bin"}, "only plain tensors"),
-        ({"delta": tmp_path / "notes.txt"}, "no file of weights"),
+        ({"delta": tmp_path / "notes.txt"}, "not a weight file"),
     ]
     for sources, why in cases:
         with pytest.raises(InputError, match=why) as error:
@@ -462,5 +461,5 @@ def test_refusals(tiny_editor: Path, tiny_base: Path, tiny_sdxl: Path, tmp_path:
         assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="no time_embedding.cond_proj.weight to fold"):
         merge(tiny_editor, MergeOptions(1.0), scale=7.5, distilled=tiny_base, base=tiny_base)
-    with pytest.raises(InputError, match="text-to-image model .its UNet takes 4 channels"):
+    with pytest.raises(InputError, match="text-to-image model .its UNet has 4 channels"):
         merge(tiny_base, MergeOptions(1.0), distilled=tiny_base, base=tiny_base)

@@ -123,5 +123,5 @@ def test_a_quantised_base_runs_in_several_processes(kind, use_dora, tiny_base):
 
 
 def test_an_unknown_kind_is_refused(tiny_base):
-    with pytest.raises(ValueError, match="--quantize_base is 'fp4', and it must be one of nf4, int8"):
+    with pytest.raises(ValueError, match="--quantize_base fp4: must be one of nf4, int8"):
         load_unet(tiny_base, "fp4")

@@ -24,7 +24,7 @@ from tests.hub_server import hub_server
 from tests.original_names import open_clip_weights, original_weights, unet_weights, vae_weights, write_single_file
 from tests.pairs import make_noise
 from tests.tiny import make_tiny_sd, make_tiny_sdxl
-from utils.editing.edit_images import edit_pixels
+from utils.editing.edit_images import SamplingSettings, edit_pixels
 from utils.editing.loading import load_editor
 from utils.errors import InputError
 from utils.models.single_file import is_single_file, load_single_file, read_single_file
@@ -98,9 +98,10 @@ def test_configuration_of_a_text_to_image_pipeline(file: Path, folder: Path, pip
 
 def test_edits_equal_those_of_the_folder(file: Path, folder: Path) -> None:
     photo = make_noise()
-    settings = dict(seeds=[3], num_inference_steps=3)
-    expected = edit_pixels(load_editor(folder), [photo], ["make it red"], **settings)[0][0]
-    edited = edit_pixels(load_editor(file, single_file_config=str(folder)), [photo], ["make it red"], **settings)[0][0]
+    settings = SamplingSettings(num_inference_steps=3)
+    expected = edit_pixels(load_editor(folder), [photo], ["make it red"], [3], settings)[0][0]
+    editor = load_editor(file, single_file_config=str(folder))
+    edited = edit_pixels(editor, [photo], ["make it red"], [3], settings)[0][0]
     torch.testing.assert_close(edited, expected, rtol=0, atol=1e-5)
 
 
@@ -189,7 +190,7 @@ def test_cosxl_edits_equal_stock(cosxl: Path, tiny_sdxl_editor: Path, tmp_path: 
     editor.save_pretrained(tmp_path / "saved")
     load_editor(tmp_path / "saved").save_pretrained(tmp_path / "again")
     for pipeline in (editor, load_editor(tmp_path / "saved"), load_editor(tmp_path / "again")):
-        edited = edit_pixels(pipeline, [photo], ["make it red"], seeds=[3], **settings)[0][0]
+        edited = edit_pixels(pipeline, [photo], ["make it red"], [3], SamplingSettings(**settings))[0][0]
         torch.testing.assert_close(edited, torch.from_numpy(expected).permute(2, 0, 1), rtol=0, atol=1e-4)
 
 
@@ -199,7 +200,7 @@ def test_cosxl_base_is_no_editor(tmp_path: Path) -> None:
     path = write_single_file(DiffusionPipeline.from_pretrained(base), tmp_path / "cosxl.safetensors", SIGMAS)
     components = load_single_file(str(path), str(base), None)
     assert isinstance(components["scheduler"], EDMEulerScheduler) and not components["is_cosxl_edit"]
-    with pytest.raises(InputError, match="takes 4 channels"):
+    with pytest.raises(InputError, match="UNet has 4 channels"):
         load_editor(path, single_file_config=str(base))
 
 
@@ -252,7 +253,7 @@ def test_configuration_from_the_hub(
             assert_same_weights(load_single_file(str(file), None, cache), source)
         serve_folder(hub, "user/cosxl", tiny_sdxl_editor)
         assert_same_weights(load_single_file(str(cosxl), "user/cosxl", cache), sdxl)
-        with pytest.raises(InputError, match="user/nothing, which is not there"):
+        with pytest.raises(InputError, match="user/nothing, which was not found"):
             load_single_file(str(cosxl), "user/nothing", cache)
         assert not any(".safetensors" in request.path and "resolve" in request.path for request in hub.requests)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
@@ -283,25 +284,25 @@ def test_refusals(file: Path, folder: Path, pipeline, tmp_path: Path, tiny_edito
     right, unet = str(folder), unet_weights(pipeline.unet)
     cases = [
         (str(tmp_path / "none.safetensors"), right, "does not exist"),
-        (str(tmp_path / "model.ckpt"), right, "no .safetensors file.*convert"),
-        (str(tmp_path / "cut.safetensors"), right, "not a whole safetensors file"),
-        (str(tmp_path / "empty.safetensors"), right, "not a whole safetensors file"),
-        (str(tmp_path / "page.safetensors"), right, "not a whole safetensors file"),
+        (str(tmp_path / "model.ckpt"), right, "not a .safetensors file.*convert"),
+        (str(tmp_path / "cut.safetensors"), right, "the model: .* cannot be read"),
+        (str(tmp_path / "empty.safetensors"), right, "the model: .* cannot be read"),
+        (str(tmp_path / "page.safetensors"), right, "the model: .* cannot be read"),
         (save("lora.safetensors", {"lora_unet_x.lora_down.weight": torch.ones(2)}), right, "is an adapter"),
         (save("peft.safetensors", {"unet.x.lora_A.weight": torch.ones(2)}), right, "is an adapter"),
         (save("vae.safetensors", vae_weights(pipeline.vae)), right, "autoencoder .VAE. without a UNet"),
         (save("vae2.safetensors", pipeline.vae.state_dict()), right, "autoencoder .VAE. without a UNet"),
-        (save("flux.safetensors", {"double_blocks.0.x": torch.ones(2)}), right, "of another family"),
+        (save("flux.safetensors", {"double_blocks.0.x": torch.ones(2)}), right, "another or an unknown family"),
         (save("unet.safetensors", unet), right, "without its text encoder"),
         (
             save("no-vae.safetensors", {k: v for k, v in weights.items() if k.startswith((*text, "model."))}),
             right,
-            "holds no autoencoder",
+            "contains no autoencoder",
         ),
-        (save("lacks.safetensors", {k: v for k, v in weights.items() if k != first}), right, "cannot be loaded|lacks"),
-        (save("more.safetensors", weights | extra), right, "weights, the configuration's|cannot be loaded"),
-        (str(file), str(other_family), "does not fit|another family"),
-        (str(file), str(tmp_path / "nowhere"), "is not there|not cached"),
+        (save("lacks.safetensors", {k: v for k, v in weights.items() if k != first}), right, "cannot be loaded|incomplete"),
+        (save("more.safetensors", weights | extra), right, "weights, expected|cannot be loaded"),
+        (str(file), str(other_family), "does not match|another family"),
+        (str(file), str(tmp_path / "nowhere"), "was not found|not cached"),
         (str(file), None, "--single_file_config FOLDER"),
     ]
     for name, config, message in cases:
@@ -316,7 +317,7 @@ def test_a_text_encoder_that_lacks_a_weight(file: Path, folder: Path, tmp_path: 
     lacking = next(key for key in weights if key.endswith("layers.1.mlp.fc1.weight"))
     del weights[lacking]
     save_file(weights, tmp_path / "lacks.safetensors")
-    with pytest.raises(InputError, match="text_encoder lacks .*layers.1.mlp.fc1.weight"):
+    with pytest.raises(InputError, match="text_encoder has no .*layers.1.mlp.fc1.weight"):
         load_single_file(str(tmp_path / "lacks.safetensors"), str(folder), None)
 
 
@@ -324,7 +325,7 @@ def test_a_configuration_of_other_sizes(file: Path, folder: Path, tmp_path: Path
     changed = shutil.copytree(folder, tmp_path / "changed")
     config = json.loads((changed / "unet" / "config.json").read_text())
     (changed / "unet" / "config.json").write_text(json.dumps(config | {"block_out_channels": [32, 64]}))
-    with pytest.raises(InputError, match="--single_file_config of the same family"):
+    with pytest.raises(InputError, match="--single_file_config is a pipeline of the same family"):
         load_single_file(str(file), str(changed), None)
 
 

@@ -1,4 +1,4 @@
-"""Prompt embeddings, SDXL's added conditions, and the dropout that trains the unconditional branches."""
+"""Prompt embeddings, SDXL's added conditions, and the conditioning dropout that trains the unconditional branches."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ import torch
 from tqdm.auto import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
-PROMPT_MEMORY = 4 * 10**9  # bytes of main memory for embeddings: 13,000 prompts of SDXL in 16 bits, 17,000 of SD 1.5
+# Bytes of main memory for embeddings: 13,000 prompts of SDXL in 16 bits, 17,000 of SD 1.5.
+PROMPT_CACHE_BYTES = 4 * 10**9
 
 
 class PromptEmbeds(NamedTuple):
-    """hidden (B, 77, D), what the UNet attends to; pooled (B, P), one vector for the whole prompt, SDXL alone."""
+    """hidden (B, 77, D): input of the cross-attention; pooled (B, P): one vector per prompt, SDXL only."""
 
     hidden: torch.Tensor
     pooled: torch.Tensor | None = None
 
-    def to(self, *place: Any, **settings: Any) -> PromptEmbeds:
-        return PromptEmbeds(*(value if value is None else value.to(*place, **settings) for value in self))
+    def to(self, *args: Any, **kwargs: Any) -> PromptEmbeds:
+        return PromptEmbeds(*(value if value is None else value.to(*args, **kwargs) for value in self))
 
     def rows(self, indices: list[int]) -> PromptEmbeds:
         return PromptEmbeds(*(value if value is None else value[indices] for value in self))
@@ -33,13 +34,12 @@ def concatenate(embeds: list[PromptEmbeds]) -> PromptEmbeds:
 
 
 class PromptEncoder:
-    """Instructions => prompt embeddings, as the Stable Diffusion and SDXL pipelines encode them.
+    """Instructions => prompt embeddings, as the Stable Diffusion and SDXL pipelines compute them.
 
-    tokenizers, text_encoders: one of each for SD; for SDXL two, of which the second gives the pooled embedding.
-    Each distinct prompt is encoded once while all fit into `PROMPT_MEMORY`, where they wait on the CPU.
-    The null prompt is what the pipeline uses for guidance: the encoded "", or zeros of both with `zero_null` (SDXL's
-    `force_zeros_for_empty_prompt`). `truncated` holds the prompts that were longer than a text encoder reads; their
-    tail has no effect.
+    tokenizers, text_encoders: one each for SD; two for SDXL, the second of which gives the pooled embeddings.
+    zero_null: the null prompt is zeros (SDXL's `force_zeros_for_empty_prompt`) and not the encoded "".
+    Each distinct prompt is encoded once and cached on the CPU, up to `PROMPT_CACHE_BYTES`.
+    `truncated` collects the prompts that are longer than the text encoder's context; their end has no effect.
     """
 
     def __init__(
@@ -50,17 +50,18 @@ class PromptEncoder:
         self.truncated: set[str] = set()
         self.device = text_encoders[0].device
         self._zero_null = zero_null
-        self._cache: OrderedDict[str, PromptEmbeds] = OrderedDict()  # each of batch 1
+        self._cache: OrderedDict[str, PromptEmbeds] = OrderedDict()  # batch size 1 each
 
     @cached_property
     def null_embeds(self) -> PromptEmbeds:
-        """The null prompt, batch 1, on `device`; encoded when it is first asked for, which editing without guidance
-        never does."""
+        """The null prompt, batch size 1, on `device`. Encoded on first use: editing without guidance never needs it."""
         null = self._encode("")
-        return PromptEmbeds(*map(_zeros_like, null)) if self._zero_null else null
+        if not self._zero_null:
+            return null
+        return PromptEmbeds(*(value if value is None else torch.zeros_like(value) for value in null))
 
     def __call__(self, prompts: list[str]) -> PromptEmbeds:
-        """Embeddings of B prompts, on the device that the text encoders were on."""
+        """Embeddings of B prompts, on the device where the text encoders were at first."""
         for prompt in prompts:
             if prompt not in self._cache:
                 self._cache[prompt] = self._encode(prompt).to("cpu")
@@ -72,20 +73,21 @@ class PromptEncoder:
 
     @property
     def capacity(self) -> int:
-        """Prompts whose embeddings are kept; all have the size of any."""
+        """Number of prompts that fit into the cache; all embeddings have the same size."""
         embeds = next(iter(self._cache.values()), None) or self.null_embeds
-        return PROMPT_MEMORY // sum(value.nbytes for value in embeds if value is not None)
+        return PROMPT_CACHE_BYTES // sum(value.nbytes for value in embeds if value is not None)
 
     def encode_all(self, prompts: Iterable[str], show_progress: bool = True) -> bool:
-        """Encode every prompt of a run, the null prompt first, and send the encoders off their device.
+        """Encode the null prompt and all prompts of a run, then move the text encoders to the CPU.
 
-        False where they are too many; the encoders stay then.
+        Returns False, and leaves the text encoders where they are, if the prompts do not fit into the cache.
         """
         distinct = list(dict.fromkeys(prompts))
         _ = self.null_embeds
         if len(distinct) > self.capacity:
             return False
-        for prompt in tqdm(distinct, desc="encoding", unit="prompt", disable=not show_progress or len(distinct) < 100):
+        disable = not show_progress or len(distinct) < 100
+        for prompt in tqdm(distinct, desc="encoding prompts", unit="prompt", disable=disable):
             self([prompt])
         for text_encoder in self.text_encoders:
             text_encoder.to("cpu")
@@ -93,9 +95,9 @@ class PromptEncoder:
 
     @torch.no_grad()
     def _encode(self, prompt: str) -> PromptEmbeds:
-        """One prompt at a time: in a batch, its last bits would depend on its neighbours, and resume on the cache."""
+        """One prompt at a time: in a batch, the last bits would depend on the other prompts."""
         pairs = zip(self.tokenizers, self.text_encoders, strict=True)
-        with torch.autocast(self.text_encoders[0].device.type, enabled=False):  # else who asks first decides the bits
+        with torch.autocast(self.text_encoders[0].device.type, enabled=False):  # the same bits in every caller
             outputs = [self._run(prompt, tokenizer, text_encoder) for tokenizer, text_encoder in pairs]
         if len(outputs) == 1:
             return PromptEmbeds(outputs[0][0]).to(self.device)
@@ -113,24 +115,20 @@ class PromptEncoder:
         return text_encoder(inputs.input_ids, attention_mask=mask, output_hidden_states=len(self.text_encoders) > 1)
 
 
-def _zeros_like(value: torch.Tensor | None) -> torch.Tensor | None:
-    return None if value is None else torch.zeros_like(value)
-
-
-def make_prompt_encoder(holder: Any) -> PromptEncoder:
-    """The encoder of a pipeline, or of a `StableDiffusion`: whatever holds the components under diffusers' names."""
-    suffixes = [""] if getattr(holder, "text_encoder_2", None) is None else ["", "_2"]
-    config = getattr(holder, "config", {})
-    zero_null = config.get("force_zeros_for_empty_prompt", getattr(holder, "force_zeros_for_empty_prompt", False))
+def make_prompt_encoder(model: Any) -> PromptEncoder:
+    """The prompt encoder of a diffusers pipeline or of a `StableDiffusion`."""
+    suffixes = [""] if getattr(model, "text_encoder_2", None) is None else ["", "_2"]
+    config = getattr(model, "config", {})
+    zero_null = config.get("force_zeros_for_empty_prompt", getattr(model, "force_zeros_for_empty_prompt", False))
     return PromptEncoder(
-        [getattr(holder, f"tokenizer{suffix}") for suffix in suffixes],
-        [getattr(holder, f"text_encoder{suffix}") for suffix in suffixes],
+        [getattr(model, f"tokenizer{suffix}") for suffix in suffixes],
+        [getattr(model, f"text_encoder{suffix}") for suffix in suffixes],
         zero_null=bool(zero_null) and len(suffixes) == 2,
     )
 
 
 def added_conditions(pooled: torch.Tensor | None, time_ids: torch.Tensor | None) -> dict[str, torch.Tensor] | None:
-    """What SDXL's UNet takes beside the prompt: pooled (B, P) and time ids (B, 6); None for Stable Diffusion 1.x/2.x.
+    """`added_cond_kwargs` of SDXL's UNet: pooled (B, P) and time ids (B, 6); None for Stable Diffusion 1.x/2.x.
 
     Time ids: original size, top left corner of the crop, target size, each (height, width) (2307.01952, section 2.2).
     """
@@ -138,7 +136,7 @@ def added_conditions(pooled: torch.Tensor | None, time_ids: torch.Tensor | None)
 
 
 def dropout_masks(uniform: torch.Tensor, probability: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which samples lose their prompt and which their image, from one uniform draw in [0, 1) each: two bools (B,).
+    """Which samples get the null prompt and which the null image: two bool tensors (B,). uniform: (B,) in [0, 1).
 
     The prompt is null for u < 2p and the image for p <= u < 3p: p each alone and p both (paper, section 3.2.1).
     """
@@ -148,15 +146,14 @@ def dropout_masks(uniform: torch.Tensor, probability: float) -> tuple[torch.Tens
 
 
 def drop_prompts(embeds: PromptEmbeds, null_embeds: PromptEmbeds, is_null: torch.Tensor) -> PromptEmbeds:
-    """Put the null prompt (batch 1) in the place of the samples marked in `is_null` (B,): hidden and pooled both."""
+    """Replace hidden and pooled embeddings by the null prompt's (batch size 1) where `is_null` (B,)."""
     hidden = torch.where(is_null[:, None, None], null_embeds.hidden.to(embeds.hidden.dtype), embeds.hidden)
     if embeds.pooled is None:
         return PromptEmbeds(hidden)
-    return PromptEmbeds(
-        hidden, torch.where(is_null[:, None], null_embeds.pooled.to(embeds.pooled.dtype), embeds.pooled)
-    )
+    pooled = torch.where(is_null[:, None], null_embeds.pooled.to(embeds.pooled.dtype), embeds.pooled)
+    return PromptEmbeds(hidden, pooled)
 
 
 def drop_images(original_latents: torch.Tensor, is_null: torch.Tensor) -> torch.Tensor:
-    """A null image is zeros: latents (B, C, h, w), marks (B,)."""
+    """Replace latents (B, C, h, w) by the null image, which is zeros, where `is_null` (B,)."""
     return original_latents.masked_fill(is_null[:, None, None, None], 0.0)

@@ -1,4 +1,4 @@
-"""The objective: noising, target, loss weighting. Pure functions of tensors.
+"""The noise schedule of training: adding noise, targets, loss weights, and the scheduler saved with the editor.
 
 Notation: x_t = alpha_t x_0 + sigma_t eps, with alpha_t^2 = `alphas_cumprod[t]` and sigma_t^2 = 1 - alpha_t^2.
 """
@@ -14,6 +14,8 @@ from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
 
 from utils.errors import InputError
 
+ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
 
 @dataclass(frozen=True)
 class ObjectiveOptions:
@@ -28,8 +30,44 @@ class ObjectiveOptions:
     crops_coords_top_left_w: int | None = None
 
 
-def make_noise_schedule(base_config: dict, options: ObjectiveOptions) -> DDPMScheduler:
-    """The training noise schedule: the base's own, with what the flags change.
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """The noise schedule of training.
+
+    edm_timesteps: for EDM models, what their UNet receives for each timestep, c_noise = ln(sigma) / 4, float32 (T,).
+    """
+
+    scheduler: DDPMScheduler
+    edm_timesteps: torch.Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.scheduler)
+
+    @property
+    def prediction_type(self) -> str:
+        return self.scheduler.config.prediction_type
+
+    @property
+    def alphas_cumprod(self) -> torch.Tensor:
+        return self.scheduler.alphas_cumprod
+
+    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """x_t at timesteps (B,), (B, C, h, w)."""
+        return self.scheduler.add_noise(latents, noise, timesteps)
+
+    def make_target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the UNet predicts: eps, or v = alpha_t eps - sigma_t x_0 (2202.00512, section 2.4). (B, C, h, w)."""
+        if self.prediction_type == "v_prediction":
+            return self.scheduler.get_velocity(latents, noise, timesteps)
+        return noise
+
+    def unet_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """What the UNet receives as its timesteps (B,): the timesteps themselves, or c_noise of EDM models."""
+        return timesteps if self.edm_timesteps is None else self.edm_timesteps.to(timesteps.device)[timesteps]
+
+
+def make_noise_schedule(base_config: dict, options: ObjectiveOptions) -> NoiseSchedule:
+    """The base's noise schedule, changed by the flags.
 
     Raises:
         InputError: zero terminal SNR with epsilon prediction. At the last timestep the input is then pure noise, and
@@ -37,61 +75,58 @@ def make_noise_schedule(base_config: dict, options: ObjectiveOptions) -> DDPMSch
     """
     if str(base_config.get("_class_name", "")).startswith("EDM"):
         return _make_edm_schedule(base_config, options)
-    changes = {}
+    changes = ZERO_SNR if options.rescale_betas_zero_snr else {}
     if options.prediction_type:
-        changes["prediction_type"] = options.prediction_type
-    if options.rescale_betas_zero_snr:
-        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    schedule = DDPMScheduler.from_config(base_config, **changes)
-    if schedule.config.prediction_type not in ("epsilon", "v_prediction"):
+        changes = changes | {"prediction_type": options.prediction_type}
+    schedule = NoiseSchedule(DDPMScheduler.from_config(base_config, **changes))
+    if schedule.prediction_type not in ("epsilon", "v_prediction"):
         raise InputError(
-            f"the base predicts {schedule.config.prediction_type!r}, and this script trains 'epsilon' and "
-            "'v_prediction': give one of them as --prediction_type"
+            f"--prediction_type: the base model has prediction type {schedule.prediction_type!r}, which cannot be "
+            "trained here: set --prediction_type to epsilon or v_prediction"
         )
-    if schedule.config.rescale_betas_zero_snr and schedule.config.prediction_type == "epsilon":
+    if schedule.scheduler.config.rescale_betas_zero_snr and schedule.prediction_type == "epsilon":
         raise InputError(
-            "zero terminal SNR cannot be trained with epsilon prediction: give --prediction_type v_prediction, "
-            "or drop --rescale_betas_zero_snr"
+            "--rescale_betas_zero_snr: zero terminal SNR cannot be trained with epsilon prediction: "
+            "set --prediction_type v_prediction, or remove --rescale_betas_zero_snr"
         )
     return schedule
 
 
-def _make_edm_schedule(base_config: dict, options: ObjectiveOptions) -> DDPMScheduler:
+def _make_edm_schedule(base_config: dict, options: ObjectiveOptions) -> NoiseSchedule:
     """The noise schedule of CosXL: cosine, v prediction, 1000 of its continuous noise levels.
 
-    EDM adds noise of deviation sigma to data of unit deviation and scales the sum to unit variance (2206.00364, section
-    5), which is x_t with alpha = 1 / sqrt(1 + sigma^2). The cosine schedule takes sigma = tan(pi u / 2) for uniform u.
+    EDM adds noise of standard deviation sigma to data of unit variance and scales the sum to unit variance
+    (2206.00364, section 5), which is x_t with alpha = 1 / sqrt(1 + sigma^2). The cosine schedule is
+    sigma = tan(pi u / 2) for uniform u.
     """
     if (options.prediction_type or base_config.get("prediction_type")) != "v_prediction":
-        raise InputError("a model with an EDM scheduler (CosXL) is trained with v_prediction: drop --prediction_type")
+        raise InputError(
+            "--prediction_type: models with an EDM scheduler (CosXL) are trained with v_prediction only: "
+            "remove --prediction_type"
+        )
     if options.rescale_betas_zero_snr or base_config.get("sigma_data", 1.0) != 1.0:
-        raise InputError("the noise schedule of an EDM model is its own (sigma_data 1): drop --rescale_betas_zero_snr")
+        raise InputError(
+            "--rescale_betas_zero_snr: models with an EDM scheduler keep their own noise schedule (sigma_data 1): "
+            "remove --rescale_betas_zero_snr"
+        )
     ends = [math.atan(base_config.get(name, default)) for name, default in (("sigma_min", 0.002), ("sigma_max", 120.0))]
     sigmas = torch.linspace(*ends, 1000, dtype=torch.float64).tan()
     alphas_cumprod = 1 / (1 + sigmas**2)
     betas = 1 - alphas_cumprod / torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
-    schedule = DDPMScheduler(trained_betas=betas.tolist(), prediction_type="v_prediction", clip_sample=False)
-    schedule.unet_timesteps = (sigmas.log() / 4).float()  # what EDM's UNets are told: c_noise = ln(sigma) / 4
-    return schedule
+    scheduler = DDPMScheduler(trained_betas=betas.tolist(), prediction_type="v_prediction", clip_sample=False)
+    return NoiseSchedule(scheduler, edm_timesteps=(sigmas.log() / 4).float())
 
 
-def unet_timesteps(schedule: DDPMScheduler, timesteps: torch.Tensor) -> torch.Tensor:
-    """What the UNet is told of the noise at the schedule's timesteps (B,): their number, or EDM's c_noise."""
-    table = getattr(schedule, "unet_timesteps", None)
-    return timesteps if table is None else table.to(timesteps.device)[timesteps]
+def make_inference_scheduler(base_scheduler: SchedulerMixin, schedule: NoiseSchedule) -> SchedulerMixin:
+    """The scheduler that is saved with the editor: the base's class with the noise schedule of training.
 
-
-def make_published_scheduler(base_scheduler: SchedulerMixin, schedule: DDPMScheduler) -> SchedulerMixin:
-    """The scheduler that is saved with the editor: the base's own class, brought to the schedule trained with.
-
-    A class that cannot rescale its betas (PNDM) would sample another schedule than was trained, so DDIM takes
-    its place.
+    A class without `rescale_betas_zero_snr` (PNDM) would sample with another schedule, so DDIM replaces it.
     """
-    changes = {"prediction_type": schedule.config.prediction_type}
+    changes = {"prediction_type": schedule.prediction_type}
     scheduler_class = type(base_scheduler)
-    if schedule.config.rescale_betas_zero_snr:
-        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-        # Not by the configuration: it keeps keys of other classes, which its own class does not heed.
+    if schedule.scheduler.config.rescale_betas_zero_snr:
+        changes |= ZERO_SNR
+        # Not by the configuration: it also holds keys of other classes, which the class ignores.
         if "rescale_betas_zero_snr" not in inspect.signature(scheduler_class.__init__).parameters:
             scheduler_class = DDIMScheduler
             changes |= {"clip_sample": False, "set_alpha_to_one": False}
@@ -99,17 +134,8 @@ def make_published_scheduler(base_scheduler: SchedulerMixin, schedule: DDPMSched
 
 
 def offset_noise(noise: torch.Tensor, channel_noise: torch.Tensor, strength: float) -> torch.Tensor:
-    """Noise (B, C, h, w) plus `strength` times a noise per channel (B, C, 1, 1)."""
+    """Noise (B, C, h, w) plus `strength` times one noise value per channel (B, C, 1, 1)."""
     return noise + strength * channel_noise if strength else noise
-
-
-def make_target(
-    schedule: DDPMScheduler, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor
-) -> torch.Tensor:
-    """What the UNet is to predict: eps, or v = alpha_t eps - sigma_t x_0 (2202.00512, section 2.4). (B, C, h, w)."""
-    if schedule.config.prediction_type == "v_prediction":
-        return schedule.get_velocity(latents, noise, timesteps)
-    return noise
 
 
 def min_snr_weights(

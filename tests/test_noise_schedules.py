@@ -16,13 +16,11 @@ from diffusers import (
 from utils.errors import InputError
 from utils.models.noise_schedules import (
     ObjectiveOptions,
+    make_inference_scheduler,
     make_noise_schedule,
-    make_published_scheduler,
-    make_target,
     min_snr_weights,
     offset_noise,
     per_sample_loss,
-    unet_timesteps,
 )
 
 # As Stable Diffusion 1.x and 2.x publish it.
@@ -49,14 +47,14 @@ def test_the_schedule_is_that_of_stable_diffusion() -> None:
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     torch.testing.assert_close(schedule.alphas_cumprod.double(), (1 - betas).cumprod(0), rtol=1e-5, atol=0)
     assert len(schedule) == 1000
-    assert schedule.config.prediction_type == "epsilon"
+    assert schedule.prediction_type == "epsilon"
 
 
 def test_the_base_says_what_is_predicted_and_the_flag_overrules_it() -> None:
     base = dict(base_scheduler(PNDMScheduler, prediction_type="v_prediction").config)
-    assert make_noise_schedule(base, ObjectiveOptions()).config.prediction_type == "v_prediction"
+    assert make_noise_schedule(base, ObjectiveOptions()).prediction_type == "v_prediction"
     overruled = make_noise_schedule(base, ObjectiveOptions(prediction_type="epsilon"))
-    assert overruled.config.prediction_type == "epsilon"
+    assert overruled.prediction_type == "epsilon"
 
 
 def test_rescaled_betas_end_in_noise_alone() -> None:
@@ -75,7 +73,7 @@ def test_rescaled_betas_end_in_noise_alone() -> None:
     [
         ({}, ObjectiveOptions(rescale_betas_zero_snr=True), "--prediction_type v_prediction"),
         ({"rescale_betas_zero_snr": True}, ObjectiveOptions(), "--prediction_type v_prediction"),
-        ({"prediction_type": "sample"}, ObjectiveOptions(), "predicts 'sample'"),
+        ({"prediction_type": "sample"}, ObjectiveOptions(), "prediction type 'sample'"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(base: dict, options: ObjectiveOptions, message: str) -> None:
@@ -94,7 +92,7 @@ def test_target_of_each_prediction_type(prediction_type: str) -> None:
     alpha_bar = schedule.alphas_cumprod[timesteps].double()[:, None, None, None]
     velocity = alpha_bar.sqrt() * noise.double() - (1 - alpha_bar).sqrt() * latents.double()
     expected = noise if prediction_type == "epsilon" else velocity.float()
-    torch.testing.assert_close(make_target(schedule, latents, noise, timesteps), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(schedule.make_target(latents, noise, timesteps), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_min_snr_weights() -> None:
@@ -135,7 +133,7 @@ def test_the_loss_is_a_mean_per_sample_in_float32() -> None:
 def test_the_published_scheduler_is_the_base_s_own(scheduler_class: type[SchedulerMixin]) -> None:
     base = base_scheduler(scheduler_class)
     schedule = make_noise_schedule(dict(base.config), ObjectiveOptions(prediction_type="v_prediction"))
-    published = make_published_scheduler(base, schedule)
+    published = make_inference_scheduler(base, schedule)
     assert type(published) is scheduler_class
     expected = dict(base.config) | {"prediction_type": "v_prediction"}
     assert {name: value for name, value in published.config.items() if name[0] != "_"} == {
@@ -158,7 +156,7 @@ def test_zero_terminal_snr_is_published_with_a_scheduler_that_starts_from_noise_
     base: SchedulerMixin, published_class: type[SchedulerMixin]
 ) -> None:
     schedule = make_noise_schedule(dict(base.config), ZERO_SNR)
-    published = make_published_scheduler(base, schedule)
+    published = make_inference_scheduler(base, schedule)
     assert type(published) is published_class
     published.set_timesteps(20)
     assert int(published.timesteps[0]) == 999
@@ -171,7 +169,7 @@ def test_zero_terminal_snr_is_published_with_a_scheduler_that_starts_from_noise_
 def test_the_published_scheduler_gives_back_the_image_of_a_perfect_prediction(tmp_path) -> None:
     base = base_scheduler(PNDMScheduler)
     schedule = make_noise_schedule(dict(base.config), ZERO_SNR)
-    make_published_scheduler(base, schedule).save_pretrained(tmp_path)
+    make_inference_scheduler(base, schedule).save_pretrained(tmp_path)
     published = DDIMScheduler.from_pretrained(tmp_path)
     image, noise = torch.randn(1, 4, 8, 8), torch.randn(1, 4, 8, 8)
     published.set_timesteps(10)
@@ -197,8 +195,8 @@ def test_the_schedule_of_an_edm_model_is_that_of_its_scheduler() -> None:
     torch.manual_seed(0)
     timesteps = torch.tensor([0, 250, 500, 750, 999])
     latents, noise = torch.randn(2, 5, 4, 8, 8, dtype=torch.float64)
-    noisy, target = schedule.add_noise(latents, noise, timesteps), make_target(schedule, latents, noise, timesteps)
-    told = unet_timesteps(schedule, timesteps)
+    noisy, target = schedule.add_noise(latents, noise, timesteps), schedule.make_target(latents, noise, timesteps)
+    told = schedule.unet_timesteps(timesteps)
     for index in range(5):
         sigma = torch.exp(4 * told[index].double())
         sample = latents[index] + sigma * noise[index]
@@ -206,13 +204,13 @@ def test_the_schedule_of_an_edm_model_is_that_of_its_scheduler() -> None:
         assert told[index] == pytest.approx(edm.precondition_noise(sigma).item(), rel=1e-5)
         denoised = edm.precondition_outputs(sample, target[index], sigma)
         torch.testing.assert_close(denoised, latents[index], rtol=1e-3, atol=1e-2 * max(1.0, sigma.item() / 10))
-    ends = torch.exp(4 * unet_timesteps(schedule, torch.tensor([0, 999])).double())
+    ends = torch.exp(4 * schedule.unet_timesteps(torch.tensor([0, 999])).double())
     assert ends.tolist() == pytest.approx([0.002, 120.0], rel=1e-4)
 
 
 def test_other_models_are_told_the_number_of_the_timestep() -> None:
     schedule, timesteps = make_noise_schedule({}, ObjectiveOptions()), torch.tensor([3, 999])
-    assert torch.equal(unet_timesteps(schedule, timesteps), timesteps)
+    assert torch.equal(schedule.unet_timesteps(timesteps), timesteps)
 
 
 @pytest.mark.parametrize(

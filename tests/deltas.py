@@ -1,4 +1,4 @@
-"""Changes of weights for the tests of adapt_distill.py: LoRAs in several spellings, merges as plain tensors."""
+"""Inputs of the tests of adapt_distill.py: LoRAs in several formats, merges as plain tensors."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from utils.merging.ingredients import Recipe, open_ingredients
 from utils.merging.merge import MergeOptions, MergeReport
+from utils.merging.recipe import MergeRecipe, open_recipe
 from utils.merging.weight_sources import WeightSource
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 LORA = "pytorch_lora_weights.safetensors"
-# What LCM-LoRA trains: attention, projections, feed-forward, and the convolutions of the residual blocks.
+# The layers of LCM-LoRA: attention, projections, feed-forward, and the convolutions of the residual blocks.
 TARGETS = [
     "to_q",
     "to_k",
@@ -37,7 +37,7 @@ TARGETS = [
 
 
 def weights_in(folder: Path) -> dict[str, torch.Tensor]:
-    """The UNet of a tiny model."""
+    """The UNet weights of a tiny model."""
     return load_file(folder / UNET)
 
 
@@ -52,14 +52,14 @@ def merge(
     scale: float | None = None,
     **sources: Path | WeightSource,
 ) -> dict[str, torch.Tensor]:
-    """The merged UNet in float32, by the code of adapt_distill.py. sources: role -> folder or file."""
+    """The merged UNet in float32, as adapt_distill.py computes it. sources: role -> folder or file."""
     named = {
         role: source if isinstance(source, WeightSource) else WeightSource(f"--{role}", str(source))
         for role, source in sources.items()
     }
-    recipe = Recipe(WeightSource("--model", str(editor)), Path("unused"), named, options, lcm_guidance=scale)
+    recipe = MergeRecipe(WeightSource("--model", str(editor)), Path("unused"), named, options, lcm_guidance=scale)
     merged: dict[str, list[torch.Tensor]] = {}
-    for name, _, value in open_ingredients(recipe).merge(options, report if report is not None else MergeReport()):
+    for name, _, value in open_recipe(recipe).merge(options, report if report is not None else MergeReport()):
         merged.setdefault(name, []).append(value)
     return {name: torch.cat(values) if values[0].ndim else values[0] for name, values in merged.items()}
 
@@ -67,7 +67,7 @@ def merge(
 def add_random_lora(
     unet: UNet2DConditionModel, targets: Iterable[str] = TARGETS, rank: int = 4, alpha: float = 6.0
 ) -> None:
-    """Put a LoRA that changes something beside a UNet."""
+    """Add a LoRA of random weights to a UNet."""
     unet.add_adapter(LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets)))
     with torch.no_grad():
         for name, value in unet.named_parameters():
@@ -76,7 +76,7 @@ def add_random_lora(
 
 
 def save_peft_lora(folder: Path, unet: UNet2DConditionModel) -> Path:
-    """As diffusers' training scripts save it today: peft's names, alpha in the file's head."""
+    """The format of diffusers' training scripts: peft's names, alpha in the metadata."""
     config = unet.peft_config["default"].to_dict()
     config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
     StableDiffusionLoraLoaderMixin.save_lora_weights(
@@ -97,7 +97,7 @@ def lora_layers(unet: UNet2DConditionModel) -> dict[str, tuple[torch.Tensor, tor
 def save_kohya_lora(
     path: Path, layers: dict[str, tuple[torch.Tensor, torch.Tensor]], alpha: float, names: dict[str, str] | None = None
 ) -> Path:
-    """As kohya's scripts and the circulating LCM-LoRA: flat names, an alpha for each layer. names: layer -> other."""
+    """The format of kohya's scripts and of LCM-LoRA: flat names, an alpha per layer. names: layer -> other name."""
     tensors = {}
     for layer, (down, up) in layers.items():
         flat = f"lora_unet_{(names or {}).get(layer, layer).replace('.', '_')}"
@@ -108,8 +108,8 @@ def save_kohya_lora(
     return path
 
 
-def lora_change(down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
-    """What a LoRA adds to a weight, in the plainest way."""
+def lora_delta(down: torch.Tensor, up: torch.Tensor, scale: float) -> torch.Tensor:
+    """What a LoRA adds to a weight."""
     if down.ndim == 2:
         return scale * up @ down
     return scale * torch.einsum("or,rihw->oihw", up[:, :, 0, 0], down)
