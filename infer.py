@@ -6,7 +6,7 @@
     python infer.py --model my-editor --jobs jobs.jsonl
     python infer.py --repeat photo-edited.png
 
-The spellings of the original edit_cli.py (--cfg-text, --cfg-image, --steps, ...) work too. See docs/editing.md.
+The flags of the original edit_cli.py (--cfg-text, --cfg-image, --steps, ...) work too. See docs/editing.md.
 """
 
 from __future__ import annotations
@@ -15,131 +15,86 @@ import argparse
 import sys
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from utils.cli import FlagParser, pick
-from utils.editing.flags import EditorOptions, find_editing_problems
-from utils.editing.job_files import plan_lines
-from utils.editing.jobs import Job, Settings, plan_jobs
-from utils.editing.records import require_record
-from utils.editing.repeats import find_model, plan_repeat
+from utils.editing.flags import EditorOptions, find_flag_problems
+from utils.editing.jobs import Job, plan_input, plan_job_file
+from utils.editing.records import find_model, plan_repeat, require_record
 from utils.editing.schedulers import SCHEDULERS, SPACINGS
+from utils.editing.settings import SCALES, EditSettings
 from utils.errors import InputError, exit_on_input_error
 from utils.quiet import hide_progress_bars, quiet_libraries
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    add = parser.add_argument_group("what to edit").add_argument
+    add = parser.add_argument_group("input").add_argument
     add("--input", help="an image, a folder of images, or the http(s) address of an image")
     add(
         "--edit",
         action="append",
-        metavar="INSTRUCTION",
-        help='what to change, such as "make it winter"; may be given several times, for an edit by each',
+        metavar="TEXT",
+        help='instruction, such as "make it winter"; repeat it for more edits',
     )
-    add(
-        "--jobs",
-        type=Path,
-        metavar="FILE",
-        help="a file with an edit a line, as "
-        '{"image": "a.jpg", "edit": "make it winter", "steps": 30, "seed": 1}, in the place of --input and --edit',
-    )
-    add("--repeat", type=Path, metavar="PICTURE", help="make the edit of this picture once more, from its own record")
-    add("--surprise_me", action="store_true", help="draw the instruction by the seed, in the place of --edit")
+    add("--jobs", type=Path, metavar="FILE", help='JSON lines such as {"image": "a.jpg", "edit": "make it winter"}')
+    add("--repeat", type=Path, metavar="IMAGE", help="make the edit of a saved image again, from the record in it")
+    add("--surprise_me", action="store_true", help="draw the instruction from the seed instead of --edit")
     add(
         "--num_images",
         type=int,
         metavar="N",
-        help="edits of each image by each instruction, with the seeds SEED, SEED+1, ... (default 1)",
+        help="edits per image and instruction, seeds SEED, SEED+1, ... (default 1)",
     )
-    add(
-        "--resolution",
-        type=int,
-        metavar="PIXELS",
-        help="longer side of the edit, about; the aspect ratio is kept and "
-        "both sides become multiples of 64 (default 512, for SDXL 1024, or what the model was made for if less)",
-    )
-    add = parser.add_argument_group("what to save").add_argument
+    resolution = "approximate longer side of the edit (default 512, SDXL 1024, or the model's own if smaller)"
+    add("--resolution", type=int, metavar="PIXELS", help=resolution)
+    add = parser.add_argument_group("output").add_argument
     add("--output", help="file for one image (default NAME-edited.png), folder for a folder (default FOLDER-edited)")
-    add("--keep_size", action="store_true", help="bring each edit to its input's own size")
+    add("--keep_size", action="store_true", help="resize each edit to the size of its input")
     add("--gif", action="store_true", help="also save an animation of each input and its edits")
     add("--grid", action="store_true", help="also save a contact sheet of the inputs and their edits")
-    add = parser.add_argument_group("how").add_argument
-    add(
-        "--guidance_scale",
-        "--cfg-text",
-        dest="guidance_scale",
-        type=float,
-        metavar="S",
-        help="how closely to follow the instruction (default 7.5)",
-    )
-    add(
-        "--image_guidance_scale",
-        "--cfg-image",
-        dest="image_guidance_scale",
-        type=float,
-        metavar="S",
-        help="how closely to keep to the image (default 1.5; 1 takes a third less time)",
-    )
-    add(
-        "--randomize_cfg",
-        action="store_true",
-        help="draw the two by the seed, up to a fifth around the "
-        "editor's own (around 7.5 and 1.5: from 6 to 9 and 1.2 to 1.8)",
-    )
-    add(
-        "--guidance_interval",
-        type=float,
-        nargs=2,
-        metavar=("START", "STOP"),
-        help="share of the steps in which "
-        "guidance is on, such as 0 0.6; the others take a third of the time (default 0 1)",
-    )
-    add("--steps", type=int, metavar="N", help="denoising steps (default 20; the original's is 100)")
+    add = parser.add_argument_group("settings").add_argument
+    scale = dict(type=float, metavar="S")
+    add("--guidance_scale", "--cfg-text", dest=SCALES[0], **scale, help="strength of the instruction (default 7.5)")
+    kept = "similarity to the input (default 1.5; 1 takes a third less time)"
+    add("--image_guidance_scale", "--cfg-image", dest=SCALES[1], **scale, help=kept)
+    add("--randomize_cfg", action="store_true", help="draw both scales from the seed, within 20%% of the defaults")
+    interval = "fraction of the steps with guidance, such as 0 0.6; the others take a third of the time (default 0 1)"
+    add("--guidance_interval", type=float, nargs=2, metavar=("START", "STOP"), help=interval)
+    add("--steps", type=int, metavar="N", help="denoising steps (default 20; edit_cli.py uses 100)")
     add("--seed", type=int, metavar="N", help="the same seed gives the same edit (default: random, and printed)")
     add("--scheduler", choices=SCHEDULERS, metavar="NAME", help="%(choices)s (default: the model's own)")
-    add("--timestep_spacing", choices=SPACINGS, help="which steps it takes; few steps want trailing")
-    add("--eta", type=float, metavar="E", help="share of fresh noise in the steps of DDIM (default 0) and TCD (0.3)")
+    add("--timestep_spacing", choices=SPACINGS, help="spacing of the timesteps; trailing is best for few steps")
+    add(
+        "--eta",
+        type=float,
+        metavar="E",
+        help="amount of fresh noise per step, for DDIM (default 0) and TCD (default 0.3)",
+    )
     add = parser.add_argument_group("model").add_argument
-    add(
-        "--model",
-        help="an editor: a folder in diffusers' format, an id on the Hub, or one .safetensors file; one "
-        "made by adapt_distill.py brings its own defaults for --steps, --cfg-text, --cfg-image and --eta",
+    editor = "an editor: a diffusers folder, a Hub id or one .safetensors file; adapted.json in it sets its defaults"
+    add("--model", help=editor)
+    adapter = (
+        "LoRA or DoRA for --model, or one that turns a text-to-image --model into an editor: folder, file or Hub id"
     )
-    add(
-        "--lora",
-        metavar="ADAPTER",
-        help="a LoRA or DoRA for it in diffusers' format: a folder, its file, or an id on "
-        "the Hub; one that was trained on a text-to-image --model makes an editor of it",
+    add("--lora", metavar="ADAPTER", help=adapter)
+    add("--lora_scale", type=float, metavar="S", help="strength of the adapter (default 1)")
+    config = (
+        "for a --model in one file: a pipeline of its family for configuration and tokenizers (default: from the Hub)"
     )
-    add("--lora_scale", type=float, metavar="S", help="how strongly it applies (default 1)")
-    add(
-        "--config",
-        "--single_file_config",
-        dest="single_file_config",
-        metavar="PIPELINE",
-        help="for a --model in one "
-        "file: a folder or Hub id of a pipeline of its family, whose configuration and tokenizers it gets (default: "
-        "the one on the Hub that diffusers takes it for)",
-    )
+    add("--config", "--single_file_config", dest="single_file_config", metavar="PIPELINE", help=config)
     add("--revision", help="branch, tag or commit of a model on the Hub")
     add("--variant", help="variant of the weight files, such as fp16")
-    add("--no_safety_checker", action="store_true", help="drop the safety checker of a model that has one")
+    add("--no_safety_checker", action="store_true", help="do not run the model's safety checker")
     add = parser.add_argument_group("machine").add_argument
-    add("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the best there is)")
+    add("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the best available)")
     add("--dtype", choices=("fp32", "fp16", "bf16"), help="precision (default fp16 on cuda, else fp32)")
-    add(
-        "--batch_size",
-        type=int,
-        default=1,
-        metavar="N",
-        help="edits made at once (default 1); halved where the memory is too small",
-    )
-    add("--compile", action="store_true", help="compile the UNet first: pays for many edits of one size")
+    add("--batch_size", type=int, default=1, metavar="N", help="edits at once, halved if out of memory (default 1)")
+    add("--compile", action="store_true", help="compile the UNet first, which pays off for many edits of one size")
     add("--vae_slicing", action="store_true", help="decode the images of a batch one by one, to save memory")
     add("--vae_tiling", action="store_true", help="encode and decode in tiles, for images too large for the memory")
     parser.add_argument("--ckpt", "--vae-ckpt", dest="original_model", help=argparse.SUPPRESS)
@@ -147,7 +102,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 
 def plan(args: argparse.Namespace) -> tuple[list[Job], dict]:
-    """What to edit, and of a picture that is repeated the record, from which the missing flags are set."""
+    """The jobs, and for --repeat the record of the image, which also sets the flags of the model."""
     if args.repeat:
         record = require_record(args.repeat)
         job = plan_repeat(args.repeat, record, args.input, args.output)
@@ -161,67 +116,87 @@ def plan(args: argparse.Namespace) -> tuple[list[Job], dict]:
         return [job], record
     if args.guidance_interval:
         args.guidance_interval = tuple(args.guidance_interval)
-    edits = [None] if args.surprise_me else args.edit
-    planned = pick(args, Settings), args.num_images or 1
+    edits = [None] if args.surprise_me else args.edit or []
+    planned = edits, pick(args, EditSettings), args.num_images or 1
     if args.jobs:
-        return plan_lines(args.jobs, args.output, edits or [], *planned), {}
-    return plan_jobs(args.input, args.output, edits, *planned), {}
+        return plan_job_file(args.jobs, args.output, *planned), {}
+    return plan_input(args.input, args.output, *planned), {}
 
 
-def edit_jobs(pipeline: Any, jobs: list[Job], args: argparse.Namespace, origin: dict, defaults: dict) -> Any:
-    """Edit and save every job; returns the `Outcome` of utils/editing/service.py."""
-    from utils.editing.service import EditRun
+def edit_jobs(service: Any, jobs: list[Job], seed: int) -> Counter:
+    """Edit and save every job; counts "edited", "finished" before and "failed" ones."""
+    counts, problems = Counter(), {}
+
+    def show_step(step: int, steps: int, _: int) -> None:
+        bar.set_postfix_str(f"step {step} of {steps}")
 
     with tqdm(total=len(jobs), unit="edit", leave=False, disable=None) as bar:
-        run = EditRun(
-            pipeline,
-            origin,
-            defaults=defaults,
-            batch_size=args.batch_size,
-            on_edits=bar.update,
-            say=lambda line: tqdm.write(line, file=sys.stderr),
-            on_step=lambda done, total: bar.set_postfix_str(f"step {done} of {total}"),
-        )
-        return run.edit(jobs, args.seed)
+        for result in service.edit(jobs, seed, show_step):
+            bar.update(1)
+            if result.image is not None:
+                result.save(result.job.output)
+                counts["edited"] += 1
+                for line in describe(result):
+                    tqdm.write(line, file=sys.stderr)
+            elif result.problem:
+                problems[f"skipped {result.job.name}: {result.problem}"] = None  # the same for all edits of one image
+                counts["failed"] += 1
+            else:
+                counts["finished"] += 1
+    print("".join(f"{problem}\n" for problem in problems), end="", file=sys.stderr)
+    return counts
+
+
+def describe(result: Any) -> list[str]:
+    """What the user may not expect of a saved edit, one line each."""
+    output, job, record = result.job.output, result.job, result.record
+    lines = [f"replaced {output}, which had {result.replaced}"] if result.replaced else []
+    if result.is_flagged:
+        lines.append(f"{output} is black: flagged by the model's safety checker")
+    elif job.instruction is None or job.settings.randomize_cfg:
+        scales = ", ".join(str(record["settings"][name]) for name in SCALES)
+        lines.append(f"{output}: {record['instruction']} (seed {record['seed']}, scales {scales})")
+    return lines
 
 
 def run(args: argparse.Namespace) -> int:
-    if problems := find_editing_problems(vars(args)):
+    if problems := find_flag_problems(vars(args)):
         raise InputError.from_problems(problems)
     jobs, record = plan(args)
 
     quiet_libraries()
     warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
     from utils.editing.editor_setup import open_editor
+    from utils.editing.service import EditService
 
     hide_progress_bars()
-    opened = open_editor(pick(args, EditorOptions), record, args.repeat)
-    for line in opened.messages:
+    editor = open_editor(pick(args, EditorOptions), record, args.repeat)
+    for line in editor.messages:
         print(line, file=sys.stderr)
-    used = {name: value for name, value in opened.recommended.items() if getattr(args, name) is None}
+    used = {name: value for name, value in editor.recommended.items() if getattr(args, name) is None}
     if used:
         print("recommended by this editor:", ", ".join(f"{name} {value}" for name, value in used.items()))
     started = time.monotonic()
-    outcome = edit_jobs(opened.pipeline, jobs, args, opened.origin, opened.recommended)
-    return report(jobs, outcome, args, time.monotonic() - started)
+    service = EditService(editor, args.batch_size, lambda line: tqdm.write(line, file=sys.stderr))
+    seed = service.choose_seed(jobs) if args.seed is None else args.seed
+    counts = edit_jobs(service, jobs, seed)
+    report(jobs, counts, seed, time.monotonic() - started, args)
+    return 1 if counts["failed"] else 0
 
 
-def report(jobs: list[Job], outcome: Any, args: argparse.Namespace, seconds: float) -> int:
-    """Save what shows the edits, say what was done, and give the exit code."""
+def report(jobs: list[Job], counts: Counter, seed: int, seconds: float, args: argparse.Namespace) -> None:
+    """Save the previews and print the summary."""
     from utils.editing.previews import describe_repeat, save_animations, save_sheets
 
-    for problem in dict.fromkeys(outcome.problems):  # a bad image has one for each of its edits
-        print(f"skipped {problem}", file=sys.stderr)
-    shows = [*(save_animations(jobs) if args.gif else []), *(save_sheets(jobs) if args.grid else [])]
+    previews = [*(save_animations(jobs) if args.gif else []), *(save_sheets(jobs) if args.grid else [])]
     where = jobs[0].output if len(jobs) == 1 else jobs[0].output.parent
-    done = f", {outcome.finished} finished before" if outcome.finished else ""
-    seeds = sorted({outcome.seed + job.offset if job.seed is None else job.seed + job.offset for job in jobs})
-    seed = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds from {seeds[0]} to {seeds[-1]}"
-    print(f"{outcome.edited} of {len(jobs)} edited in {seconds:.1f} s{done}, {seed}: {where}")
-    print("".join(f"{show}\n" for show in shows), end="")
-    if args.repeat and not outcome.problems:
+    finished = f", {counts['finished']} already finished" if counts["finished"] else ""
+    seeds = sorted({(seed if job.seed is None else job.seed) + job.offset for job in jobs})
+    used = f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds from {seeds[0]} to {seeds[-1]}"
+    print(f"{counts['edited']} of {len(jobs)} edited in {seconds:.1f} s{finished}, {used}: {where}")
+    print("".join(f"{preview}\n" for preview in previews), end="")
+    if args.repeat and not counts["failed"]:
         print(describe_repeat(args.repeat, jobs[0].output))
-    return 1 if outcome.problems else 0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -229,7 +204,7 @@ def main(argv: list[str] | None = None) -> int:
         with exit_on_input_error():
             return run(parse_flags(argv))
     except KeyboardInterrupt:
-        print("stopped; every file that was saved is whole", file=sys.stderr)
+        print("stopped; every saved file is complete", file=sys.stderr)
         return 130
 
 

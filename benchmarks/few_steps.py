@@ -52,7 +52,7 @@ def measure(photographs: list, folder: Path, scheduler: str, steps: int, scales:
     import numpy as np
 
     from data_preparation.toy_edits import exact_results
-    from evaluation.exact_edits import judge, mean_scores
+    from evaluation.exact_edits import mean_scores, score_edit
     from utils.editing.loading import load_editor
 
     pipeline = load_editor(folder)
@@ -62,7 +62,7 @@ def measure(photographs: list, folder: Path, scheduler: str, steps: int, scales:
     results = [exact_results(original) for original in originals]
     edits = edit_photographs(pipeline, photographs, steps, scales)
     scores = [
-        judge(np.asarray(edit), original, exact, task)
+        score_edit(np.asarray(edit), original, exact, task)
         for task, edited in edits.items()
         for edit, original, exact in zip(edited, originals, results, strict=True)
     ]

@@ -146,7 +146,7 @@ def score(args: argparse.Namespace, flags: dict, folder: Path | None = None) -> 
     """Accuracy and PSNR on the new instruction, in phrasings trained on and kept out, and accuracy on the old ten."""
     from data_preparation.instructions import read_phrasings
     from data_preparation.toy_edits import EDITS, exact_results
-    from evaluation.exact_edits import judge, mean_scores, read_rgb
+    from evaluation.exact_edits import mean_scores, read_rgb, score_edit
 
     prompts = {task: read_phrasings(f"toy/{task}")[0][0] for task in EDITS}
     new = {"new": PHRASINGS[0], "new, kept out": PHRASINGS[-1]}
@@ -157,7 +157,7 @@ def score(args: argparse.Namespace, flags: dict, folder: Path | None = None) -> 
             original = read_rgb(path)
             results = exact_results(original) | {TASK: night_vision(original)}
             task = TASK if name in new else name
-            scores[name if name in new else "old"].append(judge(read_rgb(edits / path.name), original, results, task))
+            scores[name if name in new else "old"].append(score_edit(read_rgb(edits / path.name), original, results, task))
     return {name: mean_scores(values) for name, values in scores.items()}
 
 

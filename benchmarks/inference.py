@@ -37,7 +37,7 @@ from PIL import Image  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
 
 from tests.tiny import make_tokenizer  # noqa: E402
-from utils.editing.edit_images import edit_pixels  # noqa: E402
+from utils.editing.edit_images import SamplingSettings, edit_pixels  # noqa: E402
 from utils.editing.loading import load_editor  # noqa: E402
 from utils.editing.schedulers import choose_scheduler  # noqa: E402
 
@@ -156,10 +156,12 @@ def edit_by_ours(pipeline: Any, image: Image.Image, case: Case) -> torch.Tensor:
         pipeline,
         [image],
         [PROMPT],
-        seeds=[0],
-        num_inference_steps=case.steps,
-        guidance_scale=case.guidance_scale,
-        image_guidance_scale=case.image_guidance_scale,
+        [0],
+        SamplingSettings(
+            num_inference_steps=case.steps,
+            guidance_scale=case.guidance_scale,
+            image_guidance_scale=case.image_guidance_scale,
+        ),
     )[0][0]
 
 

@@ -68,7 +68,7 @@ def score(edits: dict[str, list], photographs: list) -> dict[str, float]:
 
     from assets.style_toy_sd import woodcut
     from data_preparation.toy_edits import exact_results
-    from evaluation.exact_edits import judge, mean_scores
+    from evaluation.exact_edits import mean_scores, score_edit
 
     scores = []
     for index, photograph in enumerate(photographs):
@@ -78,7 +78,7 @@ def score(edits: dict[str, list], photographs: list) -> dict[str, float]:
         for task, edited in edits.items():
             plain, styled = targets[task].astype(float), targets[f"{task}, styled"].astype(float)
             edit = np.asarray(edited[index])
-            row, other = (judge(edit, original, targets, name) for name in (task, f"{task}, styled"))
+            row, other = (score_edit(edit, original, targets, name) for name in (task, f"{task}, styled"))
             share = np.vdot(edit - plain, styled - plain) / np.vdot(styled - plain, styled - plain)
             row["accuracy"] += other["accuracy"]
             scores.append(row | {"styled_psnr": other["psnr"], "style_share": float(share)})

@@ -46,7 +46,7 @@ def edit_photographs(
     """The edits of every photograph by each of the ten instructions (its first phrasing), seed 0, by task."""
     from data_preparation.instructions import read_phrasings
     from data_preparation.toy_edits import EDITS
-    from utils.editing.edit_images import edit_images
+    from utils.editing.edit_images import SamplingSettings, edit_images
 
     count = len(photographs)
     return {
@@ -54,10 +54,8 @@ def edit_photographs(
             pipeline,
             photographs,
             [read_phrasings(f"toy/{task}")[0][0]] * count,
-            seeds=[0] * count,
-            num_inference_steps=steps,
-            guidance_scale=scales[0],
-            image_guidance_scale=scales[1],
+            [0] * count,
+            SamplingSettings(num_inference_steps=steps, guidance_scale=scales[0], image_guidance_scale=scales[1]),
         )
         for task in EDITS
     }

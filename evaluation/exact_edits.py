@@ -1,4 +1,4 @@
-"""Scores of edits whose exact result is known: the toy world, where every instruction is a function of the picture."""
+"""Scores of edits with a known exact result, as in the toy world, where each instruction is a function of the image."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from PIL import Image
 
 
 def read_rgb(path: Path) -> np.ndarray:
-    """An RGB picture as uint8 (h, w, 3)."""
+    """An RGB image as uint8 (h, w, 3)."""
     return np.asarray(Image.open(path).convert("RGB"))
 
 
-def judge(edited: np.ndarray, original: np.ndarray, results: Mapping[str, np.ndarray], task: str) -> dict[str, float]:
-    """Compare one edit, uint8 (h, w, 3), with the exact results of all instructions on its original.
+def score_edit(
+    edited: np.ndarray, original: np.ndarray, results: Mapping[str, np.ndarray], task: str
+) -> dict[str, float]:
+    """Compare one edit, uint8 (h, w, 3), with the exact results of all tasks on its original.
 
-    accuracy: 1 when the edit is nearer, by mean squared error, to the exact result of its own `task` than to that of
-    every other task and to the unedited picture, else 0. psnr: to its exact result, in dB; no_edit_psnr: of the
-    original.
+    accuracy: 1 if the edit is closer (mean squared error) to the exact result of its own `task` than to those of the
+    other tasks and to the original, else 0. psnr, no_edit_psnr: of the edit and of the original to that result, in dB.
     """
     targets = {"no edit": original, **results}
     errors = {name: np.mean((target.astype(float) - edited) ** 2) for name, target in targets.items()}
-    untouched = np.mean((results[task].astype(float) - original) ** 2)
+    no_edit_error = np.mean((results[task].astype(float) - original) ** 2)
     is_right = min(errors, key=errors.get) == task
-    return {"accuracy": float(is_right), "psnr": _psnr(errors[task]), "no_edit_psnr": _psnr(untouched)}
+    return {"accuracy": float(is_right), "psnr": _psnr(errors[task]), "no_edit_psnr": _psnr(no_edit_error)}
 
 
 def mean_scores(scores: list[dict[str, float]]) -> dict[str, float]:

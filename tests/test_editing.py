@@ -1,4 +1,4 @@
-"""The editing loop against the stock pipeline, and against a loop written out from the paper where stock departs."""
+"""Editing against the stock pipeline, and against a plain loop from the paper where the stock pipeline differs."""
 
 from __future__ import annotations
 
@@ -13,10 +13,17 @@ import pytest
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from utils.editing.edit_images import edit_images, edit_pixels, fit_image, native_resolution, size_multiple
+from utils.editing.edit_images import (
+    SamplingSettings,
+    edit_images,
+    edit_pixels,
+    fit_image,
+    native_resolution,
+    size_multiple,
+)
 from utils.editing.encodings import Encodings
 from utils.editing.loading import load_editor
 from utils.errors import InputError
@@ -67,10 +74,10 @@ def test_equals_stock(editor, photos, scheduler: str, scales: tuple[float, float
     set_scheduler(editor, scheduler)
     settings = dict(num_inference_steps=5, guidance_scale=scales[0], image_guidance_scale=scales[1])
     expected = stock_pixels(editor, photos, PROMPTS, generator=generators(3, 4), **settings)
-    pixels, flags = edit_pixels(editor, photos, PROMPTS, seeds=[3, 4], **settings)
+    pixels, flags = edit_pixels(editor, photos, PROMPTS, [3, 4], SamplingSettings(**settings))
     pixels = torch.stack(pixels)
     assert pixels.shape == (2, 3, 24, 40) and pixels.dtype == torch.float32 and flags == [False, False]
-    assert expected.std() > 0.02, "a flat picture would prove nothing"
+    assert expected.std() > 0.02, "a flat image proves nothing"
     torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-4)
 
 
@@ -80,9 +87,9 @@ def test_equals_stock_with_defaults(editor, photos, seed: int) -> None:
     set_scheduler(editor, "euler ancestral")
     settings = dict(num_inference_steps=20, negative_prompt="blurry")
     expected = editor("swap sky", image=photos[0], generator=generators(seed)[0], **settings).images[0]
-    edited = edit_images(editor, photos[:1], ["swap sky"], seeds=[seed], **settings)[0]
+    edited = edit_images(editor, photos[:1], ["swap sky"], [seed], SamplingSettings(**settings))[0]
     difference = np.abs(np.asarray(edited).astype(int) - np.asarray(expected).astype(int))
-    assert difference.max() <= 1  # a value on the verge of two bytes may fall either way
+    assert difference.max() <= 1  # rounding to bytes
 
 
 @pytest.mark.parametrize("scheduler", ["ddim", "euler", "lcm"])
@@ -91,7 +98,7 @@ def test_follows_the_formula_where_stock_does_not(editor, photos, scheduler: str
     """s_T <= 1 or s_I < 1: a plain three-branch loop from the paper's equation 3, one image at a time."""
     set_scheduler(editor, scheduler)
     settings = dict(num_inference_steps=4, guidance_scale=scales[0], image_guidance_scale=scales[1])
-    pixels, _ = edit_pixels(editor, photos, PROMPTS, seeds=[3, 4], **settings)
+    pixels, _ = edit_pixels(editor, photos, PROMPTS, [3, 4], SamplingSettings(**settings))
     for image, prompt, seed, edited in zip(photos, PROMPTS, (3, 4), pixels, strict=True):
         torch.testing.assert_close(edited, plain_edit(editor, image, prompt, seed, 4, *scales), rtol=0, atol=1e-4)
 
@@ -128,13 +135,13 @@ def plain_edit(pipeline, image: Image.Image, prompt: str, seed: int, steps: int,
     [((7.5, 1.5), 3), ((7.5, 1.0), 2), ((1.5, 1.5), 2), ((0.0, 1.5), 2), ((1.0, 1.0), 1), ((0.0, 0.0), 1)],
 )
 def test_rows_of_the_unet(editor, photos, scales: tuple[float, float], branches: int) -> None:
-    """Per step one UNet call of branches x images rows, and no call more."""
+    """One UNet call per step, with branches x images rows."""
     set_scheduler(editor, "ddim")
     rows = []
     hook = editor.unet.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[0]))
     try:
         settings = dict(num_inference_steps=3, guidance_scale=scales[0], image_guidance_scale=scales[1])
-        edit_pixels(editor, photos, PROMPTS, seeds=[0, 1], **settings)
+        edit_pixels(editor, photos, PROMPTS, [0, 1], SamplingSettings(**settings))
     finally:
         hook.remove()
     assert rows == [2 * branches] * 3
@@ -157,7 +164,7 @@ def test_each_image_and_prompt_is_encoded_once(editor, photos) -> None:
     ]
     try:
         images = [photos[0], photos[1], photos[0].copy(), photos[1], photos[0], photos[1]]
-        edit_pixels(editor, images, PROMPTS * 3, seeds=list(range(6)), num_inference_steps=1)
+        edit_pixels(editor, images, PROMPTS * 3, list(range(6)), SamplingSettings(num_inference_steps=1))
     finally:
         for hook in hooks:
             hook.remove()
@@ -165,50 +172,59 @@ def test_each_image_and_prompt_is_encoded_once(editor, photos) -> None:
 
 
 @pytest.mark.parametrize(("scales", "expected"), [((1.0, 1.0), ["x"]), ((2.0, 1.0), ["", "x"])], ids=str)
-def test_the_null_prompt_is_encoded_where_guidance_needs_it(editor, photos, monkeypatch, scales, expected) -> None:
+def test_null_prompt_is_encoded_only_if_needed(editor, photos, monkeypatch, scales, expected) -> None:
     encoded, encode = [], PromptEncoder._encode
     monkeypatch.setattr(PromptEncoder, "_encode", lambda self, prompt: encoded.append(prompt) or encode(self, prompt))
     settings = dict(num_inference_steps=2, guidance_scale=scales[0], image_guidance_scale=scales[1])
     encodings = Encodings(editor)
     for _ in range(2):
-        edit_pixels(editor, photos, ["x", "x"], seeds=[0, 1], encodings=encodings, **settings)
+        edit_pixels(editor, photos, ["x", "x"], [0, 1], SamplingSettings(**settings), encodings=encodings)
     assert sorted(encoded) == expected
 
 
 def test_images_with_scales_of_their_own(editor, photos) -> None:
-    """In one batch, of two sizes: each edit is that of it alone with its scales."""
+    """Images of two sizes: each edit equals the edit of the image alone with its scales."""
     images = [*photos, photos[0].resize((32, 32)), photos[1].resize((32, 32))]
     text, image = [7.5, 3.0, 1.0, 2.0], [1.5, 1.2, 1.0, 1.0]
     settings = dict(num_inference_steps=3)
     together, _ = edit_pixels(
-        editor, images, ["x"] * 4, seeds=[5, 6, 7, 8], guidance_scale=text, image_guidance_scale=image, **settings
+        editor,
+        images,
+        ["x"] * 4,
+        [5, 6, 7, 8],
+        SamplingSettings(guidance_scale=text, image_guidance_scale=image, **settings),
     )
     for row in range(4):
         scales = dict(guidance_scale=text[row], image_guidance_scale=image[row])
-        alone = edit_pixels(editor, [images[row]], ["x"], seeds=[5 + row], **scales, **settings)[0][0]
+        alone = edit_pixels(editor, [images[row]], ["x"], [5 + row], SamplingSettings(**scales, **settings))[0][0]
         torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="4 images need 4 guidance scales of each kind"):
-        edit_pixels(editor, images, ["x"] * 4, guidance_scale=[7.5, 3.0])
+        edit_pixels(editor, images, ["x"] * 4, [0] * 4, SamplingSettings(guidance_scale=[7.5, 3.0]))
 
 
 def test_an_edit_does_not_depend_on_its_batch(editor, photos) -> None:
-    """Images of two sizes, in any order: each equals the edit of it alone, for a scheduler that draws noise."""
+    """Images of two sizes in any order, with a scheduler that draws noise: each equals the edit of it alone."""
     set_scheduler(editor, "euler ancestral")
     images = [photos[0], photos[1].resize((32, 32)), photos[1], photos[0].crop((0, 0, 32, 24))]
     prompts, settings = ["a", "b", "c", "d"], dict(num_inference_steps=3)
     steps = []
     together, _ = edit_pixels(
-        editor, images, prompts, seeds=[5, 6, 7, 8], on_step=lambda *report: steps.append(report), **settings
+        editor,
+        images,
+        prompts,
+        [5, 6, 7, 8],
+        SamplingSettings(**settings),
+        on_step=lambda *report: steps.append(report),
     )
     assert steps == [(step, 9) for step in range(1, 10)]  # three sizes, three steps each
     for row, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-        alone = edit_pixels(editor, [image], [prompt], seeds=[5 + row], **settings)[0][0]
+        alone = edit_pixels(editor, [image], [prompt], [5 + row], SamplingSettings(**settings))[0][0]
         assert alone.shape == (3, image.height, image.width)
         torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-5)
 
 
-def test_leaves_training_undisturbed(editor, photos) -> None:
-    """Scheduler, train/eval modes, gradients and the global random state are as they were."""
+def test_does_not_disturb_training(editor, photos) -> None:
+    """Scheduler, train/eval modes, gradients and the global random state are unchanged."""
     set_scheduler(editor, "euler")
     editor.scheduler.set_timesteps(7)
     editor.unet.train()
@@ -216,7 +232,7 @@ def test_leaves_training_undisturbed(editor, photos) -> None:
     modes = [module.training for module in editor.unet.modules()]
     before = torch.random.get_rng_state(), editor.scheduler.timesteps.clone(), np.random.get_state()[1].copy()
     try:
-        edit_images(editor, photos, PROMPTS, num_inference_steps=2)
+        edit_images(editor, photos, PROMPTS, [0, 0], SamplingSettings(num_inference_steps=2))
         assert [module.training for module in editor.unet.modules()] == modes
     finally:
         editor.unet.eval()
@@ -226,37 +242,32 @@ def test_leaves_training_undisturbed(editor, photos) -> None:
     assert all(parameter.requires_grad and parameter.grad is None for parameter in editor.unet.parameters())
 
 
-def test_without_seeds_the_noise_is_fresh(editor, photos) -> None:
-    first, second = (edit_pixels(editor, photos[:1], ["x"], num_inference_steps=1)[0][0] for _ in range(2))
-    assert not torch.equal(first, second)
-
-
 def test_half_precision_equals_stock(editor, tiny_editor: Path, photos) -> None:
-    """A pipeline in bfloat16 draws its noise in bfloat16, and the edit is near stock's."""
+    """A pipeline in bfloat16 draws its noise in bfloat16, and the edit is close to that of the stock pipeline."""
     half = load_editor(tiny_editor, dtype=torch.bfloat16)
     half.set_progress_bar_config(disable=True)
     expected = stock_pixels(half, photos, PROMPTS, generator=generators(3, 4), num_inference_steps=4)
-    pixels = torch.stack(edit_pixels(half, photos, PROMPTS, seeds=[3, 4], num_inference_steps=4)[0])
+    pixels = torch.stack(edit_pixels(half, photos, PROMPTS, [3, 4], SamplingSettings(num_inference_steps=4))[0])
     assert (pixels - expected).abs().mean() < 0.02
 
 
-def test_under_autocast_with_frozen_parts_in_half_precision(tiny_editor: Path, photos) -> None:
+def test_autocast_with_frozen_models_in_half_precision(tiny_editor: Path, photos) -> None:
     """As in mixed-precision training: a float32 UNet beside a VAE and a text encoder in bfloat16."""
     mixed = load_editor(tiny_editor)
-    expected = torch.stack(edit_pixels(mixed, photos, PROMPTS, seeds=[3, 4], num_inference_steps=4)[0])
-    noise = dict(seeds=[3, 4], num_inference_steps=4)
+    expected = torch.stack(edit_pixels(mixed, photos, PROMPTS, [3, 4], SamplingSettings(num_inference_steps=4))[0])
+    noise = dict(num_inference_steps=4)
     with torch.autocast("cpu", torch.bfloat16):
-        autocast = torch.stack(edit_pixels(mixed, photos, PROMPTS, **noise)[0])
+        autocast = torch.stack(edit_pixels(mixed, photos, PROMPTS, [3, 4], SamplingSettings(**noise))[0])
     assert (autocast - expected).abs().mean() < 0.02
     mixed.vae.to(torch.bfloat16)
     mixed.text_encoder.to(torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.stack(edit_pixels(mixed, photos, PROMPTS, **noise)[0]).isfinite().all()
-    assert torch.stack(edit_pixels(mixed, photos, PROMPTS, **noise)[0]).isfinite().all()
+        assert torch.stack(edit_pixels(mixed, photos, PROMPTS, [3, 4], SamplingSettings(**noise))[0]).isfinite().all()
+    assert torch.stack(edit_pixels(mixed, photos, PROMPTS, [3, 4], SamplingSettings(**noise))[0]).isfinite().all()
 
 
 def make_safety_checker(liked: Image.Image, disliked: Image.Image):
-    """A real safety checker of random weights, and its processor, that objects to pictures like `disliked` alone."""
+    """A safety checker with random weights, and its processor, that flags only images like `disliked`."""
     torch.manual_seed(0)
     vision = dict(
         hidden_size=32,
@@ -279,41 +290,38 @@ def make_safety_checker(liked: Image.Image, disliked: Image.Image):
 
 
 def test_safety_checker(editor, photos, caplog) -> None:
-    """What the checker objects to comes back black and flagged, as from the stock pipeline; the other is untouched."""
+    """A flagged image is black, as from the stock pipeline; the other one is unchanged."""
     set_scheduler(editor, "ddim")
-    settings = dict(seeds=[1, 2], num_inference_steps=2)
-    unchecked = edit_images(editor, photos, PROMPTS, **settings)
+    settings = dict(num_inference_steps=2)
+    unchecked = edit_images(editor, photos, PROMPTS, [1, 2], SamplingSettings(**settings))
     checker, processor = make_safety_checker(liked=unchecked[1], disliked=unchecked[0])
     checked_editor = copy.copy(editor)
     checked_editor.register_modules(safety_checker=checker, feature_extractor=processor)
     with caplog.at_level(logging.WARNING):
-        checked = edit_images(checked_editor, photos, PROMPTS, **settings)
+        checked = edit_images(checked_editor, photos, PROMPTS, [1, 2], SamplingSettings(**settings))
     assert not np.asarray(checked[0]).any() and checked[0].info["flagged"]
     assert checked[1] == unchecked[1] and not checked[1].info["flagged"]
-    assert "objected to 1 of 2 edits" in caplog.text
+    assert "flagged 1 of 2 edits" in caplog.text
 
 
-def test_warnings_about_long_prompts_and_no_numbers(editor, photos, monkeypatch, caplog) -> None:
+def test_warnings_about_long_prompts_and_nan(editor, photos, monkeypatch, caplog) -> None:
     long = "very " * 100
     with caplog.at_level(logging.WARNING):
-        edit_images(editor, photos[:1], [long], seeds=[0], num_inference_steps=1)
-    assert "longer than the text encoder reads" in caplog.text
+        edit_images(editor, photos[:1], [long], [0], SamplingSettings(num_inference_steps=1))
+    assert "too long for the text encoder" in caplog.text
     monkeypatch.setattr(editor.vae, "decode", lambda latents, return_dict: (torch.full((1, 3, 24, 40), torch.nan),))
     with caplog.at_level(logging.WARNING):
-        edited = edit_images(editor, photos[:1], ["x"], seeds=[0], num_inference_steps=1)
-    assert "no numbers" in caplog.text and not np.asarray(edited[0]).any()
+        edited = edit_images(editor, photos[:1], ["x"], [0], SamplingSettings(num_inference_steps=1))
+    assert "NaN values" in caplog.text and not np.asarray(edited[0]).any()
 
 
-def test_refuses_what_cannot_be(editor, photos) -> None:
+def test_invalid_arguments(editor, photos) -> None:
     set_scheduler(editor, "lcm")
-    with pytest.raises(InputError, match="60 steps cannot be done by this model's LCMScheduler"):
-        edit_images(editor, photos, PROMPTS, num_inference_steps=60)
-    with pytest.raises(ValueError, match="got 2 images, 1 prompts"):
-        edit_images(editor, photos, PROMPTS[:1])
-    with pytest.raises(ValueError, match="2 images need 2 seeds"):
-        edit_images(editor, photos, PROMPTS, seeds=[1])
-    with pytest.raises(ValueError, match="not both"):
-        edit_images(editor, photos, PROMPTS, seeds=[1, 2], generators=generators(1, 2))
+    with pytest.raises(InputError, match="60 steps are not possible with the scheduler LCMScheduler"):
+        edit_images(editor, photos, PROMPTS, [0, 0], SamplingSettings(num_inference_steps=60))
+    for prompts, seeds in ((PROMPTS[:1], [1, 2]), (PROMPTS, [1])):
+        with pytest.raises(ValueError, match=f"2 images, {len(prompts)} prompts and {len(seeds)} seeds"):
+            edit_images(editor, photos, prompts, seeds)
 
 
 @pytest.mark.parametrize(
@@ -333,8 +341,9 @@ def test_fit_image(size, resolution: int, multiple: int, expected) -> None:
     assert fit_image(Image.new("RGB", size), resolution, multiple).size == expected
 
 
-def test_fit_image_as_edit_cli() -> None:
-    """The sizes of the original edit_cli.py, wherever its own floats do not lose a multiple of 64."""
+def test_fit_image_as_edit_cli(monkeypatch) -> None:
+    """The sizes of the original edit_cli.py, except where its float rounding loses a multiple of 64."""
+    monkeypatch.setattr(ImageOps, "fit", lambda image, size, method: Image.new("L", size))
     random = np.random.default_rng(0)
     differing = 0
     for width, height in random.integers(200, 2000, (300, 2)).tolist():
@@ -347,8 +356,8 @@ def test_fit_image_as_edit_cli() -> None:
     assert differing < 30
 
 
-def test_fit_image_refuses_a_strip() -> None:
-    with pytest.raises(InputError, match="20000x10 pixels, too long and thin"):
+def test_fit_image_refuses_a_narrow_image() -> None:
+    with pytest.raises(InputError, match="20000x10 pixels, too narrow"):
         fit_image(Image.new("RGB", (20000, 10)), 512)
 
 
@@ -357,7 +366,7 @@ def test_sizes_of_the_model(editor) -> None:
 
 
 def test_load_editor_refuses(tiny_base: Path, tiny_editor: Path, tmp_path: Path) -> None:
-    """Each mistake gets one sentence that names the model and what is wrong."""
+    """One message that names the model and the problem."""
 
     def damaged(name: str, file: str, content: bytes | None) -> Path:
         folder = shutil.copytree(tiny_editor, tmp_path / name)
@@ -368,7 +377,7 @@ def test_load_editor_refuses(tiny_base: Path, tiny_editor: Path, tmp_path: Path)
     xl = damaged("xl", "model_index.json", b'{"_class_name": "StableDiffusionXLInstructPix2PixPipeline"}')
     cases = {
         tmp_path / "nothing": "does not exist",
-        tmp_path / "model.ckpt": "model.ckpt is no .safetensors file.*convert",
+        tmp_path / "model.ckpt": "model.ckpt is not a .safetensors file.*convert",
         tiny_base: "4 channels.*train_instruct_pix2pix.py",
         xl: "StableDiffusionXLInstructPix2PixPipeline without tokenizer, text_encoder",
         tmp_path: "no file named model_index.json",
@@ -376,7 +385,7 @@ def test_load_editor_refuses(tiny_base: Path, tiny_editor: Path, tmp_path: Path)
         damaged("cut", "unet/diffusion_pytorch_model.safetensors", b"\x10\0\0\0"): "cannot be loaded",
         damaged("json", "unet/config.json", b"{"): "not a valid JSON",
         damaged("index", "model_index.json", b"[]"): "damaged",
-        damaged("half", "text_encoder", None): "lacks text_encoder",
+        damaged("half", "text_encoder", None): "incomplete: missing text_encoder",
     }
     for name, message in cases.items():
         with pytest.raises(InputError, match=message):

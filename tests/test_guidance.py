@@ -1,4 +1,4 @@
-"""Guidance against the paper's formula, in float64."""
+"""Guidance against the formula of the paper, in float64."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ SETTINGS = [(7.5, 1.5), (7.5, 1.0), (1.5, 1.5), (1.0, 1.0), (1.0, 1.5), (0.0, 1.
 
 @pytest.mark.parametrize(("text_scale", "image_scale"), SETTINGS)
 def test_equals_equation_3(text_scale: float, image_scale: float) -> None:
-    """Whatever branches are left out, the result is the three-branch formula as the paper writes it."""
+    """With fewer branches the result is that of the three-branch formula."""
     generator = torch.Generator().manual_seed(0)
     parts = {name: torch.randn(3, 4, 5, 6, generator=generator, dtype=torch.float64) for name in ("t", "i", "u")}
     expected = parts["u"] + image_scale * (parts["i"] - parts["u"]) + text_scale * (parts["t"] - parts["i"])
@@ -35,16 +35,16 @@ def test_equals_equation_3(text_scale: float, image_scale: float) -> None:
         (0.0, 1.5, ["image", "uncond"]),
         (0.0, 0.0, ["uncond"]),
         (0.0, 1.0, ["image"]),
-        (0.1 + 0.2, 0.3, ["text", "uncond"]),  # differs from zero by rounding alone
+        (0.1 + 0.2, 0.3, ["text", "uncond"]),  # zero except for rounding
     ],
 )
-def test_only_branches_that_count(text_scale: float, image_scale: float, branches: list[str]) -> None:
+def test_only_needed_branches(text_scale: float, image_scale: float, branches: list[str]) -> None:
     assert list(branch_coefficients(text_scale, image_scale)) == branches
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
-    """Predictions that nearly agree: weights of 7.5 and -6 must not magnify rounding beyond that of the result."""
+    """With nearly equal predictions, weights of 7.5 and -6 do not magnify rounding errors."""
     predictions = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     predictions = (predictions[:1] + 0.01 * predictions).to(dtype)
     coefficients = branch_coefficients(7.5, 1.5)
@@ -55,7 +55,7 @@ def test_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
 
 
 def test_images_with_scales_of_their_own() -> None:
-    """Each row of the batch is what it is alone, whatever branches the others need; equal scales are one weight."""
+    """Each row equals its result alone, whatever branches the others need; equal scales give one weight."""
     scales = [(7.5, 1.5), (3.0, 1.0), (1.0, 1.0), (1.5, 1.5)]
     predictions = torch.randn(3, 4, 2, 5, generator=torch.Generator().manual_seed(0))  # (branches, images, ...)
     coefficients = batch_coefficients(scales)

@@ -1,4 +1,4 @@
-"""Two- and one-branch guidance against the stock three-branch pipelines, for the few-step schedulers, SD and SDXL."""
+"""Guidance with one to three branches against the stock pipelines, for few-step schedulers, SD and SDXL."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from utils.editing.edit_images import edit_pixels
+from utils.editing.edit_images import SamplingSettings, edit_pixels
 from utils.editing.guidance import branch_coefficients, coefficients_of_steps
 from utils.editing.schedulers import SCHEDULERS, choose_scheduler
 from utils.errors import InputError
@@ -37,7 +37,7 @@ def photo(photos) -> Image.Image:
 
 
 def editor_with(loaded_editors: dict[str, DiffusionPipeline], family: str, scheduler: str) -> DiffusionPipeline:
-    """A pipeline that shares the weights and has the scheduler of `FEW_STEPS`."""
+    """A pipeline with shared weights and a scheduler of `FEW_STEPS`."""
     pipeline = copy.copy(loaded_editors[family])
     pipeline.scheduler = choose_scheduler(pipeline.scheduler, *FEW_STEPS[scheduler])
     return pipeline
@@ -45,7 +45,7 @@ def editor_with(loaded_editors: dict[str, DiffusionPipeline], family: str, sched
 
 @contextmanager
 def counting_rows(pipeline: DiffusionPipeline) -> Iterator[list[int]]:
-    """The rows of each call of the UNet."""
+    """The batch size of each call of the UNet."""
     rows: list[int] = []
     hook = pipeline.unet.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[0]))
     yield rows
@@ -53,7 +53,7 @@ def counting_rows(pipeline: DiffusionPipeline) -> Iterator[list[int]]:
 
 
 def stock_pixels(pipeline: DiffusionPipeline, photo: Image.Image, **settings) -> torch.Tensor:
-    """(3, H, W), from a generator that starts where ours does."""
+    """(3, H, W), with the same seed."""
     size = dict(height=photo.height, width=photo.width) if hasattr(pipeline, "text_encoder_2") else {}
     generator = torch.Generator().manual_seed(SEED)
     edited = pipeline(PROMPT, image=photo, output_type="np", generator=generator, **size, **settings).images
@@ -64,7 +64,7 @@ def stock_pixels(pipeline: DiffusionPipeline, photo: Image.Image, **settings) ->
 def three_branches(
     pipeline: DiffusionPipeline, photo: Image.Image, s_text: float, s_image: float, eta: float | None = None
 ) -> torch.Tensor:
-    """The paper's equation 3 as it is written: every branch evaluated at every step, one by one; (3, H, W)."""
+    """Equation 3 of the paper, with every branch evaluated at every step; (3, H, W)."""
     if hasattr(pipeline, "text_encoder_2"):
         text, null, pooled, null_pooled = pipeline.encode_prompt(PROMPT, device="cpu", do_classifier_free_guidance=True)
         time_ids = torch.tensor([[photo.height, photo.width, 0, 0, photo.height, photo.width]], dtype=torch.float32)
@@ -104,16 +104,16 @@ def three_branches(
 def test_equals_the_three_branches_of_stock(
     loaded_editors, photo, family: str, scheduler: str, scales: tuple[float, float], branches: int
 ) -> None:
-    """Stock evaluates 3 rows a step, ours what counts, and the pictures are the same to 1e-4."""
+    """Stock evaluates 3 rows per step, ours those that are needed, and the images are equal to 1e-4."""
     pipeline = editor_with(loaded_editors, family, scheduler)
     settings = dict(num_inference_steps=STEPS, guidance_scale=scales[0], image_guidance_scale=scales[1])
     settings["eta"] = ETA.get(scheduler, 0.0)
     with counting_rows(pipeline) as stock_rows:
         expected = stock_pixels(pipeline, photo, **settings)
     with counting_rows(pipeline) as rows:
-        edited = edit_pixels(pipeline, [photo], [PROMPT], seeds=[SEED], **settings)[0][0]
+        edited = edit_pixels(pipeline, [photo], [PROMPT], [SEED], SamplingSettings(**settings))[0][0]
     assert stock_rows == [3] * STEPS and rows == [branches] * STEPS
-    assert expected.std() > 0.02, "a flat picture would prove nothing"
+    assert expected.std() > 0.02, "a flat image proves nothing"
     torch.testing.assert_close(edited, expected, rtol=0, atol=1e-4)
 
 
@@ -126,11 +126,11 @@ def test_equals_the_three_branches_of_stock(
 def test_follows_the_formula_where_stock_drops_guidance(
     loaded_editors, photo, family: str, scheduler: str, scales: tuple[float, float], branches: int
 ) -> None:
-    """s_T <= 1 or s_I < 1: stock evaluates one branch whatever the scales say; ours is the formula's three."""
+    """s_T <= 1 or s_I < 1: stock evaluates one branch, ours all that the formula needs."""
     pipeline = editor_with(loaded_editors, family, scheduler)
     settings = dict(num_inference_steps=STEPS, guidance_scale=scales[0], image_guidance_scale=scales[1])
     with counting_rows(pipeline) as rows:
-        edited = edit_pixels(pipeline, [photo], [PROMPT], seeds=[SEED], eta=None, **settings)[0][0]
+        edited = edit_pixels(pipeline, [photo], [PROMPT], [SEED], SamplingSettings(eta=None, **settings))[0][0]
     assert rows == [branches] * STEPS
     torch.testing.assert_close(edited, three_branches(pipeline, photo, *scales), rtol=0, atol=1e-4)
     with counting_rows(pipeline) as stock_rows:
@@ -142,51 +142,56 @@ def test_follows_the_formula_where_stock_drops_guidance(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_eta_of_tcd(loaded_editors, photo, family: str) -> None:
-    """The pipelines give TCD eta 0 in the place of its own 0.3. Ours: 0 as they do, None leaves the scheduler's own."""
+    """Stock pipelines pass eta 0 to TCD. Ours pass 0 by default, and with None keep the scheduler's own 0.3."""
     pipeline = editor_with(loaded_editors, family, "tcd")
     settings = dict(num_inference_steps=STEPS, guidance_scale=2.0, image_guidance_scale=1.0)
 
     def edit(**eta: float | None) -> torch.Tensor:
-        return edit_pixels(pipeline, [photo], [PROMPT], seeds=[SEED], **eta, **settings)[0][0]
+        return edit_pixels(pipeline, [photo], [PROMPT], [SEED], SamplingSettings(**eta, **settings))[0][0]
 
     torch.testing.assert_close(edit(), stock_pixels(pipeline, photo, **settings), rtol=0, atol=1e-4)
     torch.testing.assert_close(edit(eta=None), stock_pixels(pipeline, photo, eta=0.3, **settings), rtol=0, atol=1e-4)
     assert torch.equal(edit(), edit(eta=0.0)) and torch.equal(edit(eta=None), edit(eta=0.3))
     assert (edit() - edit(eta=None)).abs().max() > 1e-3
     other = editor_with(loaded_editors, family, "ddim")
-    same = [edit_pixels(other, [photo], [PROMPT], seeds=[SEED], eta=eta, **settings)[0][0] for eta in (None, 0.0)]
+    same = [
+        edit_pixels(other, [photo], [PROMPT], [SEED], SamplingSettings(eta=eta, **settings))[0][0]
+        for eta in (None, 0.0)
+    ]
     assert torch.equal(*same)
 
 
 @pytest.mark.parametrize("scheduler", ["lcm", "tcd"])
 def test_original_inference_steps(loaded_editors, photo, scheduler: str) -> None:
-    """The timesteps of a distillation stand in the scheduler's configuration, which an edit keeps to: DMD2's four."""
+    """The timesteps of a distillation are in the configuration of the scheduler: those of DMD2."""
     pipeline = editor_with(loaded_editors, "sd", scheduler)
     pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, original_inference_steps=4)
     seen = []
     hook = pipeline.unet.register_forward_hook(lambda module, inputs, output: seen.append(int(inputs[1])))
     settings = dict(num_inference_steps=4, guidance_scale=2.0, image_guidance_scale=1.0)
     try:
-        edited = edit_pixels(pipeline, [photo], [PROMPT], seeds=[SEED], **settings)[0][0]
+        edited = edit_pixels(pipeline, [photo], [PROMPT], [SEED], SamplingSettings(**settings))[0][0]
     finally:
         hook.remove()
     assert seen == [999, 749, 499, 249]
     torch.testing.assert_close(edited, stock_pixels(pipeline, photo, **settings), rtol=0, atol=1e-4)
-    with pytest.raises(InputError, match="5 steps cannot be done by this model's"):
-        edit_pixels(pipeline, [photo], [PROMPT], num_inference_steps=5)
-    again = choose_scheduler(pipeline.scheduler, scheduler)  # naming the model's own changes nothing
+    with pytest.raises(InputError, match="5 steps are not possible with the scheduler"):
+        edit_pixels(pipeline, [photo], [PROMPT], [0], SamplingSettings(num_inference_steps=5))
+    again = choose_scheduler(pipeline.scheduler, scheduler)  # the name of the model's own scheduler
     assert again.config.original_inference_steps == 4
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_guidance_interval(loaded_editors, photo, family: str) -> None:
-    """Rows by the step; the edit is that of a loop that changes its scales, and the whole interval is none."""
+    """The rows of each step; the interval (0, 1) is no change, and an empty one is an edit with scales 1 and 1."""
     pipeline = editor_with(loaded_editors, family, "ddim")
-    settings = dict(seeds=[SEED], num_inference_steps=4, guidance_scale=5.0, image_guidance_scale=1.5)
+    settings = dict(num_inference_steps=4, guidance_scale=5.0, image_guidance_scale=1.5)
 
     def edit(interval: tuple[float, float] | None) -> tuple[torch.Tensor, list[int]]:
         with counting_rows(pipeline) as rows:
-            edited = edit_pixels(pipeline, [photo], [PROMPT], guidance_interval=interval, **settings)[0][0]
+            edited = edit_pixels(
+                pipeline, [photo], [PROMPT], [SEED], SamplingSettings(guidance_interval=interval, **settings)
+            )[0][0]
         return edited, rows
 
     whole, rows = edit(None)
@@ -211,7 +216,7 @@ def test_coefficients_of_steps() -> None:
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if not name.startswith("edm")])
 def test_every_scheduler_edits(loaded_editors, photo, name: str) -> None:
-    """As stock with the same scheduler; its betas and kind of prediction are those of the model's own."""
+    """Equal to stock with the same scheduler, whose betas and prediction type are those of the model's own."""
     pipeline = copy.copy(loaded_editors["sd"])
     pipeline.scheduler = choose_scheduler(pipeline.scheduler, name)
     assert type(pipeline.scheduler).__name__ == SCHEDULERS[name][0]
@@ -220,7 +225,7 @@ def test_every_scheduler_edits(loaded_editors, photo, name: str) -> None:
     assert not config.get("clip_sample", False)
     settings = dict(num_inference_steps=5, guidance_scale=2.0, image_guidance_scale=1.0)
     edited = edit_pixels(
-        loaded_editors["sd"], [photo], [PROMPT], seeds=[SEED], scheduler=pipeline.scheduler, **settings
+        loaded_editors["sd"], [photo], [PROMPT], [SEED], SamplingSettings(scheduler=pipeline.scheduler, **settings)
     )[0][0]
     torch.testing.assert_close(edited, stock_pixels(pipeline, photo, **settings), rtol=0, atol=1e-4)
 
@@ -229,7 +234,7 @@ def test_choosing_a_scheduler() -> None:
     own = diffusers.EulerAncestralDiscreteScheduler(beta_end=0.013, timestep_spacing="leading")
     assert choose_scheduler(own).config.timestep_spacing == "leading"
     assert choose_scheduler(own, "ddim", "trailing").config.timestep_spacing == "trailing"
-    assert not choose_scheduler(own, "ddim").config.clip_sample  # which the class would have by itself
+    assert not choose_scheduler(own, "ddim").config.clip_sample  # the default of the class is True
     assert type(choose_scheduler(own, "EulerDiscreteScheduler")) is diffusers.EulerDiscreteScheduler
     sde = choose_scheduler(own, "dpm++_sde")
     assert choose_scheduler(sde).config.algorithm_type == "sde-dpmsolver++"
@@ -237,7 +242,7 @@ def test_choosing_a_scheduler() -> None:
     edm = diffusers.EDMEulerScheduler(sigma_max=120.0)
     assert choose_scheduler(edm, "edm_dpm++").config.sigma_max == 120.0
     for scheduler, name, spacing, message in (
-        (own, "eulr", None, "--scheduler eulr is not known"),
+        (own, "eulr", None, "--scheduler eulr is unknown"),
         (own, "edm_euler", None, "other noise levels"),
         (edm, "euler", None, "choose edm_euler"),
         (own, "lcm", "trailing", "no effect on LCMScheduler"),

@@ -1,4 +1,4 @@
-"""Editing with SDXL against the stock pipeline, and the null prompt of training against that of inference."""
+"""Editing with SDXL against the stock pipeline, and the null condition of training against that of inference."""
 
 from __future__ import annotations
 
@@ -16,7 +16,15 @@ from diffusers import (
 )
 from PIL import Image
 
-from utils.editing.edit_images import edit_images, edit_pixels, fit_to_model, native_resolution, size_multiple
+from utils.editing.edit_images import (
+    SamplingSettings,
+    edit_images,
+    edit_pixels,
+    fit_to_model,
+    native_resolution,
+    size_multiple,
+)
+from utils.editing.encodings import Encodings
 from utils.editing.loading import load_editor
 from utils.models.conditioning import PromptEmbeds, drop_prompts, make_prompt_encoder
 
@@ -35,7 +43,7 @@ SCALES = dict(guidance_scale=7.5, image_guidance_scale=1.5)  # the stock pipelin
 
 @pytest.fixture
 def editor(loaded_editors) -> StableDiffusionXLInstructPix2PixPipeline:
-    """A pipeline whose switches a test may change; the weights are shared."""
+    """A pipeline whose attributes a test may change; the weights are shared."""
     return copy.copy(loaded_editors["sdxl"])
 
 
@@ -61,9 +69,9 @@ def stock_pixels(pipeline: DiffusionPipeline, image: Image.Image, prompt: str, s
 def assert_equals_stock(pipeline: DiffusionPipeline, image: Image.Image, **settings) -> torch.Tensor:
     settings = dict(num_inference_steps=5) | SCALES | settings
     expected = stock_pixels(pipeline, image, PROMPTS[0], 3, **settings)
-    pixels, flags = edit_pixels(pipeline, [image], PROMPTS[:1], seeds=[3], **settings)
+    pixels, flags = edit_pixels(pipeline, [image], PROMPTS[:1], [3], SamplingSettings(**settings))
     assert pixels[0].shape == (3, SIZE[1], SIZE[0]) and flags == [False]
-    assert expected.std() > 0.02, "a flat picture would prove nothing"
+    assert expected.std() > 0.02, "a flat image proves nothing"
     torch.testing.assert_close(pixels[0], expected, rtol=0, atol=1e-4)
     return expected
 
@@ -100,7 +108,7 @@ def test_equals_stock_for_cosxl(editor, photos) -> None:
 
 
 def test_equals_stock_for_a_vae_with_means(editor, photos) -> None:
-    """As Playground's: the latents of each channel are shifted."""
+    """As in Playground, where the latents of each channel are normalised."""
     set_scheduler(editor, "euler")
     plain = assert_equals_stock(editor, photos[0])
     before = editor.vae.config
@@ -114,13 +122,13 @@ def test_equals_stock_for_a_vae_with_means(editor, photos) -> None:
 
 @pytest.mark.parametrize("scheduler", ["euler ancestral", "edm"])
 def test_an_edit_does_not_depend_on_its_batch(editor, photos, scheduler: str) -> None:
-    """Images of two sizes: each equals the edit of it alone; the sizes that SDXL is told are each image's own."""
+    """Images of two sizes: each equals the edit of it alone, with its own size conditions."""
     set_scheduler(editor, scheduler)
     editor.is_cosxl_edit = scheduler == "edm"
     images, prompts = [photos[0], photos[1].resize((32, 32)), photos[1]], ["a", "b", "c"]
-    together, _ = edit_pixels(editor, images, prompts, seeds=[5, 6, 7], num_inference_steps=3)
+    together, _ = edit_pixels(editor, images, prompts, [5, 6, 7], SamplingSettings(num_inference_steps=3))
     for row, (image, prompt) in enumerate(zip(images, prompts, strict=True)):
-        alone = edit_pixels(editor, [image], [prompt], seeds=[5 + row], num_inference_steps=3)[0][0]
+        alone = edit_pixels(editor, [image], [prompt], [5 + row], SamplingSettings(num_inference_steps=3))[0][0]
         assert alone.shape == (3, image.height, image.width)
         torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-4)  # EDM's noise is 120 times larger
 
@@ -133,14 +141,14 @@ def test_rows_of_the_unet(editor, photos, scales: tuple[float, float], branches:
     set_scheduler(editor, "ddim")
     rows, added = [], []
 
-    def note(module, inputs, settings, output) -> None:
+    def record(module, inputs, settings, output) -> None:
         rows.append(inputs[0].shape[0])
         added.append({name: value.clone() for name, value in settings["added_cond_kwargs"].items()})
 
-    hook = editor.unet.register_forward_hook(note, with_kwargs=True)
+    hook = editor.unet.register_forward_hook(record, with_kwargs=True)
     try:
         settings = dict(num_inference_steps=3, guidance_scale=scales[0], image_guidance_scale=scales[1])
-        edit_pixels(editor, photos, PROMPTS, seeds=[0, 1], **settings)
+        edit_pixels(editor, photos, PROMPTS, [0, 1], SamplingSettings(**settings))
     finally:
         hook.remove()
     assert rows == [2 * branches] * 3
@@ -153,19 +161,19 @@ def test_rows_of_the_unet(editor, photos, scales: tuple[float, float], branches:
 
 
 def test_a_given_encoder_is_not_run_again(editor, photos) -> None:
-    """A training run passes its own: what it has encoded is not encoded again, and the edit is the same."""
+    """Prompts that a training run has encoded are not encoded again, and the edit is the same."""
     set_scheduler(editor, "ddim")
-    expected = edit_pixels(editor, photos, PROMPTS, seeds=[1, 2], num_inference_steps=2)[0]
+    expected = edit_pixels(editor, photos, PROMPTS, [1, 2], SamplingSettings(num_inference_steps=2))[0]
     encoder = make_prompt_encoder(editor)
     assert encoder.encode_all(PROMPTS, show_progress=False)
     runs = []
     hooks = [model.register_forward_hook(lambda *_: runs.append(1)) for model in encoder.text_encoders]
     try:
-        settings = dict(seeds=[1, 2], num_inference_steps=2, encode_prompts=encoder)
+        settings, encodings = SamplingSettings(num_inference_steps=2), Encodings(editor, encoder)
         with torch.autocast("cpu", torch.bfloat16, enabled=False):
-            pixels = edit_pixels(editor, photos, PROMPTS, **settings)[0]
+            pixels = edit_pixels(editor, photos, PROMPTS, [1, 2], settings, encodings=encodings)[0]
         assert not runs
-        edit_pixels(editor, photos, ["another", PROMPTS[1]], **settings)
+        edit_pixels(editor, photos, ["another", PROMPTS[1]], [1, 2], settings, encodings=encodings)
     finally:
         for hook in hooks:
             hook.remove()
@@ -173,16 +181,23 @@ def test_a_given_encoder_is_not_run_again(editor, photos) -> None:
     assert all(torch.equal(*pair) for pair in zip(pixels, expected, strict=True))
 
 
-def test_autocast_leaves_no_trace_in_a_given_encoder(editor, photos) -> None:
-    """Validation runs inside autocast; what the encoder keeps must be what training would have encoded."""
+def test_autocast_does_not_change_the_embeddings(editor, photos) -> None:
+    """Validation runs inside autocast, and training uses the embeddings that the encoder keeps."""
     plain, under_autocast = make_prompt_encoder(editor), make_prompt_encoder(editor)
     with torch.autocast("cpu", torch.bfloat16):
-        edit_pixels(editor, photos[:1], PROMPTS[:1], num_inference_steps=1, encode_prompts=under_autocast)
+        edit_pixels(
+            editor,
+            photos[:1],
+            PROMPTS[:1],
+            [0],
+            SamplingSettings(num_inference_steps=1),
+            encodings=Encodings(editor, under_autocast),
+        )
     assert torch.equal(plain(PROMPTS[:1]).hidden, under_autocast(PROMPTS[:1]).hidden)
 
 
 def test_vae_in_float16_is_run_in_float32(editor, photos) -> None:
-    """Where its configuration says so: its numbers overflow. Afterwards it is in float16 again."""
+    """If its configuration says that it overflows. Afterwards it is in float16 again."""
     vae = copy.deepcopy(editor.vae).half()
     editor.vae, seen = vae, []
     hooks = [
@@ -190,9 +205,9 @@ def test_vae_in_float16_is_run_in_float32(editor, photos) -> None:
         for part in (vae.encoder, vae.decoder)
     ]
     set_scheduler(editor, "ddim")
-    settings = dict(seeds=[0], num_inference_steps=2)
+    settings = dict(num_inference_steps=2)
     with torch.autocast("cpu", torch.bfloat16):
-        edit_pixels(editor, photos[:1], PROMPTS[:1], **settings)
+        edit_pixels(editor, photos[:1], PROMPTS[:1], [0], SamplingSettings(**settings))
     assert seen == [(torch.float32, torch.float32)] * 2
     assert {value.dtype for value in vae.parameters()} == {torch.float16}
     for hook in hooks:
@@ -200,32 +215,34 @@ def test_vae_in_float16_is_run_in_float32(editor, photos) -> None:
 
 
 def test_runs_where_the_unet_is(editor, photos, monkeypatch) -> None:
-    """And not where the text encoders are, which a training run moves away when every prompt is encoded."""
-    expected = edit_pixels(editor, photos[:1], PROMPTS[:1], seeds=[0], num_inference_steps=2)[0][0]
+    """Not on the device of the text encoders, which a training run moves away when every prompt is encoded."""
+    expected = edit_pixels(editor, photos[:1], PROMPTS[:1], [0], SamplingSettings(num_inference_steps=2))[0][0]
 
     def fail(self) -> torch.device:
-        raise AssertionError("the device of the text encoders was asked for")
+        raise AssertionError("used the device of the text encoders")
 
     monkeypatch.setattr(DiffusionPipeline, "_execution_device", property(fail))
-    pixels = edit_pixels(editor, photos[:1], PROMPTS[:1], seeds=[0], num_inference_steps=2)[0][0]
+    pixels = edit_pixels(editor, photos[:1], PROMPTS[:1], [0], SamplingSettings(num_inference_steps=2))[0][0]
     assert torch.equal(pixels, expected)
 
 
 def test_offloaded_models(tiny_sdxl_editor: Path, photos) -> None:
-    """Hooks move the models to where they run, and know where that is."""
-    settings = dict(seeds=[0], num_inference_steps=2)
-    expected = edit_pixels(load_editor(tiny_sdxl_editor), photos[:1], PROMPTS[:1], **settings)[0][0]
+    """The hooks of offloaded models decide on the device."""
+    settings = dict(num_inference_steps=2)
+    expected = edit_pixels(load_editor(tiny_sdxl_editor), photos[:1], PROMPTS[:1], [0], SamplingSettings(**settings))[
+        0
+    ][0]
     offloaded = load_editor(tiny_sdxl_editor)
     offloaded.enable_model_cpu_offload(device="cpu")
     grouped = load_editor(tiny_sdxl_editor)
     grouped.enable_group_offload(onload_device=torch.device("cpu"), offload_type="leaf_level")
     for pipeline in (offloaded, grouped):
-        pixels = edit_pixels(pipeline, photos[:1], PROMPTS[:1], **settings)[0][0]
+        pixels = edit_pixels(pipeline, photos[:1], PROMPTS[:1], [0], SamplingSettings(**settings))[0][0]
         torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-4)
 
 
 def test_watermark_of_the_pipeline(editor, photos) -> None:
-    """Only where the pipeline has one."""
+    """Only if the pipeline has one."""
 
     class Watermark:
         def apply_watermark(self, images: torch.Tensor) -> torch.Tensor:
@@ -234,36 +251,13 @@ def test_watermark_of_the_pipeline(editor, photos) -> None:
 
     assert editor.watermark is None
     editor.watermark = Watermark()
-    assert (edit_pixels(editor, photos[:1], PROMPTS[:1], num_inference_steps=1)[0][0] == 1).all()
+    assert (edit_pixels(editor, photos[:1], PROMPTS[:1], [0], SamplingSettings(num_inference_steps=1))[0][0] == 1).all()
 
 
-def test_textual_inversion(editor, photos) -> None:
-    """A prompt may name one, which stands for several tokens; each text encoder has its own."""
-    set_scheduler(editor, "ddim")
-    for name in ("tokenizer", "tokenizer_2"):
-        tokenizer = copy.deepcopy(getattr(editor, name))
-        tokenizer.add_tokens(["<cat>", "<cat>_1"])
-        setattr(editor, name, tokenizer)
-    for name in ("text_encoder", "text_encoder_2"):
-        text_encoder = copy.deepcopy(getattr(editor, name))
-        torch.manual_seed(0)
-        text_encoder.resize_token_embeddings(len(editor.tokenizer))
-        setattr(editor, name, text_encoder)
-    settings = dict(num_inference_steps=3) | SCALES
-    expected = stock_pixels(editor, photos[0], "add <cat>", 0, **settings)
-    pixels = edit_pixels(editor, photos[:1], ["add <cat>"], seeds=[0], **settings)[0][0]
-    torch.testing.assert_close(pixels, expected, rtol=0, atol=1e-4)
-    plain_encoder = make_prompt_encoder(editor)
-    spelled = edit_pixels(
-        editor, photos[:1], ["add <cat> <cat>_1"], seeds=[0], encode_prompts=plain_encoder, **settings
-    )[0][0]
-    assert torch.equal(pixels, spelled)
-
-
-def test_long_prompts_are_told(editor, photos, caplog) -> None:
+def test_warning_about_long_prompts(editor, photos, caplog) -> None:
     with caplog.at_level(logging.WARNING):
-        edit_images(editor, photos[:1], ["very " * 100], seeds=[0], num_inference_steps=1)
-    assert caplog.text.count("longer than the text encoder reads") == 1
+        edit_images(editor, photos[:1], ["very " * 100], [0], SamplingSettings(num_inference_steps=1))
+    assert caplog.text.count("too long for the text encoder") == 1
 
 
 def test_sizes_of_the_model(editor, monkeypatch) -> None:
@@ -307,7 +301,7 @@ def test_null_condition_of_sdxl(editor, force_zeros: bool) -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("force_zeros", [True, False])
 def test_null_condition_of_sdxl_loaded_for_training(tiny_sdxl_editor: Path, force_zeros: bool, tmp_path: Path) -> None:
-    """From the folder's own switch, through the loading of the training scripts."""
+    """The training scripts read `force_zeros_for_empty_prompt` from the folder."""
     from utils.models.stable_diffusion import ModelOptions, load_stable_diffusion
 
     pipeline = StableDiffusionXLInstructPix2PixPipeline.from_pretrained(
@@ -322,8 +316,8 @@ def test_null_condition_of_sdxl_loaded_for_training(tiny_sdxl_editor: Path, forc
 
 
 @pytest.mark.parametrize("force_zeros", [True, False])
-def test_dropout_puts_the_null_condition_in_both_places(editor, force_zeros: bool) -> None:
-    """A dropped row has the hidden and the pooled null, bit for bit; the others keep theirs."""
+def test_dropout_replaces_both_embeddings(editor, force_zeros: bool) -> None:
+    """A dropped row has the null embeddings, hidden and pooled, bit for bit; the other rows are unchanged."""
     encoder = make_prompt_encoder(editor)
     null = encoder.null_embeds if force_zeros else encoder([""])
     embeds = encoder(["one", "two", "three"])

@@ -325,7 +325,7 @@ def test_a_configuration_of_other_sizes(file: Path, folder: Path, tmp_path: Path
     changed = shutil.copytree(folder, tmp_path / "changed")
     config = json.loads((changed / "unet" / "config.json").read_text())
     (changed / "unet" / "config.json").write_text(json.dumps(config | {"block_out_channels": [32, 64]}))
-    with pytest.raises(InputError, match="--single_file_config is a pipeline of the same family"):
+    with pytest.raises(InputError, match="--single_file_config must be a pipeline of the same family"):
         load_single_file(str(file), str(changed), None)
 
 

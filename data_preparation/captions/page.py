@@ -1,4 +1,4 @@
-"""The page of prompt_app.py: a caption, and what a language model would make of it."""
+"""The web page of prompt_app.py: candidates of edits for a caption."""
 
 from __future__ import annotations
 
@@ -12,108 +12,116 @@ from typing import Any
 
 import gradio as gr
 
-from data_preparation.captions.backend import Backend
-from data_preparation.captions.flags import LIMITS
-from data_preparation.captions.moderation import Moderator
-from data_preparation.captions.prompts import Ask, Sampling, read_examples
-from data_preparation.captions.triples import PARSERS, Rejected, Triple, clean
+from data_preparation.captions.backends import Backend
+from data_preparation.captions.model_flags import LIMITS, Moderator
+from data_preparation.captions.prompts import (
+    NUM_SEEDS,
+    PARSERS,
+    Question,
+    Rejected,
+    SamplingOptions,
+    Triple,
+    clean_text,
+    read_examples,
+)
 from utils.errors import InputError
-from utils.web.page_text import complain, say
+from utils.web.page_text import error_html, status_html
 
-Found = Triple | Rejected
-MAX_CANDIDATES, MAX_CAPTION, MAX_SEED = 16, 1000, 2**31 - 1
-SETTINGS = ("temperature", "top_p", "num_examples")
+Candidate = Triple | Rejected
+MAX_CANDIDATES, MAX_CAPTION = 16, 1000
+SAMPLING_FIELDS = ("temperature", "top_p", "num_examples")  # that the page can change
 TITLE = "Captions to edits"
 INTRODUCTION = f"""# {TITLE}
-Write the caption of a picture, press **Enter**: the language model invents edits, and the caption after each."""
+Write the caption of an image and press **Enter**: the language model invents edits, and the caption after each edit."""
 CSS = """
 .gradio-container .main.app { max-width: 1100px !important; margin: 0 auto; }
 #title h1 { margin: 0; }
 #columns { display: grid; align-items: start; grid-template-columns: 1fr 1fr; grid-template-rows: auto 1fr;
-  grid-template-areas: "wish result" "settings result"; }
-#wish { grid-area: wish; } #result { grid-area: result; } #settings { grid-area: settings; }
+  grid-template-areas: "request result" "settings result"; }
+#request { grid-area: request; } #result { grid-area: result; } #settings { grid-area: settings; }
 #result .html-container { padding: 0; }
 #status { min-height: 1.6em; }
 #status .error { border-left: 4px solid #d33; padding-left: 10px; overflow-wrap: anywhere; }
 .candidate { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 10px 14px; margin: 0 0 10px; }
 .candidate p { margin: 0 0 4px; overflow-wrap: anywhere; }
 .candidate .edit { font-weight: 600; }
-.candidate .beside, .candidate.rejected p { color: var(--body-text-color-subdued); font-weight: 400; }
-.candidate .beside { font-size: 0.85em; }
+.candidate .seed, .candidate.rejected p { color: var(--body-text-color-subdued); font-weight: 400; }
+.candidate .seed { font-size: 0.85em; }
 .candidate mark { background: var(--color-accent-soft); color: inherit; border-radius: 3px; padding: 0 2px;
   text-decoration: underline 2px var(--color-accent); text-underline-offset: 3px; }
 @media (max-width: 700px) {
-  #columns { grid-template-columns: minmax(0, 1fr); grid-template-areas: "wish" "result" "settings"; }
+  #columns { grid-template-columns: minmax(0, 1fr); grid-template-areas: "request" "result" "settings"; }
   .gradio-container .main.app { padding: 12px !important; }
 }
 """
-APPEARANCE = dict(  # fonts that every system has: Gradio's own would come from another server
+LAUNCH_OPTIONS = dict(  # system fonts, because Gradio's own would be loaded from another server
     theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     css=CSS,
     footer_links=[],
     run_history=False,
     ssr_mode=False,
 )
-QUIET: dict[str, Any] = dict(show_progress="hidden", api_visibility="private")
 
 
-class Suggester:
-    """One visitor's press of the button, as HTML and as lines of JSON."""
+class CandidateService:
+    """Generates and checks the candidates of one request of the page."""
 
-    def __init__(self, backend: Backend, sampling: Sampling, moderator: Moderator) -> None:
+    def __init__(self, backend: Backend, sampling: SamplingOptions, moderator: Moderator) -> None:
         self._backend, self.sampling, self._moderator = backend, sampling, moderator
 
-    def suggest(self, caption: str, count: int, seed: int, **changes: float) -> tuple[list[Found], list[Ask]]:
-        """The candidates, and what was asked for each. Raises InputError for what a visitor can mend."""
-        caption = check_wish(caption, count, seed, changes)
+    def generate(self, caption: str, count: int, seed: int, **changes: float) -> tuple[list[Candidate], list[Question]]:
+        """The candidates and their questions. changes: of the sampling. Raises InputError with a message to show."""
+        caption = check_request(caption, count, seed, changes)
         if self._moderator([caption])[0]:
-            raise InputError("the caption is refused by the moderation of this page")
-        asks = [Ask(caption, (seed + number) % (MAX_SEED + 1)) for number in range(count)]
+            raise InputError("The moderation of this page refuses the caption.")
+        questions = [Question(caption, (seed + number) % NUM_SEEDS) for number in range(count)]
         sampling = replace(self.sampling, **changes)
-        found: list[Found] = []
-        for answer in self._backend.with_sampling(sampling).answer(asks):
-            refusal = Rejected(f"refused by the server ({answer.refusal})") if answer.refusal else None
-            found.append(refusal or PARSERS[sampling.format](caption, answer.text, answer.is_finished))
-        texts = [f"{each.edit}\n{each.output}" if isinstance(each, Triple) else "" for each in found]
-        refused = self._moderator(texts)
-        pairs = zip(found, refused, strict=True)
-        return [Rejected("refused by moderation") if is_refused else each for each, is_refused in pairs], asks
+        candidates: list[Candidate] = []
+        for answer in self._backend.answer(questions, sampling):
+            result = Rejected(f"refused by the server ({answer.refusal})")
+            if not answer.refusal:
+                result = PARSERS[sampling.format](caption, answer.text, answer.is_finished)
+            candidates.append(result)
+        texts = [f"{each.edit}\n{each.output}" if isinstance(each, Triple) else "" for each in candidates]
+        pairs = zip(candidates, self._moderator(texts), strict=True)
+        return [Rejected("refused by moderation") if is_refused else each for each, is_refused in pairs], questions
 
 
-def check_wish(caption: str, count: int, seed: int, changes: dict[str, float]) -> str:
-    """The caption in one line. Raises one InputError with everything that cannot be."""
+def check_request(caption: str, count: int, seed: int, changes: dict[str, float]) -> str:
+    """The caption in one line. Raises one InputError with all problems."""
     try:
-        caption = clean(caption or "")
+        caption = clean_text(caption or "")
     except UnicodeError:
         caption = ""
     problems = [] if caption else ['The caption is empty: write one, such as "a boat on a lake".']
     if len(caption) > MAX_CAPTION:
-        problems.append(f"The caption has {len(caption)} characters, at most {MAX_CAPTION} are taken.")
-    limits = {"candidates": (count, 1, MAX_CANDIDATES), "seed": (seed, 0, MAX_SEED)}
+        problems.append(f"The caption has {len(caption)} characters; at most {MAX_CAPTION} are allowed.")
+    limits = {"candidates": (count, 1, MAX_CANDIDATES), "seed": (seed, 0, NUM_SEEDS - 1)}
     limits |= {name: (value, *LIMITS[name]) for name, value in changes.items()}
-    for name, (value, least, most) in limits.items():
-        if not isinstance(value, (int, float)) or not least <= value <= most:
-            problems.append(f"{name} {value}: must be from {least} to {most}.")
+    for name, (value, lowest, highest) in limits.items():
+        if not isinstance(value, (int, float)) or not lowest <= value <= highest:
+            problems.append(f"{name} {value}: must be from {lowest} to {highest}.")
     if problems:
         raise InputError.from_problems(problems)
     return caption
 
 
-def show(found: list[Found], asks: list[Ask]) -> str:
-    """Candidates as HTML; the words that are new in the output are marked."""
+def render_candidates(candidates: list[Candidate], questions: list[Question]) -> str:
+    """Candidates as HTML. Words of the output that are not in the caption are marked."""
     cards = []
-    for each, ask in zip(found, asks, strict=True):
-        beside = f'<p class="beside">seed {ask.seed}</p>'
-        if isinstance(each, Rejected):
-            cards.append(f'<div class="candidate rejected"><p>no edit: {html.escape(each.reason)}</p>{beside}</div>')
-            continue
-        told = f'<p class="edit">{html.escape(each.edit)}</p><p>{mark_changes(each.caption, each.output)}</p>'
-        cards.append(f'<div class="candidate">{told}{beside}</div>')
+    for candidate, question in zip(candidates, questions, strict=True):
+        seed = f'<p class="seed">seed {question.seed}</p>'
+        if isinstance(candidate, Rejected):
+            reason = html.escape(candidate.reason)
+            cards.append(f'<div class="candidate rejected"><p>rejected: {reason}</p>{seed}</div>')
+        else:
+            edit, output = html.escape(candidate.edit), mark_changes(candidate.caption, candidate.output)
+            cards.append(f'<div class="candidate"><p class="edit">{edit}</p><p>{output}</p>{seed}</div>')
     return "".join(cards)
 
 
 def mark_changes(before: str, after: str) -> str:
-    """`after` as HTML, with what `before` has not marked, word by word."""
+    """`after` as HTML, with <mark> around the words that `before` does not have."""
     old, new = before.split(), after.split()
     parts = []
     for kind, _, _, start, end in difflib.SequenceMatcher(None, old, new, autojunk=False).get_opcodes():
@@ -123,82 +131,67 @@ def mark_changes(before: str, after: str) -> str:
     return " ".join(parts)
 
 
-def as_lines(found: list[Found]) -> str:
-    return "\n".join(json.dumps(each._asdict(), ensure_ascii=False) for each in found if isinstance(each, Triple))
-
-
-def make_page(suggester: Suggester, name: str, at_once: int) -> gr.Blocks:
-    """at_once: visitors that are answered at one time; the others wait in Gradio's line."""
+def make_page(service: CandidateService, model: str, concurrency: int) -> gr.Blocks:
+    """The page. model: name to display; concurrency: requests that run at a time, the others wait in Gradio's queue."""
     parts: dict[str, Any] = {}
     with gr.Blocks(title=TITLE, analytics_enabled=False) as blocks:
         gr.Markdown(INTRODUCTION, elem_id="title")
-        with gr.Row(elem_id="columns"):  # a grid (CSS): side by side, or one below the other in this order
-            with gr.Column(elem_id="wish", min_width=0):
-                parts["caption"] = gr.Textbox(
-                    label="Caption", lines=1, max_lines=1, placeholder="a boat on a lake", elem_id="caption"
-                )
+        with gr.Row(elem_id="columns"):  # a CSS grid: two columns, or on narrow screens one in this order
+            with gr.Column(elem_id="request", min_width=0):
+                box = dict(lines=1, max_lines=1, placeholder="a boat on a lake", elem_id="caption")
+                parts["caption"] = gr.Textbox(label="Caption", **box)
                 parts["run"] = gr.Button("Invent edits", variant="primary", elem_id="run")
             with gr.Column(elem_id="result", min_width=0):
-                parts["status"] = gr.HTML(say("The candidates will stand here."), elem_id="status", padding=False)
+                parts["status"] = gr.HTML(status_html("The candidates appear here."), elem_id="status", padding=False)
                 parts["cards"] = gr.HTML(elem_id="cards", padding=False)
-                parts["lines"] = gr.Textbox(
-                    label="The same as lines of JSON",
-                    interactive=False,
-                    lines=2,
-                    max_lines=8,
-                    buttons=["copy"],
-                    elem_id="lines",
-                )
+                box = dict(interactive=False, lines=2, max_lines=8, buttons=["copy"], elem_id="lines")
+                parts["lines"] = gr.Textbox(label="As JSON lines", **box)
             with gr.Column(elem_id="settings", min_width=0):
-                _lay_out_settings(parts, suggester.sampling, name)
-        _connect(parts, suggester, name, at_once)
+                _add_settings(parts, service.sampling, model)
+        _connect(parts, service, model, concurrency)
     return blocks
 
 
-def _lay_out_settings(parts: dict[str, Any], best: Sampling, name: str) -> None:
-    gr.Examples([[each.caption] for each in read_examples()[:5]], parts["caption"], label="Examples")
+def _add_settings(parts: dict[str, Any], sampling: SamplingOptions, model: str) -> None:
+    gr.Examples([[example.caption] for example in read_examples()[:5]], parts["caption"], label="Examples")
     parts["count"] = gr.Slider(1, MAX_CANDIDATES, 4, step=1, label="Candidates", elem_id="candidates")
     with gr.Row():
         parts["seed"] = gr.Number(0, label="Seed", precision=0, elem_id="seed", min_width=90)
         parts["new_seed"] = gr.Checkbox(True, label="Randomize seed", elem_id="new_seed", min_width=130)
-    with gr.Accordion(f"How {name} is asked", open=False):
-        parts["temperature"] = gr.Slider(0, 2, best.temperature, step=0.05, label="Temperature")
-        parts["top_p"] = gr.Slider(0.05, 1, best.top_p, step=0.05, label="Top p")
-        parts["num_examples"] = gr.Slider(
-            0,
-            LIMITS["num_examples"][1],
-            best.num_examples,
-            step=1,
-            label="Worked examples",
-            visible=best.format == "chat",
-        )
+    with gr.Accordion(f"Sampling of {model}", open=False):
+        parts["temperature"] = gr.Slider(0, 2, sampling.temperature, step=0.05, label="Temperature")
+        parts["top_p"] = gr.Slider(0.05, 1, sampling.top_p, step=0.05, label="Top p")
+        slider = dict(step=1, label="Worked examples", visible=sampling.format == "chat")
+        parts["num_examples"] = gr.Slider(0, LIMITS["num_examples"][1], sampling.num_examples, **slider)
 
 
-def _connect(parts: dict[str, Any], suggester: Suggester, name: str, at_once: int) -> None:
-    def suggest(caption: str, count: int, seed: int, is_new: bool, *how: float) -> Iterator[dict]:
-        seed = random.randrange(MAX_SEED + 1) if is_new else seed
-        yield update(status=say(f"Asking {name} ..."), run=gr.update(interactive=False))
-        try:
-            settings = dict(zip(SETTINGS, how, strict=True))
-            found, asks = suggester.suggest(caption, count, seed, **settings)
-        except InputError as error:
-            yield update(status=complain(str(error)), run=gr.update(interactive=True))
-            return
-        good = sum(isinstance(each, Triple) for each in found)
-        short = asks[0].caption if len(asks[0].caption) <= 60 else f"{asks[0].caption[:57]}..."
-        status = say(f"Done: {good} of {len(found)} answers for “{short}” can be used.")
-        yield update(status=status, cards=show(found, asks), lines=as_lines(found), seed=seed)
-        yield update(run=gr.update(interactive=True))
-
+def _connect(parts: dict[str, Any], service: CandidateService, model: str, concurrency: int) -> None:
     def update(**values: Any) -> dict:
-        return {parts[key]: value for key, value in values.items()}
+        return {parts[name]: value for name, value in values.items()}
+
+    def respond(caption: str, count: int, seed: int, is_random: bool, *sampling: float) -> Iterator[dict]:
+        seed = random.randrange(NUM_SEEDS) if is_random else seed
+        yield update(status=status_html(f"Asking {model} ..."), run=gr.update(interactive=False))
+        try:
+            changes = dict(zip(SAMPLING_FIELDS, sampling, strict=True))
+            candidates, questions = service.generate(caption, count, seed, **changes)
+        except InputError as error:
+            yield update(status=error_html(str(error)), run=gr.update(interactive=True))
+            return
+        usable = [candidate for candidate in candidates if isinstance(candidate, Triple)]
+        caption = questions[0].caption if len(questions[0].caption) <= 60 else f"{questions[0].caption[:57]}..."
+        status = status_html(f"Done: {len(usable)} of {len(candidates)} answers for “{caption}” are usable.")
+        lines = "\n".join(json.dumps(triple._asdict(), ensure_ascii=False) for triple in usable)
+        yield update(status=status, cards=render_candidates(candidates, questions), lines=lines, seed=seed)
+        yield update(run=gr.update(interactive=True))
 
     gr.on(
         [parts["run"].click, parts["caption"].submit],
-        suggest,
-        [parts[key] for key in ("caption", "count", "seed", "new_seed", *SETTINGS)],
-        [parts[key] for key in ("status", "cards", "lines", "seed", "run")],
-        concurrency_limit=at_once,
+        respond,
+        [parts[name] for name in ("caption", "count", "seed", "new_seed", *SAMPLING_FIELDS)],
+        [parts[name] for name in ("status", "cards", "lines", "seed", "run")],
+        concurrency_limit=concurrency,
         trigger_mode="once",
-        **QUIET,
+        show_progress="hidden",
+        api_visibility="private",
     )

@@ -1,48 +1,28 @@
-"""What infer.py's flags say of the editor, and what in them cannot work. Nothing heavy is imported here."""
+"""The flags of infer.py and app.py about the editor, and the checks of infer.py's flags. Nothing heavy is imported."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from utils.editing.jobs import find_setting_problems
+from utils.editing.settings import EditSettings, find_setting_problems
+from utils.hub_names import looks_like_path
 
 ORIGINAL_MODEL = (
-    "--ckpt, --vae-ckpt and a --config of .yaml belong to the original edit_cli.py; here a model is a folder in "
-    "diffusers' format or one .safetensors file. The original's is --model timbrooks/instruct-pix2pix; convert a .ckpt "
-    "of your own to .safetensors once, and give it as --model FILE"
+    "--ckpt, --vae-ckpt and a --config of .yaml belong to the original edit_cli.py: give --model the folder of a "
+    "diffusers pipeline, a Hub id (the original is timbrooks/instruct-pix2pix) or one .safetensors file, and convert a "
+    ".ckpt with diffusers"
 )
-# What --repeat takes from the picture.
-RECORDED = (
-    "edit",
-    "jobs",
-    "surprise_me",
-    "randomize_cfg",
-    "num_images",
-    "seed",
-    "steps",
-    "guidance_scale",
-    "image_guidance_scale",
-    "eta",
-    "guidance_interval",
-    "scheduler",
-    "timestep_spacing",
-    "resolution",
-    "keep_size",
-    "dtype",
-    "compile",
-    "vae_slicing",
-    "vae_tiling",
-    "no_safety_checker",
-    "lora_scale",
-)
+# The flags whose values --repeat reads from the image, besides the settings of an edit.
+RECORDED = ("edit", "jobs", "surprise_me", "num_images", "seed")
+RECORDED_OPTIONS = ("dtype", "compile", "vae_slicing", "vae_tiling", "no_safety_checker", "lora_scale")
 
 
 @dataclass(frozen=True)
 class EditorOptions:
-    """Which editor, and how it is set up; the fields are infer.py's flags."""
+    """Which editor to load and how to run it; the fields are flags of infer.py."""
 
     model: str
     revision: str | None = None
@@ -58,10 +38,15 @@ class EditorOptions:
     vae_tiling: bool = False
 
 
-def find_editing_problems(flags: Mapping[str, Any]) -> list[str]:
-    """Everything that can be told from the flags alone, one line each."""
-    problems = _find_model_problems(flags) + _find_input_problems(flags)
-    return problems + find_setting_problems(dict(flags))
+def find_flag_problems(flags: Mapping[str, Any]) -> list[str]:
+    """Everything that is wrong with infer.py's flags by themselves, one line each."""
+    return _find_model_problems(flags) + _find_input_problems(flags) + find_setting_problems(dict(flags))
+
+
+def find_missing_path(flag: str, name: str | None) -> list[str]:
+    """A line if `name` can only be a path and does not exist."""
+    is_missing = name and looks_like_path(name) and not Path(name).exists()
+    return [f"--{flag} {name} is not a folder or file that exists"] if is_missing else []
 
 
 def _find_model_problems(flags: Mapping[str, Any]) -> list[str]:
@@ -69,15 +54,13 @@ def _find_model_problems(flags: Mapping[str, Any]) -> list[str]:
     if flags["original_model"] or (flags["single_file_config"] or "").endswith((".yaml", ".yml")):
         problems.append(ORIGINAL_MODEL)
     elif not flags["model"] and not flags["repeat"]:
-        problems.append("--model is missing: the folder, the file or the Hub id of an editor")
+        problems.append("--model is missing: give the folder, the file or the Hub id of an editor")
     for flag in ("model", "lora", "single_file_config"):
-        value = flags[flag]
-        if value and value.startswith(("/", ".", "~")) and not Path(value).exists():
-            problems.append(f"--{flag} {value} is not a folder or file that exists")
+        problems += find_missing_path(flag, flags[flag])
     if flags["lora_scale"] not in (None, 1) and not flags["lora"]:
-        problems.append(f"--lora_scale {flags['lora_scale']} has nothing to scale: give --lora as well")
+        problems.append(f"--lora_scale {flags['lora_scale']} has no effect without --lora")
     if flags["single_file_config"] and flags["model"] and Path(flags["model"]).is_dir():
-        problems.append(f"--config is for a --model in one file, and {flags['model']} is a folder")
+        problems.append(f"--config is for a --model in one file, and {flags['model']} is a folder: remove it")
     return problems
 
 
@@ -85,15 +68,16 @@ def _find_input_problems(flags: Mapping[str, Any]) -> list[str]:
     problems = []
     missing = [f"--{flag}" for flag in ("input", "edit") if not flags[flag]]
     if flags["repeat"]:
-        given = [f"--{flag}" for flag in RECORDED if flags[flag] is not None and flags[flag] is not False]
+        recorded = (*RECORDED, *(field.name for field in fields(EditSettings)), *RECORDED_OPTIONS)
+        given = [f"--{flag}" for flag in recorded if flags[flag] is not None and flags[flag] is not False]
         if given:
-            problems.append(f"--repeat takes all of this from the picture: leave out {', '.join(given)}")
+            problems.append(f"--repeat reads these from the image: remove {', '.join(given)}")
     elif flags["jobs"] and flags["input"]:
-        problems.append("--jobs names its images itself: leave out --input")
+        problems.append("--jobs names its images itself: remove --input")
     elif missing and not flags["jobs"] and not (flags["surprise_me"] and flags["input"]):
-        problems.append(f"{', '.join(missing)} missing: what is to be edited, and how (or give --jobs)")
+        problems.append(f"{', '.join(missing)} missing: give an image and an instruction (or --jobs)")
     if any(not edit.strip() for edit in flags["edit"] or []):
-        problems.append("--edit is empty: say what to change")
+        problems.append("--edit is empty: describe what to change")
     if flags["surprise_me"] and flags["edit"]:
-        problems.append("--surprise_me draws the instruction: leave out --edit")
+        problems.append("--surprise_me draws the instruction: remove --edit")
     return problems

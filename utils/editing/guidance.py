@@ -1,6 +1,6 @@
-"""Which branches a guidance setting needs, and how their predictions are combined.
+"""Classifier-free guidance of InstructPix2Pix: which branches to evaluate, and how to combine their predictions.
 
-A branch is one evaluation of the UNet per sample and step. InstructPix2Pix has three:
+A branch is one evaluation of the UNet per image and step:
 
     text      the prompt and the image latents
     image     the null prompt and the image latents
@@ -12,25 +12,25 @@ from __future__ import annotations
 import torch
 
 BRANCHES = ("text", "image", "uncond")
-Coefficients = dict[str, float | list[float]]  # of each branch: one weight for all images, or one for each
+Coefficients = dict[str, float | list[float]]  # branch -> one weight for all images, or one for each
 
 
 def branch_coefficients(guidance_scale: float, image_guidance_scale: float) -> dict[str, float]:
-    """The weight of each branch that counts, in the order of `BRANCHES`; at least one, and they sum to 1.
+    """The weight of each branch that is needed, in the order of `BRANCHES`; at least one, and they sum to 1.
 
     InstructPix2Pix, equation 3, with s_T = `guidance_scale` and s_I = `image_guidance_scale` (any finite numbers):
 
         e = e_unc + s_I (e_img - e_unc) + s_T (e_txt - e_img) = s_T e_txt + (s_I - s_T) e_img + (1 - s_I) e_unc
 
-    A branch whose weight is zero need not be evaluated: s_I = 1 drops `uncond`, s_T = s_I drops `image`.
+    A branch whose weight is zero is not needed: s_I = 1 drops `uncond`, s_T = s_I drops `image`.
     """
-    # Unlike diffusers: its pipelines drop both guidances when s_T <= 1 or s_I < 1, and evaluate all three otherwise.
+    # Unlike diffusers: its pipelines drop all guidance when s_T <= 1 or s_I < 1, and evaluate all three otherwise.
     weights = (guidance_scale, image_guidance_scale - guidance_scale, 1.0 - image_guidance_scale)
     return {branch: weight for branch, weight in zip(BRANCHES, weights, strict=True) if abs(weight) >= 1e-12}
 
 
 def batch_coefficients(scales: list[tuple[float, float]]) -> Coefficients:
-    """`branch_coefficients` of B images with the scales (text, image) of each: every branch that counts for any."""
+    """`branch_coefficients` for B images with (text, image) scales of their own: every branch that any image needs."""
     images = [branch_coefficients(*pair) for pair in scales]
     branches = [branch for branch in BRANCHES if any(branch in weights for weights in images)]
     rows = {branch: [weights.get(branch, 0.0) for weights in images] for branch in branches}
@@ -40,7 +40,7 @@ def batch_coefficients(scales: list[tuple[float, float]]) -> Coefficients:
 def combine(predictions: torch.Tensor, coefficients: Coefficients) -> torch.Tensor:
     """Weighted sum of the branches: (K*B, ...) stacked in the order of `coefficients` -> (B, ...), same dtype.
 
-    Summed in at least float32: in half precision the weights (7.5, -6, -0.5) would magnify the rounding of each term.
+    Summed in at least float32: in half precision the weights (7.5, -6, -0.5) would magnify rounding errors.
     """
     if predictions.shape[0] % len(coefficients) != 0:
         raise ValueError(f"{predictions.shape[0]} predictions cannot be split into {len(coefficients)} branches")
@@ -51,7 +51,7 @@ def combine(predictions: torch.Tensor, coefficients: Coefficients) -> torch.Tens
 
 
 def _weigh(predictions: torch.Tensor, weight: float | list[float]) -> torch.Tensor:
-    """(B, ...) times one weight, or each of its B rows times its own."""
+    """(B, ...) times one weight, or times one weight per row."""
     if not isinstance(weight, list):
         return weight * predictions
     weights = torch.tensor(weight, dtype=predictions.dtype, device=predictions.device)
@@ -61,11 +61,11 @@ def _weigh(predictions: torch.Tensor, weight: float | list[float]) -> torch.Tens
 def coefficients_of_steps(
     coefficients: Coefficients, num_steps: int, interval: tuple[float, float] | None = None
 ) -> list[Coefficients]:
-    """The weight of each branch for each of `num_steps` steps: `coefficients`, and outside `interval` text alone.
+    """The coefficients of each of `num_steps` steps; outside `interval` only the text branch is evaluated.
 
-    interval: (start, stop) as shares of the steps, 0 the first and noisiest; None is (0, 1). Guidance is on in a step
-    whose middle lies in it. Limiting it to the middle of the way costs little and can gain (2404.07724).
-    Raises ValueError for an interval that is none.
+    interval: (start, stop) as fractions of the steps, 0 is the first, noisiest step; None is (0, 1). A step is guided
+    if its middle is in the interval. A limited interval saves time and can improve the result (arXiv 2404.07724).
+    Raises ValueError for an invalid interval.
     """
     start, stop = interval or (0.0, 1.0)
     if not 0 <= start <= stop <= 1:

@@ -1,182 +1,207 @@
-"""What to edit and where to save it: from one image, a folder, or a file of jobs. Nothing heavy is imported here."""
+"""Which edits to make and where to save them: for one image, a folder of images, or a file of jobs."""
 
 from __future__ import annotations
 
-import dataclasses
-import tempfile
+import difflib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
+from utils.atomic_files import make_writable
+from utils.editing.schedulers import SCHEDULERS, SPACINGS
+from utils.editing.settings import EditSettings, fill_settings, find_setting_problems
 from utils.errors import InputError
-from utils.pictures import read_source
+from utils.image_sources import read_image_source
+from utils.json_lines import parse_json_object
 from utils.pixels import BadRow, decode_image
 
 WRITABLE = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-READABLE = (*WRITABLE, ".gif", ".jfif", ".ppm", ".avif")  # what counts as an image in a folder
-LIMITS = {"steps": (1, 1000), "guidance_scale": (0, 1000), "image_guidance_scale": (0, 1000), "eta": (0, 1)}
-LIMITS |= {"resolution": (8, 4096), "seed": (0, 2**63 - 1), "num_images": (1, 10_000)}
-LIMITS |= {"batch_size": (1, 1024), "lora_scale": (-10, 10)}
+READABLE = (*WRITABLE, ".gif", ".jfif", ".ppm", ".avif")  # the files of a folder that are edited
 SLUG_LENGTH = 40
-
-
-@dataclass(frozen=True)
-class Recommended:
-    """The settings with which an editor edits best; what its maker does not say is what every editor takes here.
-
-    eta: None leaves a scheduler its own default.
-    """
-
-    steps: int = 20
-    guidance_scale: float = 7.5
-    image_guidance_scale: float = 1.5
-    eta: float | None = None
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What decides an edit beside the image, the instruction and the seed; None is the default of the model."""
-
-    steps: int | None = None
-    guidance_scale: float | None = None
-    image_guidance_scale: float | None = None
-    eta: float | None = None
-    guidance_interval: tuple[float, float] | None = None
-    scheduler: str | None = None
-    timestep_spacing: str | None = None
-    resolution: int | None = None
-    keep_size: bool = False
-    randomize_cfg: bool = False
-
-
-def resolve_settings(settings: Settings, defaults: dict[str, Any], own_scheduler: str) -> dict[str, Any]:
-    """Every setting of one edit, the drawn scales among them: as given, else the default; the scheduler by its name.
-
-    own_scheduler: the class of the editor's.
-    """
-    known = dict(defaults)
-    if settings.scheduler is not None:  # what is recommended for one scheduler says nothing of another
-        known.pop("eta", None)
-    values = dataclasses.asdict(settings)
-    values |= {name: value for name, value in known.items() if values.get(name) is None}
-    del values["randomize_cfg"]
-    return values | {"scheduler": settings.scheduler or own_scheduler}
+MAX_PROBLEMS = 10  # of a file of jobs
+OTHER_KEYS = ("image", "edit", "output", "seed", "num_images")
+KEYS = (*OTHER_KEYS, *(field.name for field in fields(EditSettings)))
+WHOLE_NUMBERS = ("steps", "resolution", "seed", "num_images")
+SWITCHES = ("keep_size", "randomize_cfg")
+CHOICES = {"scheduler": tuple(SCHEDULERS), "timestep_spacing": SPACINGS}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One edit to be made.
+    """One edit to make.
 
-    name: of the input, its file name; read: gives the input's bytes, or raises InputError or BadRow; instruction: None
-    is drawn by the seed; seed: None is the run's, to which `offset` is added; batch: (row, rows) of the batch in which
-    the edit is to be made, which decides its last bits, None for any; base: what is made of all edits of one input is
-    named after, as its animation.
+    name: file name of the input; read: returns the input's bytes, or raises InputError or BadRow, and is the same
+    object for all jobs of one input; instruction: None draws one from the seed; seed: None is the seed of the run;
+    offset is added to either; output: None leaves saving to the caller; base: the path from which the outputs of one
+    input are named; batch_place: (row, size) of the batch to edit in, which decides the last bits, None for any.
     """
 
     name: str
     read: Callable[[], bytes]
-    output: Path
     instruction: str | None
-    settings: Settings = Settings()
+    settings: EditSettings = EditSettings()
     seed: int | None = None
     offset: int = 0
-    batch: tuple[int, int] | None = None
-    base: Path = Path("edited.png")
+    output: Path | None = None
+    base: Path | None = None
+    batch_place: tuple[int, int] | None = None
 
 
-def find_setting_problems(values: dict, prefix: str = "--") -> list[str]:
-    """What cannot be in settings, number of images and seed, one line each, with `prefix` before the name."""
-    problems = []
-    for name, (least, most) in LIMITS.items():
-        value = values.get(name)
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if value is not None and not (is_number and least <= value <= most):  # not a number is out of every range
-            problems.append(f"{prefix}{name} {value}: must be from {least} to {most}")
-    interval = values.get("guidance_interval")
-    if interval is not None and not (_are_numbers(interval, 2) and 0 <= interval[0] < interval[1] <= 1):
-        given = " ".join(map(str, interval)) if isinstance(interval, (list, tuple)) else interval
-        problems.append(f"{prefix}guidance_interval {given}: must be two shares of the steps, 0 <= START < STOP <= 1")
-    if values.get("randomize_cfg") and {"guidance_scale", "image_guidance_scale"} & {
-        name for name, value in values.items() if value is not None
-    }:
-        problems.append(f"{prefix}randomize_cfg draws the two guidance scales: leave them out, or leave it out")
-    return problems
-
-
-def _are_numbers(values: object, count: int) -> bool:
-    is_list = isinstance(values, (list, tuple)) and len(values) == count
-    return is_list and all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in values)
-
-
-def plan_jobs(
-    source: str, output: str | None, edits: list[str | None], settings: Settings, num_images: int = 1
+def plan_input(
+    source: str, output: str | None, edits: list[str | None], settings: EditSettings, num_images: int = 1
 ) -> list[Job]:
-    """The jobs of `--input`: every image by every edit, `num_images` times.
+    """The jobs of `--input`: every image with every edit, `num_images` times.
 
-    The output's folder is made and tried; a single image is read at once. Raises InputError.
+    Creates the output folder and reads a single image at once. Raises InputError.
     """
-    path = Path(unquote(urlsplit(source).path)) if "://" in source else Path(source)
-    if "://" not in source and path.is_dir():
-        return plan_folder(path, Path(output or f"{path.resolve()}-edited"), edits, settings, num_images)
+    is_url = "://" in source
+    path = Path(unquote(urlsplit(source).path)) if is_url else Path(source)
+    if not is_url and path.is_dir():
+        return _plan_folder(path, Path(output or f"{path.resolve()}-edited"), edits, settings, num_images)
     target = Path(output or f"{path.stem or 'image'}-edited.png")
     if target.is_dir() or (output or "").endswith("/"):
         target = target / f"{path.stem or 'image'}.png"
     if target.suffix.lower() not in WRITABLE:
-        raise InputError(f"--output {target}: its name must end in one of {', '.join(WRITABLE)}")
+        raise InputError(f"--output {target}: the name must end in one of {', '.join(WRITABLE)}")
     if target.resolve() == path.resolve():
         raise InputError(f"--output {target} is the input itself: choose another name")
-    content = read_source(source, "--input")
+    content = read_image_source(source, "--input")
     try:
         decode_image(content)
     except BadRow as error:
-        raise InputError(f"--input {source} is not a picture that can be used: {error.reason}") from error
-    check_writable(target.parent)
-    return make_jobs(path.name, lambda: content, target, edits, settings, num_images)
+        raise InputError(f"--input {source} cannot be used: {error.reason}") from error
+    make_writable(target.parent, "--output")
+    return list(_plan_image(path.name, lambda: content, target, edits, settings, num_images))
 
 
-def make_jobs(
-    name: str,
-    read: Callable[[], bytes],
-    base: Path,
-    edits: list[str | None],
-    settings: Settings,
-    num_images: int,
-    seed: int | None = None,
+def _plan_folder(
+    folder: Path, target: Path, edits: list[str | None], settings: EditSettings, num_images: int
 ) -> list[Job]:
-    """The jobs of one input."""
-    return [
-        Job(name, read, add_suffix(base, suffix), edit, settings, seed=seed, offset=offset, base=base)
-        for suffix, edit, offset in list_variants(edits, num_images)
-    ]
-
-
-def plan_folder(
-    folder: Path, target: Path, edits: list[str | None], settings: Settings, num_images: int = 1
-) -> list[Job]:
-    """The jobs of a folder of images: the outputs are PNG files of the same names in `target`."""
+    """The jobs of a folder of images; the outputs are PNG files of the same names in `target`."""
     if target.exists() and not target.is_dir():
         raise InputError(f"--output {target} is a file, and --input {folder} is a folder: give a folder")
     if target.resolve() == folder.resolve():
-        raise InputError("--output is the input folder itself: choose another, so that nothing is overwritten")
+        raise InputError(f"--output {target} is the input folder itself: choose another one")
     images = sorted(p for p in folder.iterdir() if p.suffix.lower() in READABLE and not p.name.startswith("."))
     if not images:
-        raise InputError(f"--input {folder} holds no images ({', '.join(READABLE)})")
-    check_writable(target)
+        raise InputError(f"--input {folder} has no images ({', '.join(READABLE)})")
+    make_writable(target, "--output")
     stems = [image.stem for image in images]
     names = [p.stem if stems.count(p.stem) == 1 else p.name.replace(".", "_") for p in images]  # a.jpg beside a.png
     jobs = []
     for image, name in zip(images, names, strict=True):
-        read = partial(read_source, str(image), "--input")
-        jobs += make_jobs(image.name, read, target / f"{name}.png", edits, settings, num_images)
-    require_distinct([job.output for job in jobs])
+        read = partial(read_image_source, str(image), "--input")
+        jobs += _plan_image(image.name, read, target / f"{name}.png", edits, settings, num_images)
+    _require_distinct_outputs(jobs)
     return jobs
 
 
+def plan_job_file(
+    file: Path, output: str | None, edits: list[str | None], settings: EditSettings, num_images: int = 1
+) -> list[Job]:
+    """The jobs of `--jobs`, one JSON object per line; the flags fill in what a line does not set.
+
+    Image paths are relative to the file. Outputs go to the folder `output` (default: FILE-edited beside the file) under
+    the line's "output" or the image's name; the line number is added where several lines have the same image name.
+    Raises InputError with the first mistakes of all lines.
+    """
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--jobs {file} cannot be read: {error}") from error
+    target = Path(output) if output else file.with_name(f"{file.stem}-edited")
+    if target.exists() and not target.is_dir():
+        raise InputError(f"--output {target} is a file, and --jobs needs a folder")
+    rows, problems = {}, []
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            where = f"--jobs {file}, line {number}"
+            try:
+                rows[number] = parse_json_object(line, where)
+                problems += [f"{where}: {problem}" for problem in _find_row_problems(rows[number], settings, edits)]
+            except InputError as error:
+                problems.append(str(error))
+    if len(problems) > MAX_PROBLEMS:
+        problems[MAX_PROBLEMS:] = [f"--jobs {file}: and {len(problems) - MAX_PROBLEMS} more"]
+    if problems or not rows:
+        raise InputError.from_problems(problems or [f"--jobs {file} is empty: write one JSON object per line"])
+    make_writable(target, "--output")
+    jobs = list(_plan_rows(rows, file.parent, target, edits, settings, num_images))
+    _require_distinct_outputs(jobs)
+    return jobs
+
+
+def _plan_rows(
+    rows: dict[int, dict], folder: Path, target: Path, edits: list[str | None], settings: EditSettings, num_images: int
+) -> Iterator[Job]:
+    inputs = {number: _input_name(row["image"]) for number, row in rows.items()}
+    names = {number: row.get("output") or f"{Path(inputs[number]).stem or 'image'}.png" for number, row in rows.items()}
+    for number, row in rows.items():
+        source = row["image"] if "://" in row["image"] else str(folder / row["image"])
+        output = target / names[number]
+        if "output" not in row and list(names.values()).count(names[number]) > 1:
+            output = add_suffix(output, f"-{number}")
+        if "://" not in source and output.resolve() == Path(source).resolve():
+            raise InputError(f"--jobs line {number} would overwrite its own image {source}: choose another --output")
+        own_edits = [row["edit"]] if isinstance(row.get("edit"), str) else row.get("edit", edits)
+        read = partial(read_image_source, source, f"line {number}:")
+        count = row.get("num_images", num_images)
+        yield from _plan_image(
+            inputs[number], read, output, own_edits, fill_settings(settings, row), count, row.get("seed")
+        )
+
+
+def _input_name(image: str) -> str:
+    return Path(unquote(urlsplit(image).path) if "://" in image else image).name
+
+
+def _plan_image(
+    name: str,
+    read: Callable[[], bytes],
+    base: Path,
+    edits: list[str | None],
+    settings: EditSettings,
+    num_images: int,
+    seed: int | None = None,
+) -> Iterator[Job]:
+    """The jobs of one input image."""
+    for suffix, edit, offset in list_variants(edits, num_images):
+        yield Job(name, read, edit, settings, seed, offset, add_suffix(base, suffix), base)
+
+
+def _find_row_problems(row: dict[str, Any], settings: EditSettings, edits: list[str | None]) -> Iterator[str]:
+    """What is wrong with one line of a file of jobs, given the settings and edits of the flags."""
+    for key in row.keys() - set(KEYS):
+        similar = difflib.get_close_matches(key, KEYS, n=1)
+        yield f"unknown key {key!r}: {f'did you mean {similar[0]!r}?' if similar else ', '.join(KEYS)}"
+    if not isinstance(row.get("image"), str) or not row["image"].strip():
+        yield '"image" is missing: give a path or an http(s) address'
+    own = row.get("edit", edits)
+    own = [own] if isinstance(own, str) else own
+    if not (own and isinstance(own, list) and all(edit is None or _is_text(edit) for edit in own)):
+        yield '"edit" is missing or empty: give an instruction, or a list of them'
+    output = row.get("output", "edited.png")
+    if not isinstance(output, str) or Path(output).suffix.lower() not in WRITABLE or Path(output).name != output:
+        yield f'"output" {output!r} must be a file name that ends in one of {", ".join(WRITABLE)}'
+    problems = [f"{key} {row[key]}: must be a whole number" for key in WHOLE_NUMBERS if isinstance(row.get(key), float)]
+    problems += [
+        f"{key} {row[key]!r}: must be true or false" for key in SWITCHES if not isinstance(row.get(key, False), bool)
+    ]
+    for key, known in CHOICES.items():
+        if row.get(key) is not None and row[key] not in known:
+            problems.append(f"{key} {row[key]!r}: choose one of {', '.join(known)}")
+    yield from problems + find_setting_problems(row if problems else asdict(settings) | row, prefix="")
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
 def list_variants(edits: list[str | None], num_images: int) -> Iterator[tuple[str, str | None, int]]:
-    """(what is added to the name of the output, instruction, what is added to the seed) of every edit of one image."""
+    """(suffix of the output's name, instruction, offset of the seed) of every edit of one image."""
     slugs = [make_slug(edit or "") for edit in edits]
     for index, (edit, slug) in enumerate(zip(edits, slugs, strict=True)):
         name = slug if slug and slugs.count(slug) == 1 else f"{slug}-{index + 1}".lstrip("-")
@@ -186,7 +211,7 @@ def list_variants(edits: list[str | None], num_images: int) -> Iterator[tuple[st
 
 
 def make_slug(text: str) -> str:
-    """An instruction as a part of a file's name: its letters and digits, joined by hyphens."""
+    """An instruction as a part of a file name: its letters and digits, joined by hyphens."""
     words = "".join(letter if letter.isalnum() else " " for letter in text.lower()).split()
     return "-".join(words)[:SLUG_LENGTH].rstrip("-")
 
@@ -195,24 +220,11 @@ def add_suffix(path: Path, suffix: str) -> Path:
     return path.with_name(f"{path.stem}{suffix}{path.suffix}")
 
 
-def require_distinct(outputs: list[Path]) -> None:
+def _require_distinct_outputs(jobs: list[Job]) -> None:
     seen: set[Path] = set()
-    for output in outputs:
-        if output in seen:
-            raise InputError(f"two edits would be saved as {output}: rename an input, or give names in a --jobs file")
-        seen.add(output)
-
-
-def check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"--output cannot be written in {folder}: {error.strerror}") from error
-
-
-def fill(settings: Settings, given: dict) -> Settings:
-    """The settings with those values of `given` that are one of its fields."""
-    names = {field.name for field in dataclasses.fields(Settings)}
-    known = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if name in names}
-    return dataclasses.replace(settings, **known)
+    for job in jobs:
+        if job.output in seen:
+            raise InputError(
+                f"two edits would be saved as {job.output}: rename an input, or set names in a --jobs file"
+            )
+        seen.add(job.output)

@@ -1,54 +1,60 @@
-"""The record of an edit inside its picture: what made it, so that it can be repeated and need not be made twice.
+"""The record inside an edited image: what it was made from and with, so that `--repeat` can make it again.
 
-A record is JSON: model, adapter, instruction, seed, input, settings, machine and batch (`edit_runs` fills it).
-Of the user's machine it holds the file names of model and input, no folders. PNG keeps it as text, JPEG, WebP and TIFF
-in EXIF's description, BMP not at all.
+A record is JSON: model, adapter, instruction, seed, input, settings, machine and batch place (`service` fills it). It
+has the file names of model and input but no folders. PNG stores it as text, JPEG, WebP and TIFF in the description of
+EXIF; BMP cannot store it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from utils.atomic_files import make_writable
+from utils.editing.jobs import WRITABLE, Job
+from utils.editing.settings import LIMITS, EditSettings, fill_settings, find_setting_problems
 from utils.errors import InputError
+from utils.image_sources import read_image_source
 
 KEY = "instruct_pix2pix"
 FORMAT = 1
 IMAGE_DESCRIPTION = 0x010E
 EXIF_FORMATS = (".jpg", ".jpeg", ".webp", ".tif", ".tiff")
-CIRCUMSTANCES = ("machine", "batch")  # of a record: they decide the last bits, and not what the edit is
+NOT_COMPARED = ("machine", "batch")  # they decide the last bits alone
+ADVICE = "give an image that infer.py or the page saved (editing or sending an image often removes its record)"
 
 
 def make_record(
     origin: dict, *, name: str, content: bytes, instruction: str, seed: int, settings: dict[str, Any]
 ) -> dict:
-    """The record of an edit.
+    """The record of an edit without its batch place.
 
-    origin: what is known of model, adapter and machine, with the settings of the whole run; name, content: of the
-    input; settings: those of the edit, every choice made.
+    origin: model, adapter and machine, with the settings of the whole run; name, content: of the input; settings: from
+    `resolve_settings`.
     """
-    interval = settings["guidance_interval"] and list(settings["guidance_interval"])  # as JSON gives it back
+    interval = settings["guidance_interval"] and list(settings["guidance_interval"])  # as JSON reads it back
     return origin | {
         "format": FORMAT,
         "instruction": instruction,
         "seed": seed,
-        "input": {"name": name, "digest": digest(content)},
+        "input": {"name": name, "digest": _digest(content)},
         "settings": settings | {"guidance_interval": interval} | origin.get("settings", {}),
     }
 
 
 def as_text(record: dict) -> str:
-    """The record as it stands in a picture: ASCII alone, other letters are escaped."""
+    """The record as it is stored in an image: JSON in ASCII."""
     return json.dumps(record, sort_keys=True)
 
 
-def record_settings(path: Path, record: dict) -> dict[str, Any]:
-    """What Pillow's `save` must be given so that the picture at `path` carries the record."""
+def record_for_pillow(path: Path, record: dict) -> dict[str, Any]:
+    """The arguments with which Pillow's `save` stores the record in the image at `path`."""
     text = as_text(record)
     if path.suffix.lower() == ".png":
         info = PngInfo()
@@ -61,8 +67,20 @@ def record_settings(path: Path, record: dict) -> dict[str, Any]:
     return {}
 
 
+def save_image(image: Image.Image, path: Path, record: dict | None = None, **settings: Any) -> None:
+    """Save atomically, with the record of the edit. settings: for Pillow. Raises InputError, as on a full disk."""
+    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
+    try:
+        image.save(unfinished, **{"quality": 95} | settings | (record_for_pillow(path, record) if record else {}))
+        unfinished.replace(path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
 def read_record(path: Path) -> dict | None:
-    """The record in a picture; None where there is none, or no picture."""
+    """The record in an image; None where there is none."""
     try:
         with Image.open(path) as image:
             text = image.info.get(KEY)
@@ -70,47 +88,87 @@ def read_record(path: Path) -> dict | None:
                 described = image.getexif().get(IMAGE_DESCRIPTION, "")
                 text = described.removeprefix(f"{KEY}:") if str(described).startswith(f"{KEY}:") else None
         record = json.loads(text) if text else None
-    except Exception:  # Pillow raises anything on damaged files, and a damaged picture has no record
+    except Exception:  # Pillow raises anything on damaged files
         return None
     return record if isinstance(record, dict) and record.get("format") == FORMAT else None
 
 
-def digest(content: bytes) -> str:
+def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def find_differences(old: dict, new: dict) -> list[str]:
-    """What an edit's record says otherwise than another, as "steps 20, not 4"; empty for the same edit."""
+    """What differs between two records, as "steps 20, not 4"; empty for the same edit."""
     found = []
-    for key in sorted((old.keys() | new.keys()) - set(CIRCUMSTANCES)):
+    for key in sorted((old.keys() | new.keys()) - set(NOT_COMPARED)):
         before, after = old.get(key), new.get(key)
         if isinstance(before, dict) and isinstance(after, dict):
-            found += [problem if key == "settings" else f"{key} {problem}" for problem in _compare(before, after)]
-        elif before != after:
-            found.append(f"{key} {_show(before)}, not {_show(after)}")
+            prefix = "" if key == "settings" else f"{key} "
+            names = sorted(before.keys() | after.keys())
+            found += _compare({prefix + name: (before.get(name), after.get(name)) for name in names})
+        else:
+            found += _compare({key: (before, after)})
     return found
 
 
-def _compare(old: dict, new: dict) -> list[str]:
-    names = sorted(old.keys() | new.keys())
-    return [
-        f"{name} {_show(old.get(name))}, not {_show(new.get(name))}" for name in names if old.get(name) != new.get(name)
-    ]
+def _compare(values: dict[str, tuple[Any, Any]]) -> list[str]:
+    shown = {name: ["none" if value is None else value for value in pair] for name, pair in values.items()}
+    return [f"{name} {old}, not {new}" for name, (old, new) in shown.items() if values[name][0] != values[name][1]]
 
 
-def _show(value: object) -> str:
-    return "none" if value is None else str(value)
-
-
-def require_record(picture: Path) -> dict:
-    """The record of the picture of `--repeat`. Raises InputError where there is none."""
-    if not picture.is_file():
-        raise InputError(f"--repeat {picture} does not exist: give a picture that infer.py made")
-    record = read_record(picture)
+def require_record(image: Path) -> dict:
+    """The record of the image of `--repeat`. Raises InputError where there is none."""
+    if not image.is_file():
+        raise InputError(f"--repeat {image} does not exist: {ADVICE}")
+    record = read_record(image)
     needed = {"model": dict, "instruction": str, "seed": int, "input": dict, "settings": dict}
     if record is None or not all(isinstance(record.get(key), kind) for key, kind in needed.items()):
-        raise InputError(
-            f"--repeat {picture} holds no record of an edit: give a picture as infer.py made it (what edits or sends "
-            "pictures often drops such records)"
-        )
+        raise InputError(f"--repeat {image} has no record of an edit: {ADVICE}")
     return record
+
+
+def plan_repeat(image: Path, record: dict, source: str | None, output: str | None) -> Job:
+    """The job of `--repeat`: the same input, settings, seed and place in the batch.
+
+    source: the input file, a folder that has it, or its address (default: the folder of the image). output: default
+    IMAGE-repeated beside it. Raises InputError where the input is missing or is another one.
+    """
+    name = str(record["input"].get("name"))
+    path = _find_input(image, Path(name).name, source)
+    content = read_image_source(path, "--input")
+    if _digest(content) != record["input"].get("digest"):
+        raise InputError(f"--input {path} is not the file that {image} was made from: give the original {name}")
+    target = Path(output) if output else image.with_name(f"{image.stem}-repeated{image.suffix}")
+    if target.is_dir() or (output or "").endswith("/"):
+        target = target / image.name
+    if target.suffix.lower() not in WRITABLE or target.resolve() in (image.resolve(), Path(path).resolve()):
+        raise InputError(f"--output {target} must be a new file whose name ends in one of {', '.join(WRITABLE)}")
+    settings = fill_settings(EditSettings(), record["settings"])
+    if problems := find_setting_problems(vars(settings) | {"seed": record["seed"]}, prefix=""):
+        raise InputError(f"--repeat {image} has a damaged record: {problems[0]}")
+    make_writable(target.parent, "--output")
+    batch = record.get("batch")
+    is_place = isinstance(batch, list) and len(batch) == 2 and all(isinstance(number, int) for number in batch)
+    place = tuple(batch) if is_place and 0 <= batch[0] < batch[1] <= LIMITS["batch_size"][1] else None
+    return Job(name, lambda: content, record["instruction"], settings, record["seed"], 0, target, target, place)
+
+
+def _find_input(image: Path, name: str, source: str | None) -> str:
+    if source and ("://" in source or not Path(source).is_dir()):
+        return source
+    path = Path(source or image.parent) / name
+    if not path.is_file():
+        raise InputError(f"--repeat {image}: its input {name} is not in {path.parent}. Give it with --input")
+    return str(path)
+
+
+def find_model(record: dict, image: Path, key: str = "model") -> str:
+    """The model of a record, or with key="adapter" its adapter: a local path or a Hub id. Raises InputError."""
+    name = str(record[key].get("name"))
+    if record[key].get("is_local", True):
+        for folder in (Path(), image.parent):
+            if (folder / name).exists():
+                return str(folder / name)
+        flag = "--model" if key == "model" else "--lora"
+        raise InputError(f"--repeat {image}: its {key} {name} is not in this folder. Give its path with {flag}")
+    return name

@@ -1,4 +1,4 @@
-"""What the page in the browser does when something is pressed: plain values in, updates of its parts by name out."""
+"""What the page does on each event: plain values in, updates of its components by name out."""
 
 from __future__ import annotations
 
@@ -13,26 +13,24 @@ from typing import Any
 
 import gradio as gr
 
-from utils.editing.edit_images import save_image
-from utils.editing.random_edits import EASY_INSTRUCTIONS, draw_scales
-from utils.editing.records import KEY, as_text
-from utils.editing.service import save_edit
+from utils.editing.records import KEY, as_text, save_image
+from utils.editing.settings import DEFAULT_SETTINGS, EASY_INSTRUCTIONS, SCALES, draw_scales
 from utils.errors import InputError
-from utils.web.links import Wish, from_query, to_query
-from utils.web.page_text import complain, say
-from utils.web.request_queue import Stopped, Ticket
-from utils.web.studio import Edit, Progress, Studio
+from utils.web.edit_requests import EditRequest, PageEdit, RequestRunner, from_query, to_query
+from utils.web.page_text import error_html, status_html
+from utils.web.request_queue import QueueSlot, RequestProgress, Stopped
 
 logger = logging.getLogger(__name__)
-WITH_PICTURE, WITH_TWIN = "picture and edit", "the two models"
-WELCOME = "Choose a picture to begin with, or load the example."
+IMAGE_AND_EDIT, TWO_MODELS = "image and edit", "the two models"
+WELCOME = "Choose an image, or load the example."
 COMPARISON = "before | after"
-BUG = "Something went wrong on the server; its log says what. The next edit is not touched by it."
+BUG = "Something went wrong on the server, see its log. The next edit is not affected."
+DEFAULT_SEED = 1371
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One edit in the gallery; the files live as long as the visitor's session."""
+class GalleryItem:
+    """One edit in the gallery; its files exist as long as the visitor's session."""
 
     model: str
     seed: int
@@ -41,178 +39,189 @@ class Shown:
     edited: str
 
 
-class Runs:
-    """The actions of all visitors. A visitor is known by the session that Gradio gives to each open page."""
+class PageHandlers:
+    """The event handlers for all visitors. Gradio gives each open page a session."""
 
-    def __init__(self, studio: Studio, example_pictures: list[Path]) -> None:
-        self._studio, self._examples = studio, example_pictures
-        self._running: dict[str, Ticket] = {}
+    def __init__(self, runner: RequestRunner, examples: list[Path]) -> None:
+        self._runner, self._models, self._examples = runner, runner.models, examples
+        self._running: dict[str, QueueSlot] = {}
 
     def edit(
-        self, picture: str | None, wish: Wish, new_seed: bool, new_guidance: bool, shown: list[Shown], session: str
+        self,
+        image: str | None,
+        request: EditRequest,
+        new_seed: bool,
+        new_guidance: bool,
+        gallery: list[GalleryItem],
+        session: str,
     ) -> Iterator[dict[str, Any]]:
-        """The course of an edit as updates of the page; it always ends with the page ready for the next one."""
-        done: list[Edit] = []
-        tickets: list[Ticket] = []
-        yield {"status": say("Starting", 0.0), "run": gr.update(interactive=False), "stop": gr.update(interactive=True)}
+        """The progress and edits of a request as updates of the page; the last one makes it ready for the next."""
+        done: list[PageEdit] = []
+        slots: list[QueueSlot] = []
+        starting = {"run": gr.update(interactive=False), "stop": gr.update(interactive=True)}
+        yield {"status": status_html("Starting", 0.0)} | starting
         try:
-            wish = self._draw(wish, new_seed, new_guidance)
-            for event in self._studio.run(picture, wish, lambda ticket: tickets.append(self._seat(session, ticket))):
-                if isinstance(event, Progress):
-                    yield {"status": say(event.text, event.share)}
+            request = self._draw(request, new_seed, new_guidance)
+            for event in self._runner.run(image, request, lambda slot: slots.append(self._start(session, slot))):
+                if isinstance(event, RequestProgress):
+                    yield {"status": status_html(event.text, event.fraction)}
                     continue
                 done.append(event)
                 if len(done) == 1:
-                    remove_files(shown)
-                    shown, folder = [], Path(tempfile.mkdtemp(prefix="edits-"))
-                shown = arrange([*shown, _save(event, folder, len(wish.models) > 1)], wish)
-                yield self._show(shown, wish, is_first=len(done) == 1)
-            last = say(_summary(done, wish))
+                    remove_files(gallery)
+                    gallery, folder = [], Path(tempfile.mkdtemp(prefix="edits-"))
+                gallery = _sort([*gallery, _save(event, folder, len(request.models) > 1)], request)
+                yield self._show(gallery, request, is_first=len(done) == 1)
+            last = status_html(_summary(done, request))
         except Stopped as reason:
-            last = say(f"{reason} {len(done)} of {wish.images * len(wish.models)} images were done.")
+            last = status_html(f"{reason} {len(done)} of {request.num_edits} images were finished.")
         except InputError as error:
-            last = complain(str(error))
+            last = error_html(_message(error))
         except Exception:
             logger.exception("an edit failed")
-            last = complain(BUG)
+            last = error_html(BUG)
         finally:
-            if tickets and self._running.get(session) is tickets[0]:
+            if slots and self._running.get(session) is slots[0]:
                 del self._running[session]
-        # The gallery once more: in the browser an image that follows another at once may have got lost.
-        again = {"gallery": show_gallery(shown, wish)} if done else {}
+        # The gallery again: the browser may lose an image that immediately follows another.
+        again = {"gallery": _show_gallery(gallery, request)} if done else {}
         ready = {"run": gr.update(interactive=True), "stop": gr.update(interactive=False)}
         yield {"status": last} | ready | again
 
-    def call(self, picture: str | None, wish: Wish, progress: gr.Progress) -> tuple[list[tuple], dict[str, Any]]:
-        """The same for the API: all edits with their captions, and what was done. Raises gr.Error."""
-        edits: list[Edit] = []
+    def call(
+        self, image: str | None, request: EditRequest, progress: gr.Progress
+    ) -> tuple[list[tuple], dict[str, Any]]:
+        """For the API: all edits with their captions, and their settings. Raises gr.Error."""
+        edits, facts = [], []
         try:
-            for event in self._studio.run(picture, wish, lambda ticket: None):
-                if isinstance(event, Progress):
-                    progress(event.share, desc=event.text)
-                else:
-                    edits.append(event)
+            for event in self._runner.run(image, request, lambda slot: None):
+                if isinstance(event, RequestProgress):
+                    progress(event.fraction, desc=event.text)
+                    continue
+                result, settings = event.result, event.result.record["settings"]
+                result.image.info[KEY] = as_text(result.record)  # Gradio saves the image with its texts
+                edits.append((result.image, _caption(event, True)))
+                used = {name: settings[name] for name in (*DEFAULT_SETTINGS, "scheduler", "keep_size")}
+                made_by = {"model": event.model, "seed": result.record["seed"], "blocked": result.is_flagged}
+                facts.append(made_by | used)
         except (Stopped, InputError) as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        facts = [
-            {"model": edit.model, "seed": edit.seed, "blocked": edit.is_blocked, **asdict(edit.settings)}
-            for edit in edits
-        ]
-        for edit in edits:  # Gradio makes the files, and writes an image's texts into them
-            edit.edited.info[KEY] = as_text(edit.record | {"batch": [0, 1]})
-        return [(edit.edited, _caption(edit, True)) for edit in edits], {"link": to_query(wish), "edits": facts}
+            raise gr.Error(_message(error), print_exception=False) from error
+        return edits, {"link": to_query(request), "edits": facts}
 
-    def _seat(self, session: str, ticket: Ticket) -> Ticket:
-        """A page runs one edit: loading an example while another edit runs takes its place."""
+    def _start(self, session: str, slot: QueueSlot) -> QueueSlot:
+        """A page runs one request: a new one, as of the example, stops the one before."""
         self.stop(session)
-        self._running[session] = ticket
-        return ticket
+        self._running[session] = slot
+        return slot
 
     def stop(self, session: str) -> None:
-        if ticket := self._running.get(session):
-            ticket.stop()
+        if slot := self._running.get(session):
+            slot.stop()
 
-    def check_picture(self, picture: str | None) -> dict[str, Any]:
-        """Say at once what is wrong with an upload, and take it off the page."""
+    def check_image(self, image: str | None) -> dict[str, Any]:
+        """Report what is wrong with an upload at once, and remove it from the page."""
         try:
-            width, height = self._studio.load_picture(picture).picture.size
-            return {"status": say(f"{width} x {height} pixels.")}
+            width, height = self._runner.load_upload(image).image.size
+            return {"status": status_html(f"{width} x {height} pixels.")}
         except InputError as error:
-            return {"status": complain(str(error)), "picture": None}
+            return {"status": error_html(str(error)), "image": None}
 
     def choose_model(self, model: str) -> dict[str, Any]:
-        """A model brings the settings with which it edits best."""
-        best = self._studio.shelf.recommended(model)
-        return {"steps": best.steps, "cfg_text": best.guidance_scale, "cfg_image": best.image_guidance_scale}
+        """Set the sliders to the settings that a model recommends."""
+        settings = self._models.settings(model)
+        return dict(steps=settings["steps"], cfg_text=settings[SCALES[0]], cfg_image=settings[SCALES[1]])
 
-    def select(self, edited: str, shown: list[Shown], against: str) -> dict[str, Any]:
-        """One edit of the gallery beside its picture, or beside the other model's edit with the same seed."""
-        chosen = next((item for item in shown if item.edited == edited), None)
+    def select(self, edited: str, gallery: list[GalleryItem], against: str) -> dict[str, Any]:
+        """Compare one edit of the gallery with its image, or with the other model's edit of the same seed."""
+        chosen = next((item for item in gallery if item.edited == edited), None)
         if chosen is None:
             return {}
-        pair = [item for item in shown if item.seed == chosen.seed]
-        if against == WITH_TWIN and len(pair) == 2:
+        pair = [item for item in gallery if item.seed == chosen.seed]
+        if against == TWO_MODELS and len(pair) == 2:
             files, names = [item.edited for item in pair], [item.caption for item in pair]
         else:
-            files, names = (chosen.original, chosen.edited), ("picture", chosen.caption)
+            files, names = (chosen.original, chosen.edited), ("image", chosen.caption)
         return {"selected": edited, "comparison": gr.update(value=tuple(files), label=" | ".join(names))}
 
     def load_example(self) -> dict[str, Any]:
-        return {"picture": str(secrets.choice(self._examples)), "instruction": secrets.choice(EASY_INSTRUCTIONS)}
+        return {"image": str(secrets.choice(self._examples)), "instruction": secrets.choice(EASY_INSTRUCTIONS)}
 
-    def default_wish(self) -> Wish:
-        model = self._studio.shelf.names[0]
-        values = self.choose_model(model)
-        return Wish(model=model, seed=1371, **values)
+    def default_request(self, model: str | None = None) -> EditRequest:
+        model = model or self._models.names[0]
+        return EditRequest(model=model, seed=DEFAULT_SEED, **self.choose_model(model))
 
     def reset(self) -> dict[str, Any]:
-        """The page as it was opened without a link."""
-        empty = dict(picture=None, shown=[], selected="", gallery=[], query="", status=say(WELCOME))
+        """The page as it opens without a link."""
+        empty = dict(image=None, items=[], selected="", gallery=[], query="", status=status_html(WELCOME))
         empty |= dict(comparison=gr.update(value=None, label=COMPARISON), against=gr.update(visible=False))
         ready = dict(run=gr.update(interactive=True), stop=gr.update(interactive=False))
-        return asdict(self.default_wish()) | empty | ready | dict(new_seed=True, new_guidance=False)
+        return asdict(self.default_request()) | empty | ready | dict(new_seed=True, new_guidance=False)
 
     def restore(self, query: dict[str, str]) -> dict[str, Any]:
-        """The settings of the link by which the page was opened. They are meant, so nothing is drawn anew."""
-        names = self._studio.shelf.names
-        default = self.default_wish()
-        if query.get("model") in names:
-            default = replace(default, model=query["model"], **self.choose_model(query["model"]))
-        wish, ignored = from_query(query, default, names)
-        updates: dict[str, Any] = asdict(wish)
+        """The values of the link with which the page was opened. Its seed is not replaced by a random one."""
+        names = self._models.names
+        default = self.default_request(query["model"] if query.get("model") in names else None)
+        request, ignored = from_query(query, default, names)
+        updates: dict[str, Any] = asdict(request)
         if "seed" in query:
             updates["new_seed"] = False
-        updates["status"] = complain("\n".join(ignored)) if ignored else say(WELCOME)
+        updates["status"] = error_html("\n".join(ignored)) if ignored else status_html(WELCOME)
         return updates
 
-    def _draw(self, wish: Wish, new_seed: bool, new_guidance: bool) -> Wish:
+    def _draw(self, request: EditRequest, new_seed: bool, new_guidance: bool) -> EditRequest:
         if new_seed:
-            wish = replace(wish, seed=secrets.randbelow(100_000))
-        if new_guidance and wish.model in self._studio.shelf.names:
-            recommended = self._studio.shelf.recommended(wish.model)
-            text, image = draw_scales(None, (recommended.guidance_scale, recommended.image_guidance_scale))
-            wish = replace(wish, cfg_text=text, cfg_image=image)
-        return wish
+            request = replace(request, seed=secrets.randbelow(100_000))
+        if new_guidance and request.model in self._models.names:
+            settings = self._models.settings(request.model)
+            text, image = draw_scales(None, tuple(settings[name] for name in SCALES))
+            request = replace(request, cfg_text=text, cfg_image=image)
+        return request
 
-    def _show(self, shown: list[Shown], wish: Wish, is_first: bool) -> dict[str, Any]:
-        changed = {"shown": shown, "gallery": show_gallery(shown, wish)}
-        if not is_first:  # the visitor may have chosen one already
-            return changed
-        numbers = dict(seed=wish.seed, cfg_text=wish.cfg_text, cfg_image=wish.cfg_image, query=to_query(wish))
-        changed["against"] = gr.update(visible=len(wish.models) > 1, value=WITH_PICTURE)
-        return changed | numbers | self.select(shown[0].edited, shown, WITH_PICTURE)
-
-
-def show_gallery(shown: list[Shown], wish: Wish) -> dict[str, Any]:
-    columns = 2 if len(wish.models) > 1 else 4
-    return gr.update(value=[(item.edited, item.caption) for item in shown], columns=columns)
+    def _show(self, gallery: list[GalleryItem], request: EditRequest, is_first: bool) -> dict[str, Any]:
+        updates = {"items": gallery, "gallery": _show_gallery(gallery, request)}
+        if not is_first:  # the visitor may have selected one already
+            return updates
+        used = dict(seed=request.seed, cfg_text=request.cfg_text, cfg_image=request.cfg_image, query=to_query(request))
+        updates["against"] = gr.update(visible=len(request.models) > 1, value=IMAGE_AND_EDIT)
+        return updates | used | self.select(gallery[0].edited, gallery, IMAGE_AND_EDIT)
 
 
-def _save(edit: Edit, folder: Path, names_model: bool) -> Shown:
-    number = len(list(folder.glob("edit-*")))
-    files = [folder / f"picture-{number}.png", folder / f"edit-{number}-seed-{edit.seed}.png"]
-    save_image(edit.original, files[0])
-    save_edit(edit.edited, files[1], edit.record)
-    return Shown(edit.model, edit.seed, _caption(edit, names_model), *map(str, files))
+def _message(error: Exception) -> str:
+    """An error in the words of the page: the same settings have flags in infer.py."""
+    return str(error).removeprefix("--")
 
 
-def _caption(edit: Edit, names_model: bool) -> str:
-    parts = [edit.model, f"{edit.settings.steps} steps"] if names_model else []
-    blocked = ["black: the model's safety checker objected"] if edit.is_blocked else []
-    return " · ".join([*parts, f"seed {edit.seed}", *blocked])
+def _show_gallery(gallery: list[GalleryItem], request: EditRequest) -> dict[str, Any]:
+    columns = 2 if len(request.models) > 1 else 4
+    return gr.update(value=[(item.edited, item.caption) for item in gallery], columns=columns)
 
 
-def _summary(done: list[Edit], wish: Wish) -> str:
+def _save(edit: PageEdit, folder: Path, with_model: bool) -> GalleryItem:
+    number, seed = len(list(folder.glob("edit-*"))), edit.result.record["seed"]
+    original, edited = folder / f"image-{number}.png", folder / f"edit-{number}-seed-{seed}.png"
+    save_image(edit.original, original)
+    edit.result.save(edited)
+    return GalleryItem(edit.model, seed, _caption(edit, with_model), str(original), str(edited))
+
+
+def _caption(edit: PageEdit, with_model: bool) -> str:
+    record = edit.result.record
+    parts = [edit.model, f"{record['settings']['steps']} steps"] if with_model else []
+    flagged = ["black: flagged by the model's safety checker"] if edit.result.is_flagged else []
+    return " · ".join([*parts, f"seed {record['seed']}", *flagged])
+
+
+def _summary(done: list[PageEdit], request: EditRequest) -> str:
     count = f"{len(done)} images" if len(done) > 1 else "Done"
-    scales = f"text guidance {wish.cfg_text:g}, image guidance {wish.cfg_image:g}"
-    return f"{count}: {wish.steps} steps, seed {wish.seed}, {scales}."
+    scales = f"text guidance {request.cfg_text:g}, image guidance {request.cfg_image:g}"
+    return f"{count}: {request.steps} steps, seed {request.seed}, {scales}."
 
 
-def arrange(shown: list[Shown], wish: Wish) -> list[Shown]:
-    """By seed, then by model: in a comparison the two edits of one seed stand side by side."""
-    return sorted(shown, key=lambda item: (item.seed, wish.models.index(item.model)))
+def _sort(gallery: list[GalleryItem], request: EditRequest) -> list[GalleryItem]:
+    """By seed, then by model, so that the two edits of one seed are side by side in a comparison."""
+    return sorted(gallery, key=lambda item: (item.seed, request.models.index(item.model)))
 
 
-def remove_files(shown: list[Shown]) -> None:
-    for folder in {Path(item.edited).parent for item in shown}:
+def remove_files(gallery: list[GalleryItem]) -> None:
+    for folder in {Path(item.edited).parent for item in gallery}:
         shutil.rmtree(folder, ignore_errors=True)

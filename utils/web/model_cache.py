@@ -1,4 +1,4 @@
-"""The editors that the browser offers: named in a menu, loaded when first used, the last few kept in memory."""
+"""The editors that the page offers: named in a menu, loaded when first used, the last ones kept in memory."""
 
 from __future__ import annotations
 
@@ -6,43 +6,51 @@ import gc
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+from typing import Any
 
-from utils.editing.editor_setup import OpenedEditor, read_recommended
-from utils.editing.jobs import Recommended
+import torch
+
+from utils.editing.editor_setup import read_recommended
+from utils.editing.service import EditService
+from utils.editing.settings import DEFAULT_SETTINGS
+from utils.hub_names import public_name
 
 
-class Shelf:
-    """Editors by name. `load` opens a folder, file or Hub id; `capacity` of them stay in memory."""
+class ModelCache:
+    """Editors by name. `load` opens a folder, file or Hub id; `capacity` of them stay in memory.
+
+    defaults: of the settings that an editor does not recommend.
+    """
 
     def __init__(
-        self, models: list[str], load: Callable[[str], OpenedEditor], capacity: int, default: Recommended | None = None
+        self,
+        models: list[str],
+        load: Callable[[str], EditService],
+        capacity: int,
+        defaults: dict[str, Any] = DEFAULT_SETTINGS,
     ) -> None:
         self._models = name_models(models)
-        self._load, self._capacity = load, capacity
-        self._loaded: OrderedDict[str, OpenedEditor] = OrderedDict()  # the one used last stands last
+        self._load, self._capacity, self._defaults = load, capacity, defaults
+        self._loaded: OrderedDict[str, EditService] = OrderedDict()  # the last used one is the last
         self._lock = threading.Lock()
-        self._own = {name: read_recommended(model) for name, model in self._models.items()}
-        self._default = default or Recommended()
+        self._recommended = {name: read_recommended(model) for name, model in self._models.items()}
 
     @property
     def names(self) -> list[str]:
         return list(self._models)
 
-    def recommended(self, name: str) -> Recommended:
-        """What the editor's `adapted.json` says, which adapt_distill.py writes; the rest is the default."""
-        return replace(self._default, **self._own[name])
+    def settings(self, name: str) -> dict[str, Any]:
+        """Steps, guidance scales and eta: as the editor's `adapted.json` recommends, else the defaults."""
+        return self._defaults | self._recommended[name]
 
-    def has_its_own(self, name: str) -> bool:
-        """Whether an editor comes with settings of its own, as an adapted one does."""
-        return bool(self._own[name])
+    def has_recommended(self, name: str) -> bool:
+        return bool(self._recommended[name])
 
     def is_loaded(self, name: str) -> bool:
         return name in self._loaded
 
-    def take(self, name: str) -> OpenedEditor:
-        """The editor, loaded when it is not there; the one that was not used for longest makes room for it."""
+    def get(self, name: str) -> EditService:
+        """The editor, loaded if necessary; the least recently used one makes room for it."""
         with self._lock:
             if name not in self._loaded:
                 while len(self._loaded) >= self._capacity:
@@ -54,15 +62,13 @@ class Shelf:
 
 
 def name_models(models: list[str]) -> dict[str, str]:
-    """Short names for a menu: the last part of each path or id, and all of it where two would be called the same."""
+    """Menu name -> model: the last part of a path or the Hub id, or the whole path if two would have the same name."""
     models = list(dict.fromkeys(models))
-    short = [Path(model).resolve().name if Path(model).exists() else model for model in models]
-    return {name if short.count(name) == 1 else model: model for name, model in zip(short, models, strict=True)}
+    names = [public_name(model) for model in models]
+    return {name if names.count(name) == 1 else model: model for name, model in zip(names, models, strict=True)}
 
 
 def _free_memory() -> None:
-    import torch
-
-    gc.collect()  # pipelines hold each other in cycles, and the next model needs the room
+    gc.collect()  # pipelines have reference cycles, and the next model needs the memory
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,39 +1,38 @@
-"""The words, the style and the little JavaScript of the page in the browser."""
+"""The texts, the CSS and the JavaScript of the page."""
 
 from __future__ import annotations
 
 import html
 
-TITLE = "Edit pictures by instruction"
+TITLE = "Edit images by instruction"
 INTRODUCTION = f"""# {TITLE}
-Choose a picture, say what to change, press **Enter**. **Escape** stops an edit."""
+Choose an image, describe the change, press **Enter**. **Escape** stops an edit."""
 
 TIPS = """
-**The picture hardly changes.** *Image guidance* holds on to it: lower it in steps of 0.1, down to about 1.
-Or raise *text guidance*, which pulls towards the instruction. An edit that changes much needs both.
+**The image hardly changes.** Lower *image guidance* in steps of 0.1, down to about 1, or raise *text guidance*.
 
-**It changes too much.** The other way round: *image guidance* up in steps of 0.1, to 2 or so, or *text guidance* down.
+**It changes too much.** Raise *image guidance* in steps of 0.1, up to about 2, or lower *text guidance*.
 
-**Good, but not good enough.** Ask for several *images*: each has a seed of its own, and the best of four is often far
-better than the first. *Randomize guidance* tries a setting near the recommended one at each press.
+**Good, but not good enough.** Set *images* to 4 or more: each has its own seed, and the best one is often far better
+than the first. *Randomize guidance* tries values near the recommended ones each time.
 
-**The instruction is not understood.** Say it another way: "turn him into a dog", "make him a dog" and "as a dog" give
-different edits. Short orders about things that can be seen work best.
+**The instruction is not understood.** Phrase it differently: "turn him into a dog" and "make him a dog" give different
+edits. Short instructions about visible things work best.
 
-**Details are rough.** Raise *steps*, up to 100. An adapted few-step model is made for few, and gains nothing from more.
+**Details are rough.** Raise *steps*, up to 100. An adapted few-step model gains nothing from more steps.
 
-**Faces look odd.** The model works on squares of 8 pixels, which is coarse for a small face: crop the picture so that
-the face fills more of it.
+**Faces look odd.** The model works on blocks of 8 x 8 pixels, too coarse for a small face: crop the image so that the
+face is larger.
 
-**Moving, counting, left and right** are beyond most of these models: they restyle, replace and recolour.
+**Moving, counting, left and right** do not work with most of these models: they restyle, replace and recolour.
 """
 
 CSS = """
 .gradio-container .main.app { max-width: 1280px !important; margin: 0 auto; }
 #title h1 { margin: 0; }
 #columns { display: grid; align-items: start; grid-template-columns: 1fr 1fr; grid-template-rows: auto 1fr;
-  grid-template-areas: "wish result" "settings result"; }
-#wish { grid-area: wish; } #result { grid-area: result; } #settings { grid-area: settings; }
+  grid-template-areas: "request result" "settings result"; }
+#request { grid-area: request; } #result { grid-area: result; } #settings { grid-area: settings; }
 #status { min-height: 2.9em; }
 #status progress { width: 100%; height: 6px; display: block; margin-top: 6px; appearance: none; border: 0; }
 #status progress, #status progress::-webkit-progress-bar { background: var(--border-color-primary); }
@@ -41,19 +40,19 @@ CSS = """
 #status progress::-moz-progress-bar { background: var(--color-accent); }
 #status .error { border-left: 4px solid #d33; padding-left: 10px; }
 #gallery .grid-wrap { min-height: 0; max-height: none; padding-top: 32px; }
-/* A small model's edit is shown as large as a large one's. */
+/* Also enlarges the edits of a small model. */
 #comparison img { width: 100%; height: 100%; object-fit: contain; }
 #comparison .outer:focus-visible { outline: 3px solid var(--color-accent); }
 #buttons { display: grid; grid-template-columns: 2fr 1fr 1fr 1fr; }
 @media (max-width: 1000px) { #buttons { grid-template-columns: 1fr 1fr; } }
 @media (max-width: 700px) {
-  #columns { grid-template-columns: minmax(0, 1fr); grid-template-areas: "wish" "result" "settings"; }
+  #columns { grid-template-columns: minmax(0, 1fr); grid-template-areas: "request" "result" "settings"; }
   #comparison { height: 300px !important; }
   .gradio-container .main.app { padding: 12px !important; }
 }
 """
 
-# The address bar always holds the settings of the last edit, and nothing that the visitor has only typed.
+# The address bar has the settings of the last edit.
 SHOW_LINK = """(query) => {
   if (!query) { history.replaceState(null, "", location.pathname); return ""; }
   const link = location.origin + location.pathname + "?" + query;
@@ -61,8 +60,7 @@ SHOW_LINK = """(query) => {
   return link;
 }"""
 
-# Gradio's slider obeys the mouse alone: its handle gets a place in the tab order, and the arrow keys move it as the
-# mouse would.
+# Gradio's slider has no keyboard control: the Tab key focuses its handle, and the arrow keys move it.
 HEAD = """<script>
 const findHandle = () => document.querySelector("#comparison .slider-wrap .outer");
 new MutationObserver(() => {
@@ -98,12 +96,12 @@ document.addEventListener("keydown", (event) => {
 </script>"""
 
 
-def say(text: str, share: float | None = None) -> str:
-    """The status line as HTML, with a bar where a share of the work is given. A screen reader reads it out."""
-    bar = "" if share is None else f'<progress max="1" value="{share:.4f}" aria-label="progress"></progress>'
+def status_html(text: str, fraction: float | None = None) -> str:
+    """The status line, with a progress bar if `fraction` is given. Screen readers announce it."""
+    bar = "" if fraction is None else f'<progress max="1" value="{fraction:.4f}" aria-label="progress"></progress>'
     return f'<div role="status" aria-live="polite"><span>{html.escape(text)}</span>{bar}</div>'
 
 
-def complain(text: str) -> str:
-    """A mistake or a failure as HTML; several lines stay several."""
+def error_html(text: str) -> str:
+    """An error message; line breaks are kept."""
     return f'<div role="alert" class="error">{html.escape(text).replace(chr(10), "<br>")}</div>'

@@ -1,22 +1,34 @@
-"""One edit at a time on one device: whoever comes waits in a line, and may leave it, or stop, at any step."""
+"""One request at a time on one device: the queue, its slots, and running the first one in a thread of its own."""
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
 
 from utils.errors import InputError
 
+POLL_SECONDS = 0.5  # how often a waiting request checks whether it was stopped
+
 
 class Stopped(Exception):
-    """An edit that ends before its last step; the text says why, for the one who asked for it."""
+    """A request that ends before its last step; the text says why."""
 
 
-class Ticket:
-    """One edit's place in the line. `stop` may be called from any thread, at any time, more than once."""
+@dataclass(frozen=True)
+class RequestProgress:
+    """A sentence for the status line, and the fraction of the request that is done."""
+
+    text: str
+    fraction: float = 0.0
+
+
+class QueueSlot:
+    """One request's place in the queue. `stop` may be called from any thread, at any time, more than once."""
 
     def __init__(self, timeout: float) -> None:
         self._timeout, self._deadline = timeout, float("inf")
@@ -26,55 +38,90 @@ class Ticket:
         self._stopped.set()
 
     def start_clock(self) -> None:
-        """The timeout counts from an edit's turn: nobody loses time to those before them."""
+        """The timeout starts when the request starts to run: waiting does not count."""
         self._deadline = time.monotonic() + self._timeout
 
     def check(self) -> None:
-        """Raise `Stopped` when the edit was stopped or has had its time."""
+        """Raise `Stopped` if the request was stopped or its time is over."""
         if self._stopped.is_set():
             raise Stopped("Stopped.")
         if time.monotonic() > self._deadline:
             raise Stopped(
-                f"Stopped after {self._timeout:g} seconds, the most that an edit may take here: "
+                f"Stopped after {self._timeout:g} seconds, the longest time for one request: "
                 "ask for fewer steps or fewer images."
             )
 
 
-class Turns:
-    """The line before one device. A line that has become too long turns newcomers away at once."""
+class RequestQueue:
+    """The queue of one device. A full queue refuses new requests."""
 
-    def __init__(self, timeout: float, most_waiting: int) -> None:
-        self._timeout, self._most_waiting = timeout, most_waiting
-        self._line: deque[Ticket] = deque()  # the first has its turn
+    def __init__(self, timeout: float, max_waiting: int) -> None:
+        self._timeout, self._max_waiting = timeout, max_waiting
+        self._slots: deque[QueueSlot] = deque()  # the first one runs
         self._moved = threading.Condition()
 
-    def join(self) -> Ticket:
-        """A ticket at the end of the line. Raises InputError when the line is full."""
+    def join(self) -> QueueSlot:
+        """A slot at the end of the queue. Raises InputError when the queue is full."""
         with self._moved:
-            if len(self._line) > self._most_waiting:
-                raise InputError(f"{len(self._line)} edits are waiting already: try again in a while")
-            self._line.append(Ticket(self._timeout))
-            return self._line[-1]
+            if len(self._slots) > self._max_waiting:
+                raise InputError(f"{len(self._slots)} requests are waiting already: try again later")
+            self._slots.append(QueueSlot(self._timeout))
+            return self._slots[-1]
 
-    def wait(self, ticket: Ticket, seconds: float) -> int:
-        """How many are before a ticket, after at most so many seconds; 0 means that its turn has come."""
+    def wait(self, slot: QueueSlot, seconds: float) -> int:
+        """Wait up to `seconds` and return how many requests are before a slot; 0 means that it may run."""
         with self._moved:
-            if place := self._line.index(ticket):
+            if place := self._slots.index(slot):
                 self._moved.wait(seconds)
-                place = self._line.index(ticket)
+                place = self._slots.index(slot)
             return place
 
-    @contextmanager
-    def leaving(self, ticket: Ticket) -> Iterator[None]:
-        """Whatever happens inside, the line moves on after it."""
-        try:
-            yield
-        finally:
-            with self._moved:
-                self._line.remove(ticket)
-                self._moved.notify_all()
+    def leave(self, slot: QueueSlot) -> None:
+        with self._moved:
+            self._slots.remove(slot)
+            self._moved.notify_all()
 
     def stop_all(self) -> None:
         with self._moved:
-            for ticket in self._line:
-                ticket.stop()
+            for slot in self._slots:
+                slot.stop()
+
+    def run(self, slot: QueueSlot, work: Callable[[Callable[[Any], None]], None]) -> Iterator[Any]:
+        """Wait for the slot's turn, then run `work(report)` in a thread; yields progress and whatever it reports.
+
+        Raises what `work` raises, and `Stopped`. Closing the iterator stops the request at its next step, so that the
+        queue does not wait for a visitor who has left.
+        """
+        events: queue.SimpleQueue = queue.SimpleQueue()
+        threading.Thread(target=self._run, args=(slot, work, events.put), daemon=True).start()
+        try:
+            while (event := _latest(events)) is not None:
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+        finally:
+            slot.stop()
+
+    def _run(self, slot: QueueSlot, work: Callable, report: Callable[[Any], None]) -> None:
+        """The last report is None, or the exception."""
+        try:
+            while place := self.wait(slot, POLL_SECONDS):
+                slot.check()
+                report(RequestProgress(f"Waiting: {place} {'request' if place == 1 else 'requests'} before yours"))
+            slot.start_clock()
+            work(report)
+        except BaseException as error:
+            last = error
+        else:
+            last = None
+        finally:
+            self.leave(slot)
+        report(last)
+
+
+def _latest(events: queue.SimpleQueue) -> Any:
+    """The next event, or of several progress events the last one, so that a slow browser does not lag behind."""
+    event = events.get()
+    while isinstance(event, RequestProgress) and not events.empty():
+        event = events.get()
+    return event

@@ -1,0 +1,153 @@
+"""The settings of an edit: limits, defaults, and what the seed can choose. Nothing heavy is imported here."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+# The smallest and largest value of every number that infer.py, a file of jobs or the page accepts.
+LIMITS: dict[str, tuple[float, float]] = {
+    "steps": (1, 1000),
+    "guidance_scale": (0, 1000),
+    "image_guidance_scale": (0, 1000),
+    "eta": (0, 1),
+    "resolution": (8, 4096),
+    "seed": (0, 2**63 - 1),
+    "num_images": (1, 10_000),
+    "batch_size": (1, 1024),
+    "lora_scale": (-10, 10),
+}
+# Used for what neither the user nor the editor's `adapted.json` sets; eta None leaves the scheduler its own default.
+DEFAULT_SETTINGS: dict[str, Any] = {"steps": 20, "guidance_scale": 7.5, "image_guidance_scale": 1.5, "eta": None}
+SCALES = ("guidance_scale", "image_guidance_scale")
+ADAPTED = "adapted.json"  # adapt_distill.py writes recommended settings, keys of `DEFAULT_SETTINGS`, into this file
+EASY_INSTRUCTIONS = (  # the toy editor has been trained on these
+    "turn it into a cartoon",
+    "make it a pencil drawing",
+    "make it night",
+    "give it a sepia tone",
+    "make it foggy",
+    "put it in the light of a sunset",
+    "make it black and white",
+    "turn it into a mosaic",
+)
+INSTRUCTIONS = (
+    *EASY_INSTRUCTIONS,
+    "make it snow",
+    "make it a rainy night",
+    "turn the season to autumn",
+    "make it spring, with blossoms everywhere",
+    "put it under water",
+    "set it on the moon",
+    "as if seen through a window with raindrops",
+    "add a rainbow to the sky",
+    "add hot-air balloons to the sky",
+    "add fireworks",
+    "turn it into a watercolour",
+    "turn it into an oil painting by Van Gogh",
+    "turn it into a woodblock print by Hokusai",
+    "turn it into a stained glass window",
+    "turn it into a charcoal sketch",
+    "turn it into pixel art",
+    "turn it into a Lego model",
+    "turn it into a clay figure scene",
+    "turn it into a paper cut-out",
+    "make it look like a 1970s postcard",
+    "give it the colours of a neon sign",
+    "make it cyberpunk",
+    "make it steampunk",
+    "make it medieval",
+    "make it look abandoned and overgrown",
+    "make everything of gold",
+    "make everything of glass",
+    "make everything of wood",
+    "make it look like a miniature model",
+    "light it with candles",
+    "make it look like a dream",
+    "make it a festival",
+)
+SPREAD = 0.2  # as edit_app.py, which draws 6 to 9 around 7.5 and 1.2 to 1.8 around 1.5
+
+
+@dataclass(frozen=True)
+class EditSettings:
+    """What decides an edit besides the image, the instruction and the seed; None is the model's default.
+
+    guidance_interval: (start, stop) as fractions of the steps; scheduler: a key of `schedulers.SCHEDULERS`.
+    """
+
+    steps: int | None = None
+    guidance_scale: float | None = None
+    image_guidance_scale: float | None = None
+    eta: float | None = None
+    guidance_interval: tuple[float, float] | None = None
+    scheduler: str | None = None
+    timestep_spacing: str | None = None
+    resolution: int | None = None
+    keep_size: bool = False
+    randomize_cfg: bool = False
+
+
+def fill_settings(settings: EditSettings, given: dict[str, Any]) -> EditSettings:
+    """`settings` with the values of `given` that are fields of it."""
+    names = {field.name for field in fields(EditSettings)}
+    known = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items() if name in names}
+    return replace(settings, **known)
+
+
+def resolve_settings(
+    settings: EditSettings, recommended: dict[str, Any], own_scheduler: str, seed: int
+) -> dict[str, Any]:
+    """All settings of one edit as its record stores them.
+
+    A setting that is None becomes the recommended value, then the default. `randomize_cfg` draws the two guidance
+    scales from `seed`. own_scheduler: the class name of the editor's scheduler; with another one the recommended eta,
+    which was found for that scheduler, is ignored.
+    """
+    defaults = DEFAULT_SETTINGS | recommended
+    if settings.randomize_cfg:
+        drawn = draw_scales(seed, tuple(defaults[name] for name in SCALES))
+        settings = replace(settings, **dict(zip(SCALES, drawn, strict=True)))
+    if settings.scheduler is not None:
+        del defaults["eta"]
+    values = asdict(settings)
+    values |= {name: value for name, value in defaults.items() if values[name] is None}
+    del values["randomize_cfg"]
+    return values | {"scheduler": settings.scheduler or own_scheduler}
+
+
+def find_setting_problems(values: dict[str, Any], prefix: str = "--") -> list[str]:
+    """One line for every invalid value, with `prefix` before its name; missing values and None are valid."""
+    problems = []
+    for name, (smallest, largest) in LIMITS.items():
+        value = values.get(name)
+        if value is not None and not (_is_number(value) and smallest <= value <= largest):  # also refuses NaN
+            problems.append(f"{prefix}{name} {value}: must be from {smallest} to {largest}")
+    interval = values.get("guidance_interval")
+    if interval is not None and not _is_interval(interval):
+        given = " ".join(map(str, interval)) if isinstance(interval, (list, tuple)) else interval
+        problems.append(f"{prefix}guidance_interval {given}: must be two fractions with 0 <= START < STOP <= 1")
+    if values.get("randomize_cfg") and any(values.get(name) is not None for name in SCALES):
+        problems.append(f"{prefix}randomize_cfg draws both guidance scales: remove it, or remove the scales")
+    return problems
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_interval(value: object) -> bool:
+    is_pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value))
+    return is_pair and 0 <= value[0] < value[1] <= 1
+
+
+def draw_instruction(seed: int, name: str) -> str:
+    """One of `INSTRUCTIONS`; the input's file name is part of the key, so the images of a folder get different ones."""
+    return random.Random(f"instruction {seed} {name}").choice(INSTRUCTIONS)
+
+
+def draw_scales(seed: int | None, scales: tuple[float, float]) -> tuple[float, float]:
+    """(text, image) guidance scales within 20 % of `scales`, rounded to two digits; seed None is not repeatable."""
+    draw = random.Random(None if seed is None else f"scales {seed}")
+    return tuple(round(scale * draw.uniform(1 - SPREAD, 1 + SPREAD), 2) for scale in scales)
