@@ -17,21 +17,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from utils.cli import FlagParser  # noqa: E402
+from utils.cli import FlagParser, pick  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
 from utils.quiet import quiet_libraries  # noqa: E402
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("dataset", metavar="DATASET", help="Hub id or folder of a dataset")
+    parser.add_argument("dataset_name", metavar="DATASET", help="Hub id or folder of a dataset")
     add = parser.add_argument_group("data").add_argument
-    add("--dataset_split", default="train", metavar="SPLIT", help="split to check (default: train)")
+    add("--dataset_split", dest="split", default="train", help="split to check (default: train)")
     add("--dataset_config_name", metavar="NAME", help="configuration of the dataset, if it has several")
     add("--original_image_column", metavar="NAME", help="column of the original images (default: found as in training)")
     add("--edit_prompt_column", metavar="NAME", help="column of the instructions")
     add("--edited_image_column", metavar="NAME", help="column of the edited images")
-    add("--max_rows", type=int, metavar="N", help="check N random rows, the same in every run (default: all)")
+    add("--max_rows", dest="max_train_samples", type=int, metavar="N", help="check N random rows, always the same")
     add("--cache_dir", metavar="FOLDER", help="cache folder of downloaded datasets")
     add = parser.add_argument_group("checks").add_argument
     add("--against", action="append", default=[], metavar="DATASET", help="find images of this dataset; may repeat")
@@ -49,9 +49,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise one InputError with all problems of the flags."""
-    problems = []
-    if args.max_rows is not None and args.max_rows < 1:
-        problems.append(f"--max_rows {args.max_rows}: must be at least 1")
+    problems, dataset = [], Path(args.dataset_name)
+    if args.max_train_samples is not None and args.max_train_samples < 1:
+        problems.append(f"--max_rows {args.max_train_samples}: must be at least 1")
     if not 0 <= args.num_workers <= 1024:
         problems.append(f"--num_workers {args.num_workers}: must be from 0 to 1024")
     if not args.fix and (args.fix_swapped or args.fix_shifts or args.overwrite):
@@ -60,7 +60,7 @@ def check_flags(args: argparse.Namespace) -> None:
         folder = getattr(args, flag)
         if folder and any(path.is_file() for path in (folder, *folder.parents)):
             problems.append(f"--{flag} {folder}: is a file or is inside a file; give a folder")
-        if folder and Path(args.dataset).is_dir() and folder.resolve().is_relative_to(Path(args.dataset).resolve()):
+        if folder and dataset.is_dir() and folder.resolve().is_relative_to(dataset.resolve()):
             problems.append(f"--{flag} {folder}: is inside the dataset; give another folder")
     if args.tokenizer and not Path(args.tokenizer).is_dir():
         problems.append(f"--tokenizer {args.tokenizer}: is not a folder; give the tokenizer folder of a model")
@@ -76,18 +76,8 @@ def run(args: argparse.Namespace) -> int:
     from data_preparation.checking.report import describe, write_reports
     from data_preparation.checking.scan import DatasetToCheck
 
-    dataset = DatasetToCheck(
-        args.dataset,
-        args.dataset_config_name,
-        args.dataset_split,
-        args.original_image_column,
-        args.edit_prompt_column,
-        args.edited_image_column,
-        args.max_rows,
-        args.cache_dir,
-    )
     against = [DatasetToCheck(name, split=args.against_split, cache_dir=args.cache_dir) for name in args.against]
-    diagnosis = diagnose(dataset, against, args.num_workers, args.tokenizer)
+    diagnosis = diagnose(pick(args, DatasetToCheck), against, args.num_workers, args.tokenizer)
     print(describe(diagnosis), flush=True)
     if args.report_dir:
         write_reports(diagnosis, args.report_dir)

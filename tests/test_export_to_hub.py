@@ -1,4 +1,4 @@
-"""Publishing a pair set: splits, licences, the card, kills and dead networks, and back by datasets.load_dataset."""
+"""export_to_hub.py: splits, licences, the card, interruptions, and loading the dataset from the Hub again."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ import yaml
 from PIL import Image
 
 from data_preparation.export_to_hub import main
-from data_preparation.exporting.licensing import decide
-from data_preparation.exporting.scrubbing import scrub, scrub_json, scrub_text
-from data_preparation.exporting.splitting import LEFT_OUT, Keys, assign
+from data_preparation.exporting.export_shards import DROPPED, RowKeys, assign_splits
+from data_preparation.exporting.licensing import choose_licence
+from data_preparation.exporting.reading import scrub, scrub_json, scrub_text
 from data_preparation.generation.pair_rows import make_pair, pair_features
 from tests.hub_server import Hub, Refused
 from tests.pairs import make_dataset, make_image, make_rows, write_image_folder
 from utils.errors import InputError
-from utils.licences import Licence, hub_id, problems_of_carrying, restrictions_of, strictest, terms_of
+from utils.licences import Licence, licence_conflicts, restrictions_of, strictest_licence, terms_of, to_hub_licence
 
 SCRIPT = str(Path(__file__).parent.parent / "data_preparation" / "export_to_hub.py")
 SECRET = "hf_" + "q" * 34
@@ -34,9 +34,9 @@ PROMPTS = {"negative": "invert | the colours", "darker": "make it darker"}
 
 
 def make_set(folder: Path, num_rows: int = 60, num_sources: int = 20, group: int = 7, **changes) -> Path:
-    """A pair set as the runner leaves it: two files, tasks by turns, every tenth row asked in a held-out way.
+    """A generated dataset: two files, two tasks, and a held-out phrasing in every tenth row.
 
-    changes: column -> function of the row number, for its value.
+    changes: column -> function from the row number to its value.
     """
     rows = []
     for index in range(num_rows):
@@ -83,7 +83,7 @@ def refused(capsys: pytest.CaptureFixture, data_root: Path, *flags: str, repo_id
 
 
 def rows_of(folder: Path) -> dict[str, list[dict]]:
-    """All rows of an export or of a pair set by split, images as bytes."""
+    """All rows of an export or a generated dataset by split, with images as bytes."""
     found = defaultdict(list)
     for path in sorted((folder / "data").glob("*.parquet")):
         found[path.name.split("-")[0]] += pq.read_table(path).to_pylist()
@@ -106,8 +106,8 @@ def pairs(tmp_path: Path) -> Path:
 # --- splits and files -----------------------------------------------------------------------------------------------
 
 
-def test_every_row_goes_to_the_side_of_its_source_and_is_what_it_was(tmp_path: Path, capsys):
-    """No source on two sides, shares near those asked for, no held-out phrasing in train, rows equal to the bytes."""
+def test_sources_are_split_and_rows_are_unchanged(tmp_path: Path, capsys):
+    """No source is in two splits, shares are near --split, train has no held-out phrasing, rows keep their bytes."""
     pairs = make_set(tmp_path / "pairs", phrasing=lambda row: "heldout" if row % 7 == 6 else "train")
     export = rows_of(run(pairs, "--no_push", "--split=70,15,15", "--max_shard_size=8KB"))
     sources = {split: {row["source"] for row in rows} for split, rows in export.items()}
@@ -124,10 +124,10 @@ def test_every_row_goes_to_the_side_of_its_source_and_is_what_it_was(tmp_path: P
     assert all(row["phrasing"] == "heldout" and row["source"] in sources["train"] for row in missing)
     held_out = [row for split in ("validation", "test") for row in export[split] if row["phrasing"] == "heldout"]
     assert len(held_out) + len(missing) == 8 and held_out and missing
-    assert f"left out: {len(missing)} rows" in capsys.readouterr().err
+    assert f"dropped: {len(missing)} rows" in capsys.readouterr().err
 
 
-def test_the_same_seed_gives_the_same_files_with_any_number_of_workers(pairs: Path, tmp_path: Path):
+def test_files_depend_on_the_seed_and_not_on_the_number_of_workers(pairs: Path, tmp_path: Path):
     flags = ("--no_push", "--max_shard_size=8KB", "--split=80,10,10")
     first = files_of(run(pairs, *flags))
     assert len([name for name in first if name.startswith("data/train")]) > 2
@@ -136,29 +136,31 @@ def test_the_same_seed_gives_the_same_files_with_any_number_of_workers(pairs: Pa
     assert files_of(elsewhere) == first
     other = tmp_path / "other"
     run(pairs, *flags, "--seed=1", f"--export_dir={other}")
-    sides = [{row["source"] for row in rows_of(folder)["validation"]} for folder in (elsewhere, other)]
-    assert sides[0] != sides[1]
+    first_sources, other_sources = (
+        {row["source"] for row in rows_of(folder)["validation"]} for folder in (elsewhere, other)
+    )
+    assert first_sources != other_sources
 
 
-def test_rows_without_a_source_are_told_apart_by_their_original(tmp_path: Path):
+def test_rows_without_a_source_are_split_by_their_original(tmp_path: Path):
     pairs = make_set(tmp_path / "pairs", source=lambda row: None)
     export = rows_of(run(pairs, "--no_push", "--split=50,25,25"))
-    sides = [{row["original_image"]["bytes"] for row in rows} for rows in export.values()]
-    assert len(set.union(*sides)) == sum(map(len, sides)) == 20
+    originals = [{row["original_image"]["bytes"] for row in rows} for rows in export.values()]
+    assert len(set.union(*originals)) == sum(map(len, originals)) == 20
 
 
 @pytest.mark.parametrize("num_sources", [1, 2, 3, 7, 100])
 @pytest.mark.parametrize("split", [(1, 0, 0), (0.9, 0.05, 0.05), (0.5, 0.5, 0), (0.34, 0.33, 0.33)])
-def test_assign(num_sources: int, split: tuple):
-    """Wanted splits get a source each, others none; too few sources for that are refused."""
-    keys = Keys(
+def test_assign_splits(num_sources: int, split: tuple):
+    """Each split with a share gets a source, others get none; too few sources are refused."""
+    keys = RowKeys(
         [bytes([i % num_sources]) * 16 for i in range(3 * num_sources)], np.zeros(3 * num_sources, bool), "", {}, {}
     )
     if num_sources < sum(share > 0 for share in split):
         with pytest.raises(InputError, match="100,0,0"):
-            assign(keys, split, 0)
+            assign_splits(keys, split, 0)
         return
-    splits = assign(keys, split, 0)
+    splits = assign_splits(keys, split, 0)
     counts = [int((splits == number).sum()) for number in range(3)]
     assert [count > 0 for count in counts] == [share > 0 for share in split]
     assert sum(counts) == 3 * num_sources
@@ -166,17 +168,17 @@ def test_assign(num_sources: int, split: tuple):
         assert np.allclose(np.array(counts) / 300, split, atol=0.02)
 
 
-def test_sources_with_held_out_phrasings_are_tested_on_first():
-    keys = Keys([bytes([i]) * 16 for i in range(40)], np.arange(40) < 2, "", {}, {})
-    splits = assign(keys, (0.9, 0.05, 0.05), 3)
-    assert set(splits[:2]) == {2} and LEFT_OUT not in splits
-    with pytest.raises(InputError, match="no row is left to train on"):
-        assign(keys._replace(is_held_out=np.ones(40, bool)), (0.9, 0.05, 0.05), 3)
+def test_sources_with_held_out_phrasings_go_to_test_first():
+    keys = RowKeys([bytes([i]) * 16 for i in range(40)], np.arange(40) < 2, "", {}, {})
+    splits = assign_splits(keys, (0.9, 0.05, 0.05), 3)
+    assert set(splits[:2]) == {2} and DROPPED not in splits
+    with pytest.raises(InputError, match="no row to train on"):
+        assign_splits(keys._replace(is_held_out=np.ones(40, bool)), (0.9, 0.05, 0.05), 3)
 
 
 @pytest.mark.parametrize("kind", ["saved", "files", "known", "folder"])
-def test_other_datasets_of_pairs(kind: str, tmp_path: Path):
-    """Whatever the training scripts open: saved, data files, another known triple of columns, a metadata file."""
+def test_other_kinds_of_datasets(kind: str, tmp_path: Path):
+    """What the training scripts accept: a saved dataset, data files, other known columns, a metadata file."""
     folder, rows = tmp_path / "given", make_rows(12)
     if kind == "folder":
         paths = write_image_folder(folder, 12)
@@ -205,12 +207,12 @@ def test_other_datasets_of_pairs(kind: str, tmp_path: Path):
     assert str(tmp_path) not in (export / "README.md").read_text()
 
 
-# --- kills ----------------------------------------------------------------------------------------------------------
+# --- interruptions -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_the_same_command_goes_on(pairs: Path, tmp_path: Path):
-    """kill -9 at moments spread over the run: what is left is no export, or the whole one; the end is the same."""
+def test_resumes_after_kill(pairs: Path, tmp_path: Path):
+    """After SIGKILL at any moment there is no export or a complete one, and the same command completes it."""
     flags = ["--no_push", "--max_shard_size=4KB", "--split=80,10,10"]
     whole = files_of(run(pairs, *flags))
     rng, export, killed = np.random.default_rng(0), tmp_path / "again", 0
@@ -225,7 +227,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(pairs: Path, tmp_path: Pa
         "--export_dir",
         export,
     ]
-    for _ in range(6):
+    for _ in range(3):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         unfinished = tmp_path / "again.unfinished" / "data"
         start = {path.name for path in unfinished.glob("t*")}
@@ -248,7 +250,7 @@ def test_killed_at_any_moment_the_same_command_goes_on(pairs: Path, tmp_path: Pa
     assert not (tmp_path / "again.unfinished").exists()
 
 
-def test_a_shard_that_is_there_is_not_written_again_and_a_damaged_one_is(pairs: Path, monkeypatch, capsys):
+def test_only_missing_and_damaged_shards_are_written_again(pairs: Path, monkeypatch, capsys):
     flags = ("--no_push", "--max_shard_size=8KB")
     export = run(pairs, *flags)
     whole, unfinished = files_of(export), export.with_name("pairs-export.unfinished")
@@ -259,17 +261,17 @@ def test_a_shard_that_is_there_is_not_written_again_and_a_damaged_one_is(pairs: 
     files[1].write_bytes(files[1].read_bytes()[:-5])
     (unfinished / "data" / f".{files[2].name}.1").write_bytes(b"half")
     run(pairs, *flags)
-    assert f"going on: {len(files) - 1} of {len(files)}" in capsys.readouterr().err
+    assert f"resuming: {len(files) - 1} of {len(files)}" in capsys.readouterr().err
     assert files_of(export) == whole
     assert (export / "data" / files[0].name).stat().st_ino == kept
 
 
-def test_another_export_is_replaced_only_when_asked(pairs: Path, capsys):
+def test_another_export_is_replaced_only_with_overwrite(pairs: Path, capsys):
     export = run(pairs, "--no_push")
     before = files_of(export)
-    assert "other rows or other settings" in refused(capsys, pairs, "--no_push", "--seed=5")
+    assert "other rows or settings" in refused(capsys, pairs, "--no_push", "--seed=5")
     assert files_of(export) == before
-    run(pairs, "--no_push", "--license=cc-by-nc-4.0")  # the card alone is written anew
+    run(pairs, "--no_push", "--license=cc-by-nc-4.0")  # only the card changes
     assert {name for name, content in files_of(export).items() if content != before[name]} == {
         "README.md",
         "export.json",
@@ -277,7 +279,7 @@ def test_another_export_is_replaced_only_when_asked(pairs: Path, capsys):
     run(pairs, "--no_push", "--seed=5", "--overwrite")
     assert files_of(export) != before and not export.with_name("pairs-export.old").exists()
     (export / "export.json").unlink()
-    assert "holds no export" in refused(capsys, pairs, "--no_push", "--overwrite")
+    assert "is not an export" in refused(capsys, pairs, "--no_push", "--overwrite")
 
 
 # --- licences -------------------------------------------------------------------------------------------------------
@@ -308,8 +310,8 @@ def test_another_export_is_replaced_only_when_asked(pairs: Path, capsys):
         ("mit", "nobody knows", True),
     ],
 )
-def test_what_a_licence_may_not_drop(carried: str, source: str, is_allowed: bool):
-    problems = problems_of_carrying(carried, [Licence("someone/photos", source, ())])
+def test_licence_conflicts(carried: str, source: str, is_allowed: bool):
+    problems = licence_conflicts(carried, [Licence("someone/photos", source, ())])
     assert bool(problems) != is_allowed
     assert all("someone/photos" in problem and source in problem for problem in problems)
 
@@ -326,14 +328,13 @@ def test_what_a_licence_may_not_drop(carried: str, source: str, is_allowed: bool
         (["cc by 4.0", "cc-by-nc-sa-4.0"], "cc-by-nc-sa-4.0"),
     ],
 )
-def test_strictest(names: list[str], expected: str | None):
-    assert strictest([Licence(name, name, ()) for name in names]) == expected
+def test_strictest_licence(names: list[str], expected: str | None):
+    assert strictest_licence([Licence(name, name, ()) for name in names]) == expected
 
 
 def test_names_of_licences():
-    assert (
-        hub_id("CC BY-SA 4.0") == "cc-by-sa-4.0" and hub_id("CC0") == "cc0-1.0" and hub_id("cc_by_nc") == "cc-by-nc-4.0"
-    )
+    names = {"CC BY-SA 4.0": "cc-by-sa-4.0", "CC0": "cc0-1.0", "cc_by_nc": "cc-by-nc-4.0"}
+    assert {name: to_hub_licence(name) for name in names} == names
     assert terms_of("other") is None and terms_of(None) is None and terms_of("cc0-1.0") == frozenset()
     assert terms_of("sai-nc-community") == {"attribution", "non-commercial"}
     assert restrictions_of("cc-by-nc-nd-4.0") == ("non-commercial", "no derivatives")
@@ -342,16 +343,16 @@ def test_names_of_licences():
 @pytest.mark.parametrize(
     ("licence", "flags", "words"),
     [
-        ("cc-by-nc-4.0", ["--license=mit"], ["someone/photos", "drops its non-commercial", "may be cc-by-nc-4.0"]),
-        ("cc-by-sa-4.0", ["--license=mit"], ["someone/photos", "only that licence", "may be cc-by-sa-4.0"]),
-        ("cc-by-nd-4.0", [], ["someone/photos", "bars works made of it", "--license cc-by-nd-4.0"]),
+        ("cc-by-nc-4.0", ["--license=mit"], ["someone/photos", "drops its non-commercial", "must be cc-by-nc-4.0"]),
+        ("cc-by-sa-4.0", ["--license=mit"], ["someone/photos", "requires the same licence", "must be cc-by-sa-4.0"]),
+        ("cc-by-nd-4.0", [], ["someone/photos", "forbids derived works", "--license cc-by-nd-4.0"]),
         ("cc-by-nd-4.0", ["--license=cc-by-4.0"], ["someone/photos", "no derivatives"]),
         (None, [], ["someone/photos", "not known", "--accept_unknown_license", "--license other"]),
         (None, ["--accept_unknown_license"], ["no source has a known licence", "--license"]),
         ("cc-by-4.0", ["--license=my-own"], ["--license my-own", "cc-by-nc-4.0", "other"]),
     ],
 )
-def test_a_licence_that_permits_too_much_is_refused(licence, flags, words, tmp_path: Path, capsys):
+def test_licence_that_permits_too_much_is_refused(licence, flags, words, tmp_path: Path, capsys):
     pairs = make_set(tmp_path / "pairs", source_license=lambda row: licence)
     message = refused(capsys, pairs, "--no_push", *flags)
     assert all(word in message for word in words), message
@@ -368,24 +369,24 @@ def test_a_licence_that_permits_too_much_is_refused(licence, flags, words, tmp_p
         (None, ["--license=other"], {"license": "other", "license_name": "see-each-row"}),
     ],
 )
-def test_what_the_card_says_of_the_licence(licence, flags, fields, tmp_path: Path):
+def test_licence_in_the_card(licence, flags, fields, tmp_path: Path):
     pairs = make_set(tmp_path / "pairs", 30, source_license=lambda row: licence)
     front, text = read_card(run(pairs, "--no_push", *flags))
     assert {name: front.get(name) for name in fields} == fields
     assert f"| source | `someone/photos` | {licence or 'not known'}" in text
 
 
-def test_models_bind_what_they_made():
-    """What a non-commercial model made is not sold; an OpenRAIL's uses are told; unknown ones are vouched for."""
+def test_licences_of_models():
+    """A non-commercial model forbids commercial use; the card tells of OpenRAIL; unknown licences are refused."""
     photos = [Licence("someone/photos", "cc-by-4.0", ())]
     turbo = [Licence("stabilityai/sdxl-turbo", "sai-nc-community", ("non-commercial",))]
     with pytest.raises(InputError, match="stabilityai/sdxl-turbo.*cc-by-4.0 drops its non-commercial"):
-        decide(photos, turbo, "cc-by-4.0", False)
-    assert decide(photos, turbo, None, False).carried == "cc-by-nc-4.0"
-    decision = decide(photos, [Licence("some/base", "creativeml-openrail-m", ())], "cc-by-4.0", False)
-    assert decision.carried == "cc-by-4.0" and "Attachment A" in decision.notes[0]
+        choose_licence(photos, turbo, "cc-by-4.0", False)
+    assert choose_licence(photos, turbo, None, False).licence == "cc-by-nc-4.0"
+    choice = choose_licence(photos, [Licence("some/base", "creativeml-openrail-m", ())], "cc-by-4.0", False)
+    assert choice.licence == "cc-by-4.0" and "Attachment A" in choice.notes[0]
     with pytest.raises(InputError, match="some/unknown"):
-        decide(photos, [Licence("some/unknown", "", ())], None, False)
+        choose_licence(photos, [Licence("some/unknown", "", ())], None, False)
 
 
 # --- the card -------------------------------------------------------------------------------------------------------
@@ -396,7 +397,7 @@ def read_card(export: Path) -> tuple[dict, str]:
     return yaml.safe_load(front), text
 
 
-def test_the_card_tells_what_the_rows_say(tmp_path: Path):
+def test_card(tmp_path: Path):
     models = [{"id": "some/base", "revision": "abc123"}]
     pairs = make_set(tmp_path / "pairs", models=lambda row: models)
     export = run(pairs, "--no_push", "--license=cc-by-4.0", "--accept_unknown_license")
@@ -406,8 +407,8 @@ def test_the_card_tells_what_the_rows_say(tmp_path: Path):
     assert front["license"] == "cc-by-4.0" and front["language"] == ["en"] and front["pretty_name"] == "my pairs"
     assert front["task_categories"] == ["image-to-image"] and front["size_categories"] == ["n<1K"]
     assert front["source_datasets"] == ["someone/photos"] and {"negative", "darker"} < set(front["tags"])
-    told = {split["name"]: split["num_examples"] for split in front["dataset_info"]["splits"]}
-    assert told == {split: len(found) for split, found in rows.items()}
+    card_rows = {split["name"]: split["num_examples"] for split in front["dataset_info"]["splits"]}
+    assert card_rows == {split: len(found) for split, found in rows.items()}
     assert [feature["name"] for feature in front["dataset_info"]["features"]] == list(pair_features())
     for split in front["configs"][0]["data_files"]:
         assert len(list(export.glob(split["path"]))) >= 1
@@ -429,8 +430,23 @@ def test_the_card_tells_what_the_rows_say(tmp_path: Path):
         assert grid.width > 900 and grid.height > 700
 
 
-def test_nothing_private_gets_out(tmp_path: Path):
-    """Paths of this machine, its user and tokens: neither in the card, nor in a row, nor in the record."""
+def test_values_in_the_card_are_inert(tmp_path: Path):
+    """Pipes, line breaks, backticks and template code in values change neither the tables nor the template."""
+    pairs = make_set(
+        tmp_path / "pairs",
+        task=lambda row: "a | b\n# {{ 7 * 7 }} {% if %}",
+        settings=lambda row: {"kind": "x\n## y {{ card_data }}"},
+        models=lambda row: [{"id": "some`\n# {{ 7 * 7 }}", "revision": "r|1"}],
+    )
+    front, text = read_card(run(pairs, "--no_push", "--license=cc-by-4.0", "--accept_unknown_license"))
+    assert "\n# {{" not in text and "\n## y" not in text and "49" not in text
+    assert "| a \\| b # {{ 7 * 7 }} {% if %} | kind | x ## y {{ card_data }} |" in text
+    assert "| `some' # {{ 7 * 7 }}` | `r\\|1` | 60 |" in text
+    assert not set(front["tags"]) - {"instruct-pix2pix", "image-editing", "instruction-tuning"}
+
+
+def test_nothing_private_is_exported(tmp_path: Path):
+    """Paths of this machine, the user name and tokens are in none of the files."""
     pairs = make_set(
         tmp_path / "pairs",
         source=lambda row: f"/home/anna/photos/{row % 20}.jpg",
@@ -471,7 +487,7 @@ def test_scrubbing(text: str, clean: str):
     ("flags", "words"),
     [
         (["--split=80,10"], ["--split 80,10", "sum to 100"]),
-        (["--split=0,50,50"], ["nothing to train on"]),
+        (["--split=0,50,50"], ["no rows for train"]),
         (["--max_shard_size=big"], ["--max_shard_size big", "500MB"]),
         (["--seed=-1"], ["--seed -1"]),
         (["--num_workers=-2"], ["--num_workers -2"]),
@@ -482,29 +498,29 @@ def test_scrubbing(text: str, clean: str):
         (["--split=1", "--seed=-1", "--max_shard_size=1"], ["--split 1", "--seed -1", "--max_shard_size 1"]),
     ],
 )
-def test_wrong_flags_are_told_together(flags, words, pairs: Path, capsys):
+def test_all_wrong_flags_are_reported_together(flags, words, pairs: Path, capsys):
     message = refused(capsys, pairs, "--no_push", *flags)
     assert all(word in message for word in words), message
 
 
-def test_wrong_folders(pairs: Path, tmp_path: Path, capsys):
+def test_wrong_folders_are_refused(pairs: Path, tmp_path: Path, capsys):
     assert "every row twice" in refused(capsys, pairs, "--no_push", f"--export_dir={pairs / 'export'}")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("mine")
-    assert "holds no export" in refused(capsys, pairs, "--no_push", f"--export_dir={tmp_path / 'mine'}")
+    assert "is not an export" in refused(capsys, pairs, "--no_push", f"--export_dir={tmp_path / 'mine'}")
     captions = tmp_path / "captions"
     (captions / "data").mkdir(parents=True)
     pq.write_table(pa.table({"edit_prompt": ["make it darker"]}), captions / "data" / "train-00000-of-00001.parquet")
     write_manifest(captions, 1)
     assert "columns of captions are not known" in refused(capsys, captions, "--no_push")
     write_manifest(pairs, 60, complete=False)
-    assert "not finished" in refused(capsys, pairs, "--no_push")
+    assert "not complete" in refused(capsys, pairs, "--no_push")
     write_manifest(pairs, 60)
     (pairs / "data" / "train-00001-of-00002.parquet").write_bytes(b"PAR1")
-    assert "not a whole parquet file" in refused(capsys, pairs, "--no_push")
+    assert "not a complete parquet file" in refused(capsys, pairs, "--no_push")
 
 
-def test_help_imports_nothing_heavy():
+def test_flag_errors_import_nothing_heavy():
     code = (
         f"import sys, runpy; sys.argv = ['export_to_hub.py', '--split=1', '--data_root=x', '--repo_id=y']\n"
         f"try: runpy.run_path({SCRIPT!r}, run_name='__main__')\n"
@@ -532,7 +548,7 @@ assert first["original_image"].size == (32, 24)
 
 
 def load_back(hub: Hub, tmp_path: Path, repo_id: str) -> dict[str, list[dict]]:
-    """The rows as another user gets them, in a process of an empty cache."""
+    """The rows as another user loads them, in a process with an empty cache."""
     work = tmp_path / f"elsewhere-{len(hub.requests)}"
     (work / "data").mkdir(parents=True)
     environment = hub.environment(work / "cache", token="read-token")
@@ -545,8 +561,8 @@ def load_back(hub: Hub, tmp_path: Path, repo_id: str) -> dict[str, list[dict]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("xet", [True, False])
-def test_a_private_dataset_by_the_script_and_back_by_load_dataset(xet: bool, hub: Hub, pairs: Path, tmp_path: Path):
-    """As a process, by the Hub's storage and by plain HTTP: rows come back to the byte, and the token is nowhere."""
+def test_private_dataset_is_uploaded_and_loaded_again(xet: bool, hub: Hub, pairs: Path, tmp_path: Path):
+    """As a process, with Xet storage and with plain HTTP: rows keep their bytes, and no file has the token."""
     environment = hub.environment(tmp_path / "cache", token="write-token", xet=xet)
     command = [
         sys.executable,
@@ -568,7 +584,8 @@ def test_a_private_dataset_by_the_script_and_back_by_load_dataset(xet: bool, hub
     assert {name: repo.read(name) for name in repo.files if name != ".gitattributes"} == files_of(export)
     assert not [content for content in files_of(tmp_path / "hub").values() if b"write-token" in content]
     assert any(request.path.startswith("/xet/") for request in hub.requests) == xet
-    assert load_back(hub, tmp_path, "user/my-pairs") == rows_of(export)
+    if xet:  # both repositories have the same files
+        assert load_back(hub, tmp_path, "user/my-pairs") == rows_of(export)
 
 
 @pytest.mark.parametrize(
@@ -581,7 +598,7 @@ def test_a_private_dataset_by_the_script_and_back_by_load_dataset(xet: bool, hub
         ("write-token", "user/public", ["--private"], ["--private was given", "public"]),
     ],
 )
-def test_no_right_to_push_is_told_before_the_work(token, repo_id, flags, words, client: Hub, pairs: Path, capsys):
+def test_missing_right_to_push_is_reported_first(token, repo_id, flags, words, client: Hub, pairs: Path, capsys):
     huggingface_hub.HfApi(token="write-token").create_repo("user/public", repo_type="dataset")
     login = [f"--hub_token={token}"] if token else []
     message = refused(capsys, pairs, *login, *flags, repo_id=repo_id)
@@ -591,20 +608,21 @@ def test_no_right_to_push_is_told_before_the_work(token, repo_id, flags, words, 
     assert "cannot be reached" in refused(capsys, pairs, "--hub_token=write-token")
 
 
-def test_an_upload_whose_network_dies_goes_on(client: Hub, pairs: Path, capsys):
-    """The server hangs up for good after two files: the message says what to do, and they are not sent again."""
+def test_upload_resumes_after_the_network_fails(client: Hub, pairs: Path, capsys):
+    """The server hangs up after two files: the message says what to do, and the files are not uploaded again."""
     puts = []
 
-    def die(method: str, path: str) -> None:
+    def hang_up(method: str, path: str) -> None:
         if method == "PUT":
             puts.append(path)
             if len(puts) > 2:
                 raise ConnectionError
 
-    client.hook = die
+    client.hook = hang_up
     flags = ("--hub_token=write-token", "--max_shard_size=8KB")
     message = refused(capsys, pairs, *flags)
-    assert "Nothing is lost" in message and "Run the same command again" in message and "write-token" not in message
+    assert "complete export is in" in message and "Run the same command again" in message
+    assert "write-token" not in message
     repo = client.repos["datasets/user/my-pairs"]
     assert repo.messages == ["initial commit"]
     arrived, sent = {path.name for path in client.blobs.iterdir()}, len(client.requests)
@@ -616,7 +634,7 @@ def test_an_upload_whose_network_dies_goes_on(client: Hub, pairs: Path, capsys):
     assert {name: repo.read(name) for name in repo.files if name != ".gitattributes"} == files_of(export)
 
 
-def test_a_passing_fault_is_tried_again_and_a_refusal_is_not(client: Hub, pairs: Path, capsys):
+def test_temporary_errors_are_retried_and_refusals_are_not(client: Hub, pairs: Path, capsys):
     faults = [Refused(503, "come back later")] * 12
 
     def fail(method: str, path: str) -> None:
@@ -638,8 +656,8 @@ def test_a_passing_fault_is_tried_again_and_a_refusal_is_not(client: Hub, pairs:
     assert "used up your storage" in message and len(commits) == 1
 
 
-def test_a_second_version_takes_the_place_of_the_first(client: Hub, pairs: Path, tmp_path: Path):
-    """Files of the first are gone with the commit of the new card; pushing the same once more makes no commit."""
+def test_second_version_replaces_the_first(client: Hub, pairs: Path, tmp_path: Path):
+    """The commit of the new card deletes the files of the first; uploading the same again makes no commit."""
     flags = ("--hub_token=write-token",)
     run(pairs, *flags, "--max_shard_size=8KB")
     repo = client.repos["datasets/user/my-pairs"]
@@ -654,31 +672,36 @@ def test_a_second_version_takes_the_place_of_the_first(client: Hub, pairs: Path,
     count = len(repo.commits)
     run(pairs, *flags)
     assert len(repo.commits) == count
-    middle = repo.commits[-2][2]  # before the card's commit both stand there, and the old card names its files alone
+    middle = repo.commits[-2][2]  # before the commit of the card, files of both versions exist
     assert {name for name in first if name.startswith("data/")} <= set(middle)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("at", "count", "xet"), [("/lfs/", 3, False), ("/xet/v1/shards", 1, True), ("/commit/", 2, True)]
-)
-def test_killed_while_uploading_the_same_command_goes_on(at, count, xet, hub: Hub, pairs: Path, tmp_path: Path):
+def run_until_killed(hub: Hub, command: list[str], environment: dict[str, str], part: str, count: int) -> None:
+    """Run the command, and send it SIGKILL at request number `count` whose path contains `part`."""
     seen = []
 
     def kill(method: str, path: str) -> None:
-        if at in path:
+        if part in path:
             seen.append(path)
             if len(seen) == count:
                 process.send_signal(signal.SIGKILL)
 
     hub.hook = kill
-    environment = hub.environment(tmp_path / "cache", token="write-token", xet=xet)
-    command = [sys.executable, SCRIPT, "--data_root", str(pairs), "--repo_id", "my-pairs", "--max_shard_size=8KB"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     assert process.wait() == -signal.SIGKILL
     hub.hook = lambda method, path: None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kills", "xet"), [([("/lfs/", 3)], False), ([("/xet/v1/shards", 1), ("/commit/", 2)], True)], ids=["http", "xet"]
+)
+def test_upload_resumes_after_kill(kills, xet, hub: Hub, pairs: Path, tmp_path: Path):
+    environment = hub.environment(tmp_path / "cache", token="write-token", xet=xet)
+    command = [sys.executable, SCRIPT, "--data_root", str(pairs), "--repo_id", "my-pairs", "--max_shard_size=8KB"]
+    for part, count in kills:
+        run_until_killed(hub, command, environment, part, count)
     subprocess.run(command, env=environment, check=True, capture_output=True)
     repo = hub.repos["datasets/user/my-pairs"]
-    assert {name: repo.read(name) for name in repo.files if name != ".gitattributes"} == files_of(
-        pairs.with_name("pairs-export")
-    )
+    export = pairs.with_name("pairs-export")
+    assert {name: repo.read(name) for name in repo.files if name != ".gitattributes"} == files_of(export)

@@ -26,8 +26,7 @@ from data_preparation.generation.runner import (
 from utils.checks import image_measures as measures
 from utils.checks.findings import KINDS
 from utils.checks.pair_inspection import WORKING_SIDE, working_pair
-from utils.checks.prompt_checks import usable_prompts
-from utils.data.columns import Columns
+from utils.data.columns import Columns, usable_prompts
 from utils.data.sources import sources_digest
 from utils.errors import InputError
 from utils.pixels import BadRow, decode_image

@@ -141,41 +141,24 @@ def _candidates(hashes: np.ndarray, others: np.ndarray, flips: np.ndarray) -> It
             flipped = mine ^ flip
             starts = np.searchsorted(theirs, flipped, "left")
             counts = np.searchsorted(theirs, flipped, "right") - starts
-            for first, last in _batches(np.cumsum(counts)):
-                counted = counts[first:last]
-                left = np.repeat(np.arange(first, last), counted)
-                offset = np.arange(len(left)) - np.repeat(np.cumsum(counted) - counted, counted)
-                yield left, order[np.repeat(starts[first:last], counted) + offset]
-
-
-def _batches(ends: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Cut rows into runs of about `CANDIDATES_AT_ONCE` candidates. ends: running sum of the candidates per row."""
-    first = 0
-    while first < len(ends):
-        done = ends[first - 1] if first else 0
-        last = max(first + 1, int(np.searchsorted(ends, done + CANDIDATES_AT_ONCE, "right")))
-        yield first, last
-        first = last
+            ends = np.cumsum(counts)
+            cuts = np.searchsorted(ends, np.arange(CANDIDATES_AT_ONCE, ends[-1], CANDIDATES_AT_ONCE), "right")
+            for rows in np.split(np.arange(len(counts)), np.unique(cuts)):
+                left = np.repeat(rows, counts[rows])
+                offset = np.arange(len(left)) - np.repeat(np.cumsum(counts[rows]) - counts[rows], counts[rows])
+                yield left, order[np.repeat(starts[rows], counts[rows]) + offset]
 
 
 def group_similar(hashes: np.ndarray) -> np.ndarray:
     """For each image the first one that is nearly the same, also through a chain of near copies: int64 (n,)."""
-    values, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-    parents = np.arange(len(values))
-
-    def root(index: int) -> int:
-        while parents[index] != index:
-            parents[index] = parents[parents[index]]
-            index = parents[index]
-        return index
-
-    for one, other in near_pairs(values, values, COPY_DISTANCE):
-        if one < other and (one := root(one)) != (other := root(other)):
-            keep, drop = (one, other) if first[one] < first[other] else (other, one)
-            parents[drop] = keep
-    roots = np.array([root(index) for index in range(len(values))], dtype=np.int64)
-    groups = first[roots][inverse].astype(np.int64)
-    return np.where(hashes == 0, np.arange(len(hashes)), groups)
+    values, groups, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    one, other = near_pairs(values, values, COPY_DISTANCE).T
+    is_changed = True
+    while is_changed:  # once for each link of the longest chain
+        former = groups.copy()
+        np.minimum.at(groups, one, former[other])
+        is_changed = not np.array_equal(groups, former)
+    return np.where(hashes == 0, np.arange(len(hashes)), groups[inverse])
 
 
 def first_equal(*columns: np.ndarray) -> np.ndarray:

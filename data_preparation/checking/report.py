@@ -9,16 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import StrictUndefined, Template
 from PIL import Image
 
 from data_preparation.checking.diagnosis import Diagnosis
 from utils.checks import image_measures as measures
 from utils.checks.findings import KINDS, SEVERITIES, printable
 from utils.checks.pair_inspection import WORKING_SIDE, working_pair
-from utils.checks.prompt_checks import usable_prompts
+from utils.data.columns import usable_prompts
 from utils.pixels import BadRow, decode_image
 
+TEMPLATE = Path(__file__).with_name("report.html")
 VERDICTS = {
     "error": "Has rows that spoil training or evaluation scores",
     "warning": "Ready for training; look at the warnings first",
@@ -91,11 +92,7 @@ def write_reports(diagnosis: Diagnosis, folder: Path) -> None:
 def make_json(diagnosis: Diagnosis) -> dict[str, Any]:
     """The content of report.json: all row numbers of every finding, and details on the first thousand rows."""
     findings, numbers = diagnosis.findings, diagnosis.source.row_numbers
-
-    def number(row: int) -> int:
-        """The number of a row in the whole dataset."""
-        return row if numbers is None else int(numbers[row])
-
+    numbers = list(range(diagnosis.num_rows)) if numbers is None else numbers.tolist()  # in the whole dataset
     return {
         "dataset": diagnosis.dataset.dataset_name,
         "split": diagnosis.dataset.split,
@@ -111,8 +108,8 @@ def make_json(diagnosis: Diagnosis) -> dict[str, Any]:
             kind: {
                 **KINDS[kind]._asdict(),
                 "count": findings.count(kind),
-                "rows": [number(row) for row in findings.rows[kind]],
-                "details": {str(number(row)): text for row, text in findings.details[kind].items()},
+                "rows": [numbers[row] for row in findings.rows[kind]],
+                "details": {str(numbers[row]): text for row, text in findings.details[kind].items()},
             }
             for kind in findings.kinds()
         },
@@ -167,14 +164,8 @@ def make_page(diagnosis: Diagnosis) -> str:
         }
         for kind in diagnosis.findings.kinds()
     ]
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html").render(
+    template = Template(TEMPLATE.read_text("utf-8"), autoescape=True, trim_blocks=True, undefined=StrictUndefined)
+    return template.render(
         diagnosis=diagnosis,
         dataset=diagnosis.dataset,
         columns=" / ".join(vars(diagnosis.source.columns).values()),

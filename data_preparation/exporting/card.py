@@ -173,6 +173,7 @@ def make_card(
         _front_matter(repo_id, options.language, rows.features, facts, choice),
         template_path=str(TEMPLATE),
         cell=markdown_cell,
+        code=markdown_code,
         repo_id=repo_id,
         grid=GRID,
         facts=facts,
@@ -194,6 +195,11 @@ def make_card(
 def markdown_cell(value: object) -> str:
     """A value in a Markdown table: pipes and line breaks do not end the cell."""
     return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def markdown_code(value: str) -> str:
+    """A value as code in a Markdown table; empty for ""."""
+    return "`{}`".format(markdown_cell(value).replace("`", "'")) if value else ""
 
 
 def _statistics(values: list[float]) -> list[str]:

@@ -22,7 +22,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ge
 from huggingface_hub.utils import disable_progress_bars
 from tqdm import tqdm
 
-from data_preparation.exporting.card import GRID, gather_facts, make_card
+from data_preparation.exporting.card import GRID, ExportFacts, gather_facts, make_card
 from data_preparation.exporting.export_shards import (
     DROPPED,
     RowKeys,
@@ -35,7 +35,7 @@ from data_preparation.exporting.export_shards import (
 from data_preparation.exporting.grid import make_grid
 from data_preparation.exporting.licensing import LicenceChoice, choose_licence, model_licences, source_licences
 from data_preparation.exporting.reading import ExportInput, ExportOptions, open_input, scrub
-from data_preparation.generation.dataset_folder import write_atomically
+from utils.atomic_files import write_atomically
 from utils.errors import InputError
 from utils.hub import failure_reason, is_temporary
 
@@ -47,6 +47,36 @@ UPLOADED = ["data/*.parquet", "assets/*", RECORD]
 def make_export(options: ExportOptions, repo_id: str) -> Path:
     """Make the export folder, or what is missing of it, and return it. Raises InputError."""
     former = read_record(options.export_dir)
+    rows, keys, splits, choice, digest = _plan_export(options)
+    has_data = former is not None and former["plan"] == digest
+    if former and not has_data and not options.overwrite:
+        raise InputError(
+            f"--export_dir {options.export_dir}: holds an export with other rows or settings: give another folder, "
+            "or --overwrite to replace it when the new one is complete"
+        )
+    unfinished = options.export_dir.with_name(f"{options.export_dir.name}.unfinished")
+    folder = options.export_dir if has_data else unfinished
+    try:
+        if not has_data:
+            _write_data(rows, splits, digest, options, folder)
+        if not (folder / GRID).is_file():
+            (folder / GRID).parent.mkdir(exist_ok=True)
+            write_atomically(folder / GRID, make_grid(folder / DATA))
+        facts = gather_facts(folder / DATA, keys, splits)
+        write_atomically(folder / RECORD, make_record(digest, options, rows, facts, choice).encode())
+        write_atomically(folder / "README.md", make_card(repo_id, options, rows, facts, choice).encode())
+        if not has_data:
+            _put_in_place(folder, options.export_dir)
+    except OSError as error:
+        raise InputError(
+            f"--export_dir {options.export_dir}: cannot be written ({error.strerror or error}). Finished files are "
+            "kept: fix the problem and run the same command again"
+        ) from error
+    return options.export_dir
+
+
+def _plan_export(options: ExportOptions) -> tuple[ExportInput, RowKeys, np.ndarray, LicenceChoice, str]:
+    """The input, its keys, the split of each row, the licence, and a digest of everything that determines the rows."""
     rows = open_input(options.data_root, options.dataset_split)
     if not rows.rows_of.sum():
         raise InputError(f"--data_root {options.data_root}: has no rows")
@@ -59,27 +89,7 @@ def make_export(options: ExportOptions, repo_id: str) -> Path:
     if num_dropped := int((splits == DROPPED).sum()):
         print(f"dropped: {num_dropped} rows with held-out phrasings, whose source is in train", file=sys.stderr)
     plan = {"input": keys.digest, "split": list(options.split), "seed": options.seed, "bytes": options.max_shard_size}
-    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:32]
-    has_data = former is not None and former["plan"] == digest
-    if former and not has_data and not options.overwrite:
-        raise InputError(
-            f"--export_dir {options.export_dir}: holds an export with other rows or settings: give another folder, "
-            "or --overwrite to replace it when the new one is complete"
-        )
-    unfinished = options.export_dir.with_name(f"{options.export_dir.name}.unfinished")
-    folder = options.export_dir if has_data else unfinished
-    try:
-        if not has_data:
-            _write_data(rows, splits, digest, options, folder)
-        _describe(folder, repo_id, options, rows, keys, splits, choice, digest)
-        if not has_data:
-            _put_in_place(folder, options.export_dir)
-    except OSError as error:
-        raise InputError(
-            f"--export_dir {options.export_dir}: cannot be written ({error.strerror or error}). Finished files are "
-            "kept: fix the problem and run the same command again"
-        ) from error
-    return options.export_dir
+    return rows, keys, splits, choice, hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def read_record(export_dir: Path) -> dict | None:
@@ -118,21 +128,10 @@ def _write_data(rows: ExportInput, splits: np.ndarray, digest: str, options: Exp
             bar.update(len(shard.rows))
 
 
-def _describe(
-    folder: Path,
-    repo_id: str,
-    options: ExportOptions,
-    rows: ExportInput,
-    keys: RowKeys,
-    splits: np.ndarray,
-    choice: LicenceChoice,
-    digest: str,
-) -> None:
-    """Write the card, its image and the record of a folder with complete data."""
-    facts = gather_facts(folder / DATA, keys, splits)
-    if not (folder / GRID).is_file():
-        (folder / GRID).parent.mkdir(exist_ok=True)
-        write_atomically(folder / GRID, make_grid(folder / DATA))
+def make_record(
+    digest: str, options: ExportOptions, rows: ExportInput, facts: ExportFacts, choice: LicenceChoice
+) -> str:
+    """The text of export.json."""
     record = {
         "format": FORMAT,
         "plan": digest,
@@ -147,8 +146,7 @@ def _describe(
         "settings": scrub(rows.settings),
         "rejected": scrub(rows.rejected),
     }
-    write_atomically(folder / RECORD, (json.dumps(record, indent=1, ensure_ascii=False) + "\n").encode())
-    write_atomically(folder / "README.md", make_card(repo_id, options, rows, facts, choice).encode())
+    return json.dumps(record, indent=1, ensure_ascii=False) + "\n"
 
 
 def _put_in_place(folder: Path, export_dir: Path) -> None:
