@@ -1,4 +1,4 @@
-"""Photographs on disk: which there are, reading them, square crops of them."""
+"""Photographs in a folder: listing and reading them, and their crops."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from utils.json_lines import read_json_lines
 from utils.pixels import BadRow
 
-MIN_SIDE = 64  # of a photograph that pairs are made of
+MIN_SIDE = 64  # pixels of a photograph that can be used
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def seeded_rng(seed: int, row: int) -> np.random.Generator:
-    """Counter-based randomness: (seed, row) always draws the same, in whatever order rows are made."""
+    """A counter-based generator: the same (seed, row) gives the same numbers, in whatever order rows are generated."""
     return np.random.Generator(np.random.Philox(key=[seed, row]))
 
 
@@ -26,7 +26,7 @@ def read_metadata(folder: Path) -> list[dict]:
 
 
 def list_photographs(folder: Path, split: str = "all") -> list[Path]:
-    """Sorted image files below `folder`; where its metadata.jsonl names splits, only those of `split` (or all)."""
+    """Sorted image files below `folder`. If its metadata.jsonl names splits, only those of `split`, or all."""
     rows = read_metadata(folder) if split != "all" else []
     if any("split" in row for row in rows):
         return sorted(folder / row["file_name"] for row in rows if row.get("split") == split)
@@ -34,13 +34,13 @@ def list_photographs(folder: Path, split: str = "all") -> list[Path]:
 
 
 def read_photograph(path: Path) -> np.ndarray | None:
-    """uint8 RGB (H, W, 3), turned upright by its EXIF, or None when the file holds no readable image."""
+    """uint8 RGB (H, W, 3), upright; None if the file has no readable image."""
     image = cv2.imread(str(path), cv2.IMREAD_COLOR)
     return None if image is None else np.ascontiguousarray(image[..., ::-1])
 
 
 def centre_square(image: np.ndarray, resolution: int) -> np.ndarray:
-    """The largest square in the middle, at (resolution, resolution): the view on which edits are scored."""
+    """The largest square in the middle, resized to (resolution, resolution, 3)."""
     height, width = image.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -48,7 +48,7 @@ def centre_square(image: np.ndarray, resolution: int) -> np.ndarray:
 
 
 def random_square(image: np.ndarray, resolution: int, rng: np.random.Generator) -> np.ndarray:
-    """A square of half to all of the shorter side, anywhere, mirrored half the time, at (resolution, resolution)."""
+    """A random square with half to all of the shorter side, mirrored half the time; (resolution, resolution, 3)."""
     height, width = image.shape[:2]
     side = round(min(height, width) * rng.uniform(0.5, 1.0))
     top, left = rng.integers(0, height - side + 1), rng.integers(0, width - side + 1)
@@ -57,28 +57,24 @@ def random_square(image: np.ndarray, resolution: int, rng: np.random.Generator) 
 
 
 def fit_image(image: np.ndarray, resolution: int, is_square: bool = False) -> np.ndarray:
-    """The whole view with its shorter side at `resolution`, or the square in its middle.
+    """The whole image with its shorter side at `resolution`, or its centre square; never enlarged.
 
-    A smaller picture is not enlarged. Sides are cut to multiples of 8, which is what an autoencoder takes. Raises
-    BadRow for a picture below 64 pixels.
+    Both sides are cropped to multiples of 8, which the VAE needs. Raises BadRow for less than 64 pixels.
     """
     height, width = image.shape[:2]
     if min(height, width) < MIN_SIDE:
         raise BadRow(f"is too small: {width}x{height} pixels, each side must have at least {MIN_SIDE}")
     if is_square:
         return centre_square(image, min(resolution, min(height, width) // 8 * 8))
-    scale = min(1.0, resolution / min(height, width))
-    size = (
-        (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
-        if scale < 1
-        else (width, height)
-    )
-    image = image if scale == 1 else cv2.resize(image, size, interpolation=cv2.INTER_AREA)
+    scale = resolution / min(height, width)
+    if scale < 1:
+        size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+        image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     height, width = (side // 8 * 8 for side in image.shape[:2])
     top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
     return np.ascontiguousarray(image[top : top + height, left : left + width])
 
 
 def _resize(square: np.ndarray, resolution: int) -> np.ndarray:
-    shrinks = square.shape[0] >= resolution
-    return cv2.resize(square, (resolution, resolution), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_CUBIC)
+    is_smaller = square.shape[0] >= resolution
+    return cv2.resize(square, (resolution, resolution), interpolation=cv2.INTER_AREA if is_smaller else cv2.INTER_CUBIC)

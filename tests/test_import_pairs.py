@@ -1,4 +1,4 @@
-"""Pairs from folders, seeds.json, published datasets and tables, through the script's own main."""
+"""import_pairs.py: pairs from two folders, the original InstructPix2Pix's files, datasets and tables."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from PIL import Image
 import train_instruct_pix2pix
 from data_preparation import import_pairs
 from data_preparation.generation.pair_rows import pair_features
-from data_preparation.importing.pairs import as_cartoonized, cartoonized_size
+from data_preparation.importing.source_pairs import cartoonized_size, resize_like_cartoon
 from data_preparation.instructions import read_phrasings
 from tests.hub_server import hub_server
 from tests.pairs import encode, make_image, make_rows
 from tests.runs import ENVIRONMENT, REPOSITORY, training_flags
-from utils.data.batches import check_first_rows
 from utils.data.geometry import Geometry
+from utils.data.samples import check_first_rows
 from utils.data.sources import open_source
 
 SCRIPT = "data_preparation/import_pairs.py"
@@ -59,7 +59,7 @@ def read(data_root: Path) -> list[dict]:
 
 
 def refused(capsys: pytest.CaptureFixture, *flags: object) -> str:
-    """What a run that must fail says."""
+    """The error message of a run that must fail."""
     with pytest.raises(SystemExit) as caught:
         import_pairs.main([str(flag) for flag in flags])
     assert caught.value.code == 2
@@ -70,7 +70,7 @@ def pixels(content: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
 
-def picture(index: int, file_format: str = "PNG", size: tuple[int, int] = (40, 48)) -> bytes:
+def image_file(index: int, file_format: str = "PNG", size: tuple[int, int] = (40, 48)) -> bytes:
     return encode(make_image(index, size), file_format)
 
 
@@ -83,8 +83,8 @@ def write(folder: Path, files: dict[str, bytes | str]) -> Path:
 
 
 def two_folders(folder: Path, count: int = 3, before: str = "original", after: str = "edited") -> Path:
-    files = {f"{before}/{index:03d}.jpg": picture(index, "JPEG") for index in range(count)}
-    files |= {f"{after}/{index:03d}_edited.png": picture(index + 50) for index in range(count)}
+    files = {f"{before}/{index:03d}.jpg": image_file(index, "JPEG") for index in range(count)}
+    files |= {f"{after}/{index:03d}_edited.png": image_file(index + 50) for index in range(count)}
     return write(folder, files)
 
 
@@ -103,31 +103,31 @@ def stored(*contents: bytes | None) -> list[dict | None]:
 # --- two folders ------------------------------------------------------------------------------------------------
 
 
-def test_two_folders_become_pairs_that_train(tmp_path, tiny_base, capsys):
-    source = two_folders(tmp_path / "pictures")
+def test_pairs_of_two_folders_can_be_trained_on(tmp_path, tiny_base, capsys):
+    source = two_folders(tmp_path / "images")
     write(
         source,
         {
-            "original/alone.png": picture(9),
-            "edited/other.png": picture(9),
-            "original/sub/deep.png": picture(7),
-            "edited/sub/deep.webp": picture(8, "WEBP"),
-            "original/cut.jpg": picture(1, "JPEG")[:150],
-            "edited/cut.jpg": picture(1, "JPEG"),
-            "original/wide.png": picture(1, size=(40, 80)),
-            "edited/wide.png": picture(1),
+            "original/alone.png": image_file(9),
+            "edited/other.png": image_file(9),
+            "original/sub/deep.png": image_file(7),
+            "edited/sub/deep.webp": image_file(8, "WEBP"),
+            "original/cut.jpg": image_file(1, "JPEG")[:150],
+            "edited/cut.jpg": image_file(1, "JPEG"),
+            "original/wide.png": image_file(1, size=(40, 80)),
+            "edited/wide.png": image_file(1),
             "README.md": "---\nlicense: cc-by-4.0\n---\n",
         },
     )
     rows = run(source, tmp_path / "pairs", "--edit_prompt", "Paint it.", " Draw it. ")
     assert [row["source"] for row in rows] == ["000.jpg", "001.jpg", "002.jpg", "sub/deep.png"]
-    assert rows[0]["original_image"] == picture(0, "JPEG") and rows[3]["edited_image"] == picture(8, "WEBP")
+    assert rows[0]["original_image"] == image_file(0, "JPEG") and rows[3]["edited_image"] == image_file(8, "WEBP")
     assert {row["edit_prompt"] for row in rows} <= {"Paint it.", "Draw it."}
-    assert {(row["source_dataset"], row["source_license"]) for row in rows} == {("pictures", "cc-by-4.0")}
+    assert {(row["source_dataset"], row["source_license"]) for row in rows} == {("images", "cc-by-4.0")}
     printed = capsys.readouterr()
-    assert "1 without a partner in" in printed.err and "alone.png" in printed.err and "other.png" in printed.err
+    assert "files without a partner in" in printed.err and "alone.png" in printed.err and "other.png" in printed.err
     assert "rejected, the aspect ratios of the two images differ by more than 2%: 1" in printed.out
-    assert "rejected, original picture cannot be decoded: 1" in printed.out
+    assert "rejected, original image cannot be decoded: 1" in printed.out
 
     loaded = datasets.load_dataset(str(tmp_path / "pairs"), split="train")
     assert loaded.features == pair_features() and loaded[0]["original_image"].size == (48, 40)
@@ -148,16 +148,16 @@ def test_two_folders_become_pairs_that_train(tmp_path, tiny_base, capsys):
         ),
     ],
 )
-def test_prompts_come_from_a_file(name, content, tmp_path):
-    source = write(two_folders(tmp_path / "pictures"), {name: content})
+def test_prompt_files(name, content, tmp_path):
+    source = write(two_folders(tmp_path / "images"), {name: content})
     rows = run(source, tmp_path / "pairs", "--all_prompts")
     assert [row["edit_prompt"] for row in rows] == ["zero", "one", "uno", "two"]
     drawn = [row["edit_prompt"] for row in run(source, tmp_path / "drawn", "--seed", 5)]
     assert drawn[0] == "zero" and drawn[1] in ("one", "uno") and len(drawn) == 3
 
 
-def test_a_task_gives_its_phrasings_and_keeps_some_out(tmp_path):
-    source = two_folders(tmp_path / "pictures", 30, "A", "B")
+def test_task_gives_its_training_phrasings(tmp_path):
+    source = two_folders(tmp_path / "images", 30, "A", "B")
     rows = run(source, tmp_path / "pairs", "--task", "cartoonize", "--heldout_phrasings", 3)
     train, heldout = read_phrasings("cartoonize", 3)
     prompts = {row["edit_prompt"] for row in rows}
@@ -165,20 +165,21 @@ def test_a_task_gives_its_phrasings_and_keeps_some_out(tmp_path):
     assert {(row["task"], row["phrasing"]) for row in rows} == {("cartoonize", "train")}
 
 
-def test_names_that_two_files_have_are_nobodys(tmp_path, capsys):
-    source = two_folders(tmp_path / "pictures")
-    write(source, {"original/001.png": picture(4), "edited/x.jpg": picture(1, "JPEG")})
+def test_files_that_differ_only_in_their_suffix_are_not_used(tmp_path, capsys):
+    source = two_folders(tmp_path / "images")
+    write(source, {"original/001.png": image_file(4), "edited/x.jpg": image_file(1, "JPEG")})
     rows = run(source / "original", tmp_path / "pairs", "--edited_dir", source / "edited", "--edit_prompt", "Go.")
     assert [row["source"] for row in rows] == ["000.jpg", "002.jpg"]
-    assert "2 twice under one name in" in (printed := capsys.readouterr().err) and "001.jpg, 001.png" in printed
+    assert "files with the same name but different suffixes in" in (printed := capsys.readouterr().err)
+    assert "001.jpg, 001.png" in printed
 
 
-def test_edited_pictures_may_lie_inside_the_originals(tmp_path):
-    source = two_folders(tmp_path / "pictures", before=".", after="edited")
+def test_edited_folder_inside_the_folder_of_originals(tmp_path):
+    source = two_folders(tmp_path / "images", before=".", after="edited")
     assert len(run(source, tmp_path / "pairs", "--edited_dir", source / "edited", "--edit_prompt", "Go.")) == 3
 
 
-def test_what_not_every_program_shows_alike_is_stored_anew(tmp_path):
+def test_images_that_programs_decode_differently_are_encoded_again(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6
     photo = make_image(1, (48, 40))
@@ -186,15 +187,15 @@ def test_what_not_every_program_shows_alike_is_stored_anew(tmp_path):
     alpha.putalpha(0)
     files = {
         "before/a.jpg": encode(photo, "JPEG", exif=turned),
-        "after/a.png": picture(3),
+        "after/a.png": image_file(3),
         "before/b.png": encode(alpha),
-        "after/b.png": picture(4),
-        "before/c.bmp": picture(5, "BMP"),
+        "after/b.png": image_file(4),
+        "before/c.bmp": image_file(5, "BMP"),
         "after/c.jpg": encode(make_image(6).convert("L"), "JPEG"),
-        "after/d.png": picture(8),
+        "after/d.png": image_file(8),
         "before/d.jpg": encode(make_image(7).convert("CMYK"), "JPEG"),
     }
-    rows = run(write(tmp_path / "pictures", files), tmp_path / "pairs", "--edit_prompt", "Go.")
+    rows = run(write(tmp_path / "images", files), tmp_path / "pairs", "--edit_prompt", "Go.")
     assert [row["edited_image"] for row in rows] == [
         files[f"after/{name}"] for name in ("a.png", "b.png", "c.jpg", "d.png")
     ]
@@ -205,7 +206,7 @@ def test_what_not_every_program_shows_alike_is_stored_anew(tmp_path):
     assert np.array_equal(pixels(rows[2]["original_image"]), np.asarray(make_image(5)))
 
 
-# --- the original InstructPix2Pix's files -----------------------------------------------------------------------
+# --- original InstructPix2Pix's files -----------------------------------------------------------------------
 
 
 def seed_folders(folder: Path) -> Path:
@@ -219,19 +220,19 @@ def seed_folders(folder: Path) -> Path:
         ]
         files[f"{name}/metadata.jsonl"] = "".join(f"{json.dumps(line)}\n" for line in lines) + '{"seed": 4'
         for seed in seeds:
-            files |= {f"{name}/{seed}_{side}.jpg": picture(seed + side, "JPEG") for side in (0, 1)}
+            files |= {f"{name}/{seed}_{side}.jpg": image_file(seed + side, "JPEG") for side in (0, 1)}
     files["seeds.json"] = json.dumps([["0000000", [11, 22, 33]], ["0000001", [11, 22, 33]]])
     return write(folder, files)
 
 
-def test_the_reference_s_folders(tmp_path):
+def test_original_instruct_pix2pix_folders(tmp_path):
     source = seed_folders(tmp_path / "clip-filtered")
     rows = run(source, tmp_path / "pairs", "--source_license", "other")
     assert [(row["source"], row["seed"]) for row in rows] == [
         (f"000000{i}", seed) for i in (0, 1) for seed in (11, 22, 33)
     ]
     first = rows[0]
-    assert first["original_image"] == picture(11, "JPEG") and first["edited_image"] == picture(12, "JPEG")
+    assert first["original_image"] == image_file(11, "JPEG") and first["edited_image"] == image_file(12, "JPEG")
     assert (first["original_prompt"], first["edited_prompt"]) == ("a cat 0", "a dog")
     assert first["edit_prompt"] == "make it a dog" and rows[5]["original_prompt"] == "a cat 1"
     assert first["scores"] == {"clip_sim_0": 0.25, "clip_sim_dir": 0.11}
@@ -242,7 +243,7 @@ def test_the_reference_s_folders(tmp_path):
     assert run(source, tmp_path / "again", "--source_license", "other") == rows
 
 
-def test_faults_in_the_reference_s_folders_are_counted(tmp_path, capsys):
+def test_errors_in_original_instruct_pix2pix_folders_are_counted(tmp_path, capsys):
     source = seed_folders(tmp_path / "seeds")
     (source / "0000000/22_1.jpg").unlink()
     (source / "0000001/prompt.json").write_text('{"edit": "x", "output": "y"}')
@@ -250,7 +251,7 @@ def test_faults_in_the_reference_s_folders_are_counted(tmp_path, capsys):
     (source / "seeds.json").write_text(json.dumps(entries))
     assert [row["seed"] for row in run(source, tmp_path / "pairs")] == [11, 33]
     printed = capsys.readouterr().out
-    for reason in ("edited picture no such file: 1", "prompt.json lacks a key: 1", "no such folder: 1"):
+    for reason in ("edited image no such file: 1", "prompt.json misses a key: 1", "no such folder: 1"):
         assert f"rejected, {reason}" in printed
 
 
@@ -263,7 +264,7 @@ def test_faults_in_the_reference_s_folders_are_counted(tmp_path, capsys):
         ('[["a", [1]], ["b"], ["c", ["x"]], ["d", [-1]]]', "3 of 4 entries are not [folder, [seed, ...]]"),
     ],
 )
-def test_a_broken_seeds_json_is_one_message(content, words, tmp_path, capsys):
+def test_invalid_seeds_json(content, words, tmp_path, capsys):
     write(tmp_path / "seeds", {"seeds.json": content})
     assert words in refused(capsys, "--source", tmp_path / "seeds", "--data_root", tmp_path / "pairs")
     assert not (tmp_path / "pairs").exists()
@@ -272,7 +273,7 @@ def test_a_broken_seeds_json_is_one_message(content, words, tmp_path, capsys):
 # --- published datasets -----------------------------------------------------------------------------------------
 
 
-def test_omni_edit_draws_one_of_its_prompts_or_takes_all(tmp_path):
+def test_omni_edit_draws_a_prompt_or_uses_all(tmp_path):
     features = dict(
         omni_edit_id=TEXT,
         task=TEXT,
@@ -285,8 +286,8 @@ def test_omni_edit_draws_one_of_its_prompts_or_takes_all(tmp_path):
     rows = dict(
         omni_edit_id=["o1", "o2"],
         task=["removal", "style"],
-        src_img=stored(picture(0), picture(1)),
-        edited_img=stored(picture(2), picture(3)),
+        src_img=stored(image_file(0), image_file(1)),
+        edited_img=stored(image_file(2), image_file(3)),
         edited_prompt_list=[["a", "b", "", "a"], ["c"]],
         sc_score_1=[9, 8],
         o_score=[8.123456, 7.0],
@@ -298,18 +299,18 @@ def test_omni_edit_draws_one_of_its_prompts_or_takes_all(tmp_path):
     assert drawn == {"a", "b"}
     assert every[0]["task"] == "removal" and every[0]["source"] == "o1"
     assert every[0]["scores"] == {"o_score": 8.1235, "sc_score_1": 9.0}
-    assert every[0]["original_image"] == picture(0)
+    assert every[0]["original_image"] == image_file(0)
 
 
-def test_hq_edit_gives_inverse_pairs(tmp_path, capsys):
+def test_hq_edit_inverse_pairs(tmp_path, capsys):
     features = dict(input=TEXT, input_image=IMAGE, edit=TEXT, inverse_edit=TEXT, output=TEXT, output_image=IMAGE)
     rows = dict(
         input=["a cat", "a"],
         edit=["to dog", "x"],
         inverse_edit=["to cat", None],
         output=["a dog", "b"],
-        input_image=stored(picture(0), picture(1)),
-        output_image=stored(picture(2), picture(3)),
+        input_image=stored(image_file(0), image_file(1)),
+        output_image=stored(image_file(2), image_file(3)),
     )
     source = save_published(tmp_path / "HQ-Edit", features, rows)
     plain = run(source, tmp_path / "plain")
@@ -317,13 +318,13 @@ def test_hq_edit_gives_inverse_pairs(tmp_path, capsys):
     found = run(source, tmp_path / "pairs", "--inverse")
     assert [row["edit_prompt"] for row in found] == ["to dog", "to cat", "x"]
     back = found[1]
-    assert (back["original_image"], back["edited_image"]) == (picture(2), picture(0))
+    assert (back["original_image"], back["edited_image"]) == (image_file(2), image_file(0))
     assert (back["original_prompt"], back["edited_prompt"]) == ("a dog", "a cat")
     assert back["settings"] == {"inverse": True} and back["source"] == found[0]["source"]
     assert "rejected, no instruction: 1" in capsys.readouterr().out
 
 
-def test_any_edit_drops_rows_that_need_a_second_picture(tmp_path, capsys):
+def test_any_edit_rows_with_a_second_image_are_rejected(tmp_path, capsys):
     features = dict(
         edit_type=TEXT,
         edit_instruction=TEXT,
@@ -338,16 +339,16 @@ def test_any_edit_drops_rows_that_need_a_second_picture(tmp_path, capsys):
         edit_instruction=["add it", "follow it"],
         input=["a", "b"],
         output=["c", "d"],
-        visual_input=stored(None, picture(9)),
-        image_file=stored(picture(0), picture(1)),
-        edited_file=stored(picture(2), picture(3)),
+        visual_input=stored(None, image_file(9)),
+        image_file=stored(image_file(0), image_file(1)),
+        edited_file=stored(image_file(2), image_file(3)),
     )
     (row,) = run(save_published(tmp_path / "any", features, rows), tmp_path / "pairs")
     assert (row["task"], row["original_prompt"], row["edited_prompt"]) == ("add", "a", "c")
-    assert "rejected, needs a second picture: 1" in capsys.readouterr().out
+    assert "rejected, needs a second image: 1" in capsys.readouterr().out
 
 
-def test_ultra_edit_s_scores_get_our_names_and_null_columns_are_nothing(tmp_path):
+def test_ultra_edit_scores_are_renamed_and_null_columns_ignored(tmp_path):
     score = datasets.Value("float64")
     features = dict(
         clip_sim_source=score,
@@ -371,9 +372,9 @@ def test_ultra_edit_s_scores_get_our_names_and_null_columns_are_nothing(tmp_path
         ssim=[float("nan")],
         source_caption=["a cat"],
         target_caption=["a dog"],
-        source_image=stored(picture(0)),
+        source_image=stored(image_file(0)),
         mask_image=[None],
-        edited_image=stored(picture(1)),
+        edited_image=stored(image_file(1)),
         edit_prompt=["to dog"],
         edit_object=[None],
     )
@@ -383,7 +384,7 @@ def test_ultra_edit_s_scores_get_our_names_and_null_columns_are_nothing(tmp_path
     assert (row["original_prompt"], row["edited_prompt"], row["source"]) == ("a cat", "a dog", "FreeForm_0[0]")
 
 
-def test_magic_brush_keeps_turns_of_a_photograph_together(tmp_path):
+def test_magic_brush_turns_share_their_source(tmp_path):
     features = dict(
         img_id=TEXT,
         turn_index=datasets.Value("int32"),
@@ -395,10 +396,10 @@ def test_magic_brush_keeps_turns_of_a_photograph_together(tmp_path):
     rows = dict(
         img_id=["242", "242"],
         turn_index=[1, 2],
-        source_img=stored(picture(0), picture(1)),
+        source_img=stored(image_file(0), image_file(1)),
         instruction=["a", "b"],
         mask_img=stored(b"not looked at", b"not looked at"),
-        target_img=stored(picture(1), picture(2)),
+        target_img=stored(image_file(1), image_file(2)),
     )
     found = run(save_published(tmp_path / "brush", features, rows), tmp_path / "pairs")
     assert [row["source"] for row in found] == ["242", "242"]
@@ -406,50 +407,51 @@ def test_magic_brush_keeps_turns_of_a_photograph_together(tmp_path):
 
 
 @pytest.mark.parametrize("size", [(1000, 1503), (1503, 1000), (500, 333), (721, 721)])
-def test_photographs_are_cut_as_their_cartoons_were(size):
-    """A cartoon that is only resized and cut must lie on its photograph to less than a pixel."""
+def test_photographs_are_cropped_like_their_cartoons(size):
+    """A photograph that is only resized and cropped stands in for the cartoon: both must match within a pixel."""
     y, x = np.mgrid[0 : size[0], 0 : size[1]]
     photo = Image.fromarray(
         np.stack([x * 255 // size[1], y * 255 // size[0], (x // 50 + y // 50) % 2 * 255], -1).astype(np.uint8)
     )
     (height, width), (kept_height, kept_width) = cartoonized_size(size)
     cartoon = photo.resize((width, height), Image.Resampling.LANCZOS).crop((0, 0, kept_width, kept_height))
-    aligned = as_cartoonized(photo, (kept_height, kept_width))
+    aligned = resize_like_cartoon(photo, (kept_height, kept_width))
     assert aligned.size == cartoon.size
-    squeezed = photo.resize(cartoon.size, Image.Resampling.LANCZOS)  # what training alone would have to do
+    squeezed = photo.resize(cartoon.size, Image.Resampling.LANCZOS)  # as training would do without the import
     errors = [np.abs(np.asarray(image).astype(int) - np.asarray(cartoon)).mean() for image in (aligned, squeezed)]
     assert errors[0] < 0.5 and (errors[0] < errors[1] / 2 or (height, width) == (kept_height, kept_width))
-    assert as_cartoonized(photo, (64, 64)) is photo
+    assert resize_like_cartoon(photo, (64, 64)) is photo
 
 
-def test_cartoonization_is_aligned_and_keeps_the_cartoon(tmp_path):
+def test_cartoonization_crops_only_the_original(tmp_path):
     features = dict(original_image=IMAGE, edit_prompt=TEXT, cartoonized_image=IMAGE)
     rows = dict(
-        original_image=stored(picture(0, size=(47, 61))),
+        original_image=stored(image_file(0, size=(47, 61))),
         edit_prompt=["Cartoonize."],
-        cartoonized_image=stored(picture(1, size=(40, 56))),
+        cartoonized_image=stored(image_file(1, size=(40, 56))),
     )
     (row,) = run(save_published(tmp_path / "cartoons", features, rows), tmp_path / "pairs")
-    assert row["edited_image"] == picture(1, size=(40, 56))
-    assert np.array_equal(pixels(row["original_image"]), pixels(picture(0, size=(47, 61)))[:40, :56])
+    assert row["edited_image"] == image_file(1, size=(40, 56))
+    assert np.array_equal(pixels(row["original_image"]), pixels(image_file(0, size=(47, 61)))[:40, :56])
 
 
-def test_our_own_sets_are_carried_over_whole(tmp_path):
+def test_importing_a_generated_dataset_changes_nothing(tmp_path):
     first = run(seed_folders(tmp_path / "seeds"), tmp_path / "first", "--source_license", "mit")
     again = run(tmp_path / "first", tmp_path / "again")
     assert again == first
+    assert check_first_rows([open_source(str(tmp_path / "again"))], Geometry(32)) == []
 
 
 def test_a_folder_with_a_metadata_file_is_a_dataset(tmp_path):
-    source = write(tmp_path / "set", {"original/a.png": picture(0), "edited/b.png": picture(1)})
+    source = write(tmp_path / "set", {"original/a.png": image_file(0), "edited/b.png": image_file(1)})
     line = {"original_image": "original/a.png", "edited_image": "edited/b.png", "edit_prompt": "Go."}
     write(source, {"metadata.jsonl": json.dumps(line)})
     (row,) = run(source, tmp_path / "pairs")
-    assert row["edit_prompt"] == "Go." and row["source"] == "original/a.png" and row["original_image"] == picture(0)
+    assert row["edit_prompt"] == "Go." and row["source"] == "original/a.png" and row["original_image"] == image_file(0)
     assert str(tmp_path) not in json.dumps({name: value for name, value in row.items() if "image" not in name})
 
 
-def test_a_stream_gives_the_rows_of_the_stored_set(tmp_path):
+def test_streaming_gives_the_same_rows(tmp_path):
     rows = make_rows(12)
     source = tmp_path / "set"
     source.mkdir()
@@ -464,9 +466,9 @@ def test_a_stream_gives_the_rows_of_the_stored_set(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_dataset_of_the_hub_names_itself_and_its_licence(tmp_path):
+def test_dataset_on_the_hub_gives_its_id_and_licence(tmp_path):
     features = dict(source_img=IMAGE, instruction=TEXT, target_img=IMAGE)
-    rows = dict(source_img=stored(picture(0)), instruction=["Go."], target_img=stored(picture(1)))
+    rows = dict(source_img=stored(image_file(0)), instruction=["Go."], target_img=stored(image_file(1)))
     folder = save_published(tmp_path / "set", features, rows)
     with hub_server(tmp_path / "hub") as hub:
         environment = hub.environment(tmp_path / "hub-cache", token="write-token") | {"OMP_NUM_THREADS": "1"}
@@ -480,23 +482,23 @@ def test_a_dataset_of_the_hub_names_itself_and_its_licence(tmp_path):
         subprocess.run(command, env=environment, check=True, cwd=REPOSITORY, timeout=60)
     (row,) = read(tmp_path / "pairs")
     assert (row["source_dataset"], row["source_license"]) == ("user/MagicBrush", "cc-by-4.0")
-    assert row["edited_image"] == picture(1)
+    assert row["edited_image"] == image_file(1)
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
 
 
-class Pictures(BaseHTTPRequestHandler):
-    """/N.png is a picture; /busy/N.png answers 503 once; /gone 404; /huge is too large; /slow comes byte by byte."""
+class ImageServer(BaseHTTPRequestHandler):
+    """/N.png is an image; /busy/N.png answers 503 once; /gone 404; /huge is too large; /slow sends single bytes."""
 
-    asked: Counter = Counter()
+    num_requests: Counter = Counter()
 
     def do_GET(self) -> None:
-        self.asked[self.path] += 1
+        self.num_requests[self.path] += 1
         kind, _, name = self.path.strip("/").rpartition("/")
-        if kind == "gone" or (kind == "busy" and self.asked[self.path] == 1):
+        if kind == "gone" or (kind == "busy" and self.num_requests[self.path] == 1):
             return self.send_error(404 if kind == "gone" else 503)
-        content = b"x" * 300_000 if kind == "huge" else picture(int(name.split(".")[0]))
+        content = b"x" * 300_000 if kind == "huge" else image_file(int(name.split(".")[0]))
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
@@ -506,7 +508,7 @@ class Pictures(BaseHTTPRequestHandler):
                 self.wfile.flush()
                 time.sleep(0.05 if kind == "slow" else 0)
         except OSError:
-            pass  # the reader had enough
+            pass  # the client closed the connection
         return None
 
     def log_message(self, *_: object) -> None:
@@ -514,34 +516,58 @@ class Pictures(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def pictures():
-    """Address of a server of pictures."""
-    Pictures.asked.clear()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
+def image_server():
+    """URL of an ImageServer."""
+    ImageServer.num_requests.clear()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), ImageServer)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
     server.shutdown()
     server.server_close()
 
 
-def test_a_table_of_addresses_and_paths(pictures, tmp_path, capsys):
+def test_table_of_urls_and_paths(image_server, tmp_path, capsys):
     rows = [
-        {"original_image_url": f"{pictures}/0.png", "edited_image_url": f"{pictures}/1.png", "edit_prompt": "one"},
-        {"original_image_url": f"{pictures}/0.png", "edited_image_url": "local/2.png", "edit_prompt": "two"},
         {
-            "original_image_url": f"{pictures}/busy/3.png",
-            "edited_image_url": f"{pictures}/4.png",
+            "original_image_url": f"{image_server}/0.png",
+            "edited_image_url": f"{image_server}/1.png",
+            "edit_prompt": "one",
+        },
+        {"original_image_url": f"{image_server}/0.png", "edited_image_url": "local/2.png", "edit_prompt": "two"},
+        {
+            "original_image_url": f"{image_server}/busy/3.png",
+            "edited_image_url": f"{image_server}/4.png",
             "edit_prompt": "three",
         },
-        {"original_image_url": f"{pictures}/gone/5.png", "edited_image_url": f"{pictures}/4.png", "edit_prompt": "x"},
-        {"original_image_url": f"{pictures}/6.png", "edited_image_url": f"{pictures}/huge/4.png", "edit_prompt": "x"},
-        {"original_image_url": f"{pictures}/6.png", "edited_image_url": f"{pictures}/slow/4.png", "edit_prompt": "x"},
-        {"original_image_url": f"{pictures}/6.png", "edited_image_url": "local/none.png", "edit_prompt": "x"},
-        {"original_image_url": "", "edited_image_url": f"{pictures}/6.png", "edit_prompt": "x"},
-        {"original_image_url": f"{pictures}/6.png", "edited_image_url": f"{pictures}/7.png", "edit_prompt": " "},
-        {"original_image_url": "http://127.0.0.1:1/6.png", "edited_image_url": f"{pictures}/7.png", "edit_prompt": "x"},
+        {
+            "original_image_url": f"{image_server}/gone/5.png",
+            "edited_image_url": f"{image_server}/4.png",
+            "edit_prompt": "x",
+        },
+        {
+            "original_image_url": f"{image_server}/6.png",
+            "edited_image_url": f"{image_server}/huge/4.png",
+            "edit_prompt": "x",
+        },
+        {
+            "original_image_url": f"{image_server}/6.png",
+            "edited_image_url": f"{image_server}/slow/4.png",
+            "edit_prompt": "x",
+        },
+        {"original_image_url": f"{image_server}/6.png", "edited_image_url": "local/none.png", "edit_prompt": "x"},
+        {"original_image_url": "", "edited_image_url": f"{image_server}/6.png", "edit_prompt": "x"},
+        {
+            "original_image_url": f"{image_server}/6.png",
+            "edited_image_url": f"{image_server}/7.png",
+            "edit_prompt": " ",
+        },
+        {
+            "original_image_url": "http://127.0.0.1:1/6.png",
+            "edited_image_url": f"{image_server}/7.png",
+            "edit_prompt": "x",
+        },
     ]
-    write(tmp_path, {"local/2.png": picture(2)})
+    write(tmp_path, {"local/2.png": image_file(2)})
     with (tmp_path / "pairs.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
@@ -549,23 +575,27 @@ def test_a_table_of_addresses_and_paths(pictures, tmp_path, capsys):
     limits = ("--download_mb", 0.1, "--download_timeout", 0.5, "--download_retries", 1)
     found = run(tmp_path / "pairs.csv", tmp_path / "pairs", *limits)
     assert [row["edit_prompt"] for row in found] == ["one", "two", "three"]
-    assert found[1]["edited_image"] == picture(2) and found[2]["original_image"] == picture(3)
-    assert found[0]["source"] == f"{pictures}/0.png"
-    assert Pictures.asked["/0.png"] == 1 and Pictures.asked["/gone/5.png"] == 1 and Pictures.asked["/busy/3.png"] == 2
+    assert found[1]["edited_image"] == image_file(2) and found[2]["original_image"] == image_file(3)
+    assert found[0]["source"] == f"{image_server}/0.png"
+    assert (
+        ImageServer.num_requests["/0.png"] == 1
+        and ImageServer.num_requests["/gone/5.png"] == 1
+        and ImageServer.num_requests["/busy/3.png"] == 2
+    )
     printed = capsys.readouterr().out
     for reason in (
-        "original picture not fetched, status 404: 1",
-        "edited picture too large to fetch: 1",
+        "original image not downloaded, status 404: 1",
+        "edited image too large to download: 1",
         "no instruction: 1",
-        "edited picture not fetched in time: 1",
-        "edited picture no such file: 1",
-        "original picture none named: 1",
-        "original picture no server answered: 1",
+        "edited image download timed out: 1",
+        "edited image no such file: 1",
+        "original image none named: 1",
+        "original image no server answered: 1",
     ):
         assert f"rejected, {reason}" in printed
 
 
-def test_no_network_is_an_error_and_not_a_set_without_rows(tmp_path, capsys):
+def test_unreachable_network_is_an_error(tmp_path, capsys):
     gone = "http://127.0.0.1:1"
     rows = [
         {"input_image": f"{gone}/{i}.png", "edited_image": f"{gone}/x{i}.png", "edit_prompt": "x"} for i in range(320)
@@ -574,13 +604,13 @@ def test_no_network_is_an_error_and_not_a_set_without_rows(tmp_path, capsys):
     message = refused(
         capsys, "--source", tmp_path / "pairs.jsonl", "--data_root", tmp_path / "pairs", "--download_retries", 0
     )
-    assert "none of 20 pictures can be fetched" in message and not (tmp_path / "pairs/data").exists()
+    assert "none of 20 images can be downloaded" in message and not (tmp_path / "pairs/data").exists()
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])
-def test_a_table_of_paths_in_each_format(suffix, tmp_path):
+def test_table_formats(suffix, tmp_path):
     """SEED-Data-Edit's columns, after its archives were unpacked elsewhere."""
-    write(tmp_path / "images", {"a/0.png": picture(0), "a/1.png": picture(1)})
+    write(tmp_path / "images", {"a/0.png": image_file(0), "a/1.png": image_file(1)})
     rows = [{"source_image": "a/0.png", "instruction": "Go.", "target_image": "a/1.png", "ssim": "0.5"}]
     path = tmp_path / f"table{suffix}"
     if suffix == ".parquet":
@@ -590,57 +620,66 @@ def test_a_table_of_paths_in_each_format(suffix, tmp_path):
     else:
         write(tmp_path, {path.name: json.dumps(rows if suffix == ".json" else rows[0])})
     (row,) = run(path, tmp_path / "pairs", "--image_root", tmp_path / "images")
-    assert (row["original_image"], row["edit_prompt"], row["source"]) == (picture(0), "Go.", "a/0.png")
+    assert (row["original_image"], row["edit_prompt"], row["source"]) == (image_file(0), "Go.", "a/0.png")
     assert row["scores"] == {"ssim": 0.5}
 
 
-def test_img_edit_s_lists_of_paths(tmp_path, capsys):
-    write(tmp_path, {"0.png": picture(0), "1.png": picture(1)})
+def test_img_edit_lists_of_paths(tmp_path, capsys):
+    write(tmp_path, {"0.png": image_file(0), "1.png": image_file(1)})
     rows = [
         {"input_images": ["0.png"], "output_images": ["1.png"], "prompt": "Go.", "task": "add"},
         {"input_images": ["0.png", "1.png"], "output_images": ["1.png"], "prompt": "Mix.", "task": "compose"},
     ]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "imgedit.parquet")
     (row,) = run(tmp_path / "imgedit.parquet", tmp_path / "pairs")
-    assert (row["edit_prompt"], row["task"], row["edited_image"]) == ("Go.", "add", picture(1))
-    assert "rejected, original picture several: 1" in capsys.readouterr().out
+    assert (row["edit_prompt"], row["task"], row["edited_image"]) == ("Go.", "add", image_file(1))
+    assert "rejected, original image several: 1" in capsys.readouterr().out
 
 
-def test_pico_banana_s_addresses_and_relative_paths(pictures, tmp_path):
-    line = {"open_image_input_url": f"{pictures}/0.png", "text": "Go.", "output_image": "nb/1.png", "edit_type": "add"}
+def test_pico_banana_urls_and_relative_paths(image_server, tmp_path):
+    line = {
+        "open_image_input_url": f"{image_server}/0.png",
+        "text": "Go.",
+        "output_image": "nb/1.png",
+        "edit_type": "add",
+    }
     write(tmp_path, {"sft.jsonl": json.dumps(line)})
-    (row,) = run(tmp_path / "sft.jsonl", tmp_path / "pairs", "--image_root", pictures)
-    assert (row["edit_prompt"], row["task"], row["edited_image"]) == ("Go.", "add", picture(1))
+    (row,) = run(tmp_path / "sft.jsonl", tmp_path / "pairs", "--image_root", image_server)
+    assert (row["edit_prompt"], row["task"], row["edited_image"]) == ("Go.", "add", image_file(1))
 
 
-def test_columns_named_by_flags(tmp_path):
-    write(tmp_path, {"0.png": picture(0), "1.png": picture(1), "pairs.csv": "a,b,c\n0.png,Go.,1.png\n"})
+def test_column_flags(tmp_path):
+    write(tmp_path, {"0.png": image_file(0), "1.png": image_file(1), "pairs.csv": "a,b,c\n0.png,Go.,1.png\n"})
     flags = ("--original_image_column", "a", "--edit_prompt_column", "b", "--edited_image_column", "c")
     (row,) = run(tmp_path / "pairs.csv", tmp_path / "pairs", *flags)
-    assert (row["original_image"], row["edit_prompt"]) == (picture(0), "Go.")
+    assert (row["original_image"], row["edit_prompt"]) == (image_file(0), "Go.")
 
 
-# --- mistakes ---------------------------------------------------------------------------------------------------
+# --- input errors ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("files", "flags", "words"),
     [
-        ({}, ["--source", "./nowhere"], ["--source ./nowhere: there is no such folder or file"]),
+        ({}, ["--source", "./nowhere"], ["--source ./nowhere: does not exist"]),
         ({"pairs.zip": "x"}, ["--source", "{0}/pairs.zip"], ["must be a table", "unpack archives first"]),
-        ({"a.txt": "x", "b/c.png": "x"}, ["--source", "{0}"], ["holds a.txt, b/: not a pair set", "--edited_dir"]),
-        ({"a.csv": "x", "b.jsonl": "x"}, ["--source", "{0}"], ["should hold one table", "a.csv, b.jsonl"]),
+        (
+            {"a.txt": "x", "b/c.png": "x"},
+            ["--source", "{0}"],
+            ["holds a.txt, b/, which is not a known format", "--edited_dir"],
+        ),
+        ({"a.csv": "x", "b.jsonl": "x"}, ["--source", "{0}"], ["has a.csv, b.jsonl", "give the path of one table"]),
         (
             {"input/a.png": "x", "target/b.png": "x"},
             ["--source", "{0}", "--edit_prompt", "Go."],
-            ["no picture of", "1 without a partner", "a.png", "b.png"],
+            ["no image of", "files without a partner", "a.png", "b.png"],
         ),
         (
             {"input/a.png": "x", "target/a.png": "x", "before/a.png": "x", "after/a.png": "x"},
             ["--source", "{0}"],
             ["several pairs of folders (input and target; before and after)"],
         ),
-        ({"input/a.png": "x", "target/a.png": "x"}, ["--source", "{0}"], ["have no instruction", "prompts.txt"]),
+        ({"input/a.png": "x", "target/a.png": "x"}, ["--source", "{0}"], ["have no instructions", "prompts.txt"]),
         ({"input/a.png": "x", "target/a.png": "x", "prompts.txt": "b\tGo.\n"}, ["--source", "{0}"], ["names none"]),
         (
             {"input/a.png": "x", "target/a.png": "x", "prompts.txt": "a\tGo.\nGo.\n"},
@@ -660,7 +699,7 @@ def test_columns_named_by_flags(tmp_path):
         (
             {"seeds.json": "[]"},
             ["--source", "{0}", "--streaming", "--edit_prompt", "Go."],
-            ["--edit_prompt: is for --format folders", "--streaming: is for --format dataset"],
+            ["--edit_prompt: only for --format folders", "--streaming: only for --format dataset"],
         ),
         (
             {},
@@ -681,8 +720,8 @@ def test_columns_named_by_flags(tmp_path):
                 "{0}/no",
             ],
             [
-                "no such folder",
-                "'none' is no task",
+                "is not a folder",
+                "unknown task 'none'",
                 "--seed -1",
                 "--max_num_samples 0",
                 "an instruction is empty",
@@ -693,10 +732,10 @@ def test_columns_named_by_flags(tmp_path):
         ({"a/prompt.json": "{}"}, ["--source", "{0}"], ["names no pair"]),
         ({}, ["--source", "AILab-CVC/SEED-Data-Edit-Part2-3"], ["split tar.gz archives", "--image_root"]),
         ({}, ["--source", "sysuyy/ImgEdit"], ["lists of paths into split tar archives"]),
-        ({}, ["--source", "apple/pico-banana-400k"], ["jsonl of addresses"]),
+        ({}, ["--source", "apple/pico-banana-400k"], ["jsonl of URLs"]),
     ],
 )
-def test_mistakes_get_one_message(files, flags, words, tmp_path, capsys):
+def test_input_errors_are_one_message(files, flags, words, tmp_path, capsys):
     source = write(tmp_path / "source", files)
     source.mkdir(exist_ok=True)
     message = refused(
@@ -706,18 +745,18 @@ def test_mistakes_get_one_message(files, flags, words, tmp_path, capsys):
     assert not (tmp_path / "pairs").exists()
 
 
-def test_inverse_needs_its_column(tmp_path, capsys):
+def test_missing_inverse_column_and_split(tmp_path, capsys):
     features = dict(input_image=IMAGE, edit=TEXT, output_image=IMAGE)
-    rows = dict(input_image=stored(picture(0)), edit=["x"], output_image=stored(picture(1)))
+    rows = dict(input_image=stored(image_file(0)), edit=["x"], output_image=stored(image_file(1)))
     source = save_published(tmp_path / "set", features, rows)
     message = refused(capsys, "--source", source, "--data_root", tmp_path / "pairs", "--inverse")
-    assert "--inverse needs a column inverse_edit" in message and "edit (string)" in message
+    assert "--inverse needs a text column inverse_edit" in message and "edit (string)" in message
     message = refused(capsys, "--source", source, "--data_root", tmp_path / "pairs", "--dataset_split", "test")
     assert "--dataset_split 'test'" in message and "train" in message
 
 
-def test_other_settings_into_the_same_folder_are_refused(tmp_path, capsys):
-    source = two_folders(tmp_path / "pictures")
+def test_different_settings_are_refused(tmp_path, capsys):
+    source = two_folders(tmp_path / "images")
     run(source, tmp_path / "pairs", "--edit_prompt", "Go.")
     message = refused(capsys, "--source", source, "--data_root", tmp_path / "pairs", "--edit_prompt", "Stop.")
     assert "pairs" in message
@@ -728,8 +767,8 @@ def test_other_settings_into_the_same_folder_are_refused(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_and_by_two_workers_the_rows_are_the_same(tmp_path):
-    source = two_folders(tmp_path / "pictures", 400)
+def test_killed_runs_resume_to_the_same_rows_with_any_number_of_workers(tmp_path):
+    source = two_folders(tmp_path / "images", 400)
     flags = ["--source", str(source), "--task", "cartoonize", "--heldout_phrasings", "3"]
     expected = run(source, tmp_path / "expected", *flags[2:])
     rng = np.random.default_rng(0)
@@ -744,7 +783,7 @@ def test_killed_at_any_moment_and_by_two_workers_the_rows_are_the_same(tmp_path)
         assert read(data_root) == expected
 
 
-def test_help_as_a_process_needs_no_library(tmp_path):
+def test_help_imports_no_heavy_library(tmp_path):
     code = (
         "import sys; sys.argv = ['x', '--help']; import runpy\n"
         f"try: runpy.run_path({SCRIPT!r}, run_name='__main__')\n"
@@ -753,8 +792,3 @@ def test_help_as_a_process_needs_no_library(tmp_path):
     )
     printed = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert "loaded []" in printed.stdout and "--edited_dir" in printed.stdout
-
-
-def test_every_row_imported_can_be_trained_on(tmp_path):
-    run(seed_folders(tmp_path / "seeds"), tmp_path / "pairs")
-    assert check_first_rows([open_source(str(tmp_path / "pairs"))], Geometry(32)) == []

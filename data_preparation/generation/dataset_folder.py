@@ -25,6 +25,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from utils.atomic_files import remove_path, remove_unfinished, write_atomically
 from utils.errors import InputError
 
 MANIFEST, DATA, SHARDS = "manifest.json", "data", ".making"
@@ -70,27 +71,25 @@ class DatasetFolder:
                 self._refuse_settings(manifest["settings"])
             # The manifest goes last: without it, --overwrite would refuse the folder after a kill.
             for path in (self.root / DATA, *self._shards.glob("shard-*"), self.root / MANIFEST):
-                _remove(path)
+                remove_path(path)
             manifest = None
         if manifest is None:
             self._write_manifest({"complete": False})
+        remove_unfinished(self.root)
         for unfinished in (*self._shards.glob("*.unfinished"), self._shards / DATA):
-            _remove(unfinished)
+            remove_path(unfinished)
 
     def close(self) -> None:
         """Release the lock; shards of a complete dataset are removed."""
         self._lock.close()
-        if self.is_complete:
+        if self.complete_counts() is not None:
             shutil.rmtree(self._shards, ignore_errors=True)
 
-    @property
-    def is_complete(self) -> bool:
-        return bool((self._read_manifest() or {}).get("complete")) and (self.root / DATA).is_dir()
-
-    def counts(self) -> tuple[int, Counter]:
-        """(rows, rejected items by reason) of a complete dataset."""
-        manifest = self._read_manifest()
-        return manifest["rows"], Counter(manifest["rejected"])
+    def complete_counts(self) -> tuple[int, Counter] | None:
+        """(rows, rejected items by reason) of a complete dataset, else None."""
+        manifest = self._read_manifest() or {}
+        is_complete = manifest.get("complete") and (self.root / DATA).is_dir()
+        return (manifest["rows"], Counter(manifest["rejected"])) if is_complete else None
 
     def finished_shards(self) -> dict[int, ShardCounts]:
         """Counts of the finished shards by index, without damaged files."""
@@ -126,7 +125,10 @@ class DatasetFolder:
                 table = pq.ParquetFile(self._shard(index)).read()
                 write_atomically(path, _encode_table(table.slice(0, rows), shards[index].rejected))
             else:
-                _link_or_copy(self._shard(index), path)
+                try:
+                    os.link(self._shard(index), path)
+                except OSError:  # a file system without hard links
+                    write_atomically(path, self._shard(index).read_bytes())
         folder.rename(self.root / DATA)
 
     def _shard(self, index: int) -> Path:
@@ -177,20 +179,6 @@ class DatasetFolder:
             ) from error
 
 
-def write_atomically(path: Path, content: bytes, folder: Path | None = None) -> None:
-    """Write a temporary file beside `path` (or in `folder`), flush it to disk, and rename it. Raises OSError."""
-    unfinished = (folder or path.parent) / f"{path.name}.unfinished"
-    try:
-        with unfinished.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # a rename that reaches the disk before the data would leave an empty file
-        unfinished.replace(path)
-    except BaseException:
-        unfinished.unlink(missing_ok=True)
-        raise
-
-
 def _encode_table(table: pa.Table, rejected: dict[str, int]) -> bytes:
     metadata = {**(table.schema.metadata or {}), REJECTED: json.dumps(rejected, sort_keys=True).encode()}
     table, content = table.replace_schema_metadata(metadata), io.BytesIO()
@@ -230,20 +218,6 @@ def _lock(path: Path, data_root: Path) -> IO:
     except OSError:
         pass  # a file system without locks
     return file
-
-
-def _link_or_copy(source: Path, path: Path) -> None:
-    try:
-        os.link(source, path)
-    except OSError:  # a file system without hard links
-        write_atomically(path, source.read_bytes())
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _shorten(value: Any) -> str:

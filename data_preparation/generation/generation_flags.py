@@ -28,11 +28,9 @@ def add_generation_flags(
     """
     add = parser.add_argument_group("output").add_argument
     root_help = "output folder; rows are stored in FOLDER/data as parquet. Run the same command again to resume"
-    if data_root is None:
-        add("--data_root", type=Path, metavar="FOLDER", required=True, help=root_help)
-    else:
-        root_help += f" (default {data_root})"
-        add("--data_root", type=Path, metavar="FOLDER", default=Path(data_root), help=root_help)
+    root_help += f" (default {data_root})" if data_root else ""
+    root = {"default": Path(data_root)} if data_root else {"required": True}
+    add("--data_root", type=Path, metavar="FOLDER", help=root_help, **root)
     add("--overwrite", action="store_true", help="replace a dataset in --data_root that has different settings")
     if image_format is not None:
         format_help = f"png and webp are lossless; jpeg has quality 95, jpeg100 100 (default {image_format})"

@@ -51,7 +51,8 @@ class Photographs:
         if folder.is_dir() and not _holds_dataset(folder):
             return _open_image_folder(folder, self.split)
         rows = open_rows(self.dataset_id, False, self.config, self.split, False, None, self.revision)
-        column = _find_image_column(self.dataset_id, rows, self.image_column)
+        columns = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
+        column = _choose_column("--image_column", self.image_column, self.dataset_id, columns, IMAGE_COLUMNS)
         rows = rows.cast_column(column, datasets.Image(decode=False))
         names, images = _find_name_column(rows), rows.select_columns([column])
         name_rows = rows.select_columns([names]) if names else None
@@ -116,14 +117,7 @@ class Captions:
         else:
             rows = open_rows(self.dataset_id, False, self.config, self.split, False, None, self.revision)
         texts = [name for name, feature in rows.features.items() if _is_text(feature)]
-        column = self.caption_column or next((name for name in CAPTION_COLUMNS if name in texts), None)
-        if column is None and len(texts) == 1:
-            column = texts[0]
-        if column not in texts:
-            problem = "cannot tell which column holds the captions" if column is None else f"no text column {column!r}"
-            raise InputError(
-                f"{self.dataset_id}: {problem}; --caption_column must be one of: {', '.join(texts) or '(none)'}"
-            )
+        column = _choose_column("--caption_column", self.caption_column, self.dataset_id, texts, CAPTION_COLUMNS)
         rows = rows.select_columns(texts)
         license_name = find_dataset_license(self.dataset_id) or rows.info.license or None
         return OpenCaptions(rows, column, _digest_rows(rows, texts), public_name(self.dataset_id), license_name)
@@ -172,11 +166,8 @@ def _open_image_folder(folder: Path, split: str) -> OpenPhotographs:
     metadata = folder / "metadata.jsonl"
     try:
         paths = list_photographs(folder, split)
-        licenses = {
-            row["file_name"]: found
-            for row in read_metadata(folder)
-            if (found := row.get("license") or row.get("licence"))
-        }
+        rows = [row for row in read_metadata(folder) if row.get("license") or row.get("licence")]
+        licenses = {row["file_name"]: row.get("license") or row.get("licence") for row in rows}
     except KeyError:
         raise InputError(f"{metadata}: a line has no file_name") from None
     missing = [path.name for path in paths if not path.is_file()]
@@ -190,14 +181,9 @@ def _open_image_folder(folder: Path, split: str) -> OpenPhotographs:
         digest.update(json.dumps([name, path.stat().st_size]).encode())
     for index in _sampled(len(paths)):
         digest.update(paths[index].read_bytes())
+    public, license_name = folder.resolve().name, find_dataset_license(str(folder))
     return OpenPhotographs(
-        len(paths),
-        names.__getitem__,
-        paths.__getitem__,
-        digest.hexdigest(),
-        folder.resolve().name,
-        find_dataset_license(str(folder)),
-        licenses,
+        len(paths), names.__getitem__, paths.__getitem__, digest.hexdigest(), public, license_name, licenses
     )
 
 
@@ -218,18 +204,14 @@ def _read_caption_file(path: Path) -> datasets.Dataset:
     return rows
 
 
-def _find_image_column(dataset: str, rows: datasets.Dataset, requested: str | None) -> str:
-    images = [name for name, feature in rows.features.items() if isinstance(feature, datasets.Image)]
-    available = f"its image columns: {', '.join(images) or '(none)'}"
-    if requested is not None and requested not in images:
-        raise InputError(f"--image_column {requested}: not an image column of {dataset}; {available}")
-    column = requested or next((name for name in IMAGE_COLUMNS if name in images), None)
-    if column is None and len(images) == 1:
-        column = images[0]
-    if column is None:
-        raise InputError(
-            f"{dataset}: cannot tell which column holds the photographs; give --image_column ({available})"
-        )
+def _choose_column(flag: str, given: str | None, dataset: str, columns: list[str], known: tuple[str, ...]) -> str:
+    """The given column, else the first known one, else the only one. columns: those of the right type."""
+    column = given or next((name for name in known if name in columns), None)
+    if column is None and len(columns) == 1:
+        return columns[0]
+    if column not in columns:
+        problem = f"{flag} {given}: cannot be used for {dataset}" if given else f"{dataset}: {flag} is required"
+        raise InputError(f"{problem}; it must be one of: {', '.join(columns) or '(no column of this type)'}")
     return column
 
 

@@ -13,20 +13,9 @@ from PIL import Image
 from data_preparation.generation.generation_flags import IMAGE_FORMATS
 
 IMAGES = ("original_image", "edited_image")
-JSON_COLUMNS = ("models", "settings", "scores")  # text columns that hold JSON
-PROVENANCE_COLUMNS = (  # all columns except the images and the instruction
-    "original_prompt",
-    "edited_prompt",
-    "task",
-    "phrasing",
-    "source",
-    "source_dataset",
-    "source_license",
-    "models",
-    "seed",
-    "settings",
-    "scores",
-)
+TEXT_COLUMNS = ("original_prompt", "edited_prompt", "task", "phrasing", "source", "source_dataset", "source_license")
+JSON_COLUMNS = ("models", "settings", "scores")  # stored as text
+PROVENANCE_COLUMNS = (*TEXT_COLUMNS, "models", "seed", "settings", "scores")  # all but images and instruction
 
 
 def pair_features() -> datasets.Features:

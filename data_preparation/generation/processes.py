@@ -34,9 +34,14 @@ def run_in_processes(
     """(key, result) of every job, in the order in which they finish.
 
     open_worker: is pickled, and called once in each worker with the worker's rank; it returns the function that turns a
-    job into its result. A worker that is lost (killed, out of memory) is replaced, and its jobs are run again.
+    job into its result. num_workers: 0 to run the jobs in this process, in their order. A worker that is lost (killed,
+    out of memory) is replaced, and its jobs are run again.
     Closing the iterator stops the workers. Raises InputError for one that a worker raised, or for repeated losses.
     """
+    if not num_workers:
+        work = open_worker(0)
+        yield from ((key, work(job)) for key, job in jobs.items())
+        return
     left, losses = dict(jobs), 0
     while left:
         try:
@@ -84,16 +89,12 @@ _worker: dict[str, Any] = {}
 
 def _start_worker(open_worker: Callable[[int], Work], ranks: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    leave_with_parent()
+    # A worker ends with its parent, however that ends; otherwise it would hold its GPU forever.
+    sentinel = multiprocessing.parent_process().sentinel
+    threading.Thread(target=lambda: (connection.wait([sentinel]), os._exit(1)), daemon=True).start()
     with ranks.get_lock():
         rank, ranks.value = ranks.value, ranks.value + 1
     _worker.update(open=open_worker, rank=rank)
-
-
-def leave_with_parent() -> None:
-    """End this process when its parent is gone, however it ended; otherwise it would hold a GPU forever."""
-    sentinel = multiprocessing.parent_process().sentinel
-    threading.Thread(target=lambda: (connection.wait([sentinel]), os._exit(1)), daemon=True).start()
 
 
 def _run_job(job: Any) -> Any:
@@ -107,7 +108,7 @@ def _run_job(job: Any) -> Any:
 
 
 def run_on_ray(
-    open_worker: Callable[[int], Callable[[range], bytes]],
+    open_worker: Callable[[int], Work],
     jobs: Mapping[int, range],
     address: str,
     num_workers: int,
@@ -126,30 +127,25 @@ def run_on_ray(
                     yield key, result
             if not left:
                 return
-    raise InputError(
-        f"--ray {address}: the cluster lost {len(left)} jobs {MAX_RAY_ROUNDS} times; run the command again to resume"
-    )
+    raise InputError(f"--ray {address}: the cluster lost {len(left)} jobs; run the same command again to resume")
 
 
 class _RayWorker:
     """An actor: opens its worker once, then runs one job per call."""
 
-    def __init__(self, open_worker: Callable[[int], Callable[[range], bytes]]) -> None:
-        self._error = None
-        try:
-            self._work = open_worker(0)  # Ray shows each actor only its own GPUs
-        except InputError as error:
-            self._error = str(error)
+    def __init__(self, open_worker: Callable[[int], Work]) -> None:
+        self._open_worker, self._work = open_worker, None
 
     def __call__(self, batch: dict) -> dict:
         """{"key", "start", "stop"} of one job, in lists -> {"key", "result", "error"}."""
-        result, error = b"", self._error or ""
-        if not error:
-            try:
-                result = self._work(range(int(batch["start"][0]), int(batch["stop"][0])))
-            except InputError as problem:  # if raised here, Ray would retry and print a traceback
-                error = str(problem)
-        return {"key": [int(batch["key"][0])], "result": [result], "error": [error]}
+        key, start, stop = (int(batch[name][0]) for name in ("key", "start", "stop"))
+        result, error = b"", ""
+        try:
+            self._work = self._work or self._open_worker(0)  # Ray shows each actor only its own GPUs
+            result = self._work(range(start, stop))
+        except InputError as problem:  # if raised here, Ray would retry and print a traceback
+            error = str(problem)
+        return {"key": [key], "result": [result], "error": [error]}
 
 
 def _run_ray_round(

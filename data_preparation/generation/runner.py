@@ -10,7 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -63,7 +63,7 @@ class GenerationSummary:
     """rows: of the whole dataset; rejected: items without rows, by reason; seconds: duration of this run."""
 
     rows: int
-    rejected: Counter = field(default_factory=Counter)
+    rejected: Counter
     was_complete: bool = False
     seconds: float = 0.0
 
@@ -97,8 +97,8 @@ def run_generation(
     plan = {"items": generator.num_items, "items_per_shard": items_per_shard, "max_rows": max_rows}
     folder = DatasetFolder(data_root, settings | plan, overwrite)
     try:
-        if folder.is_complete:
-            return GenerationSummary(*folder.counts(), was_complete=True)
+        if (counts := folder.complete_counts()) is not None:
+            return GenerationSummary(*counts, was_complete=True)
         starts = range(0, generator.num_items, items_per_shard)
         items = [range(start, min(start + items_per_shard, generator.num_items)) for start in starts]
         shards = _generate_missing(generator, folder, items, max_rows, workers or WorkerSettings(), unit, note)
@@ -148,12 +148,8 @@ def _run_jobs(
     """(index, bytes) of each shard, in the order in which they finish."""
     if jobs and workers.ray:
         yield from run_on_ray(open_worker, jobs, workers.ray, workers.num_workers, workers.gpus_per_worker)
-    elif jobs and workers.num_workers:
-        yield from run_in_processes(open_worker, jobs, workers.num_workers)
     elif jobs:
-        generate_shard = open_worker(0)
-        for index, items in jobs.items():
-            yield index, generate_shard(items)
+        yield from run_in_processes(open_worker, jobs, workers.num_workers)
 
 
 def _open_shard_worker(generator: RowGenerator, rank: int) -> Callable[[range], bytes]:
