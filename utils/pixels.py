@@ -76,7 +76,7 @@ def peek_size(value: object, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]
     """The upright size (h, w) of a stored image, read from its header. Raises BadRow."""
     path = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else value
     if isinstance(path, (str, Path)) and Path(path).is_file():
-        with Path(path).open("rb") as file:  # does not read the whole file, unlike `_read`
+        with Path(path).open("rb") as file:  # does not read the whole file, unlike `read_image_file`
             return peek_size(file, max_pixels=max_pixels)
     try:
         image = _open(value)
@@ -100,7 +100,7 @@ def _open(value: object) -> Image.Image:
     if isinstance(value, Image.Image):
         return value
     if isinstance(value, (str, Path)):
-        value = _read(str(value))
+        value = read_image_file(str(value))
     if isinstance(value, (bytes, bytearray, memoryview)):
         if len(value) == 0:
             raise BadRow("empty file (0 bytes)")
@@ -115,8 +115,9 @@ def _open(value: object) -> Image.Image:
         raise BadRow(f"too large: {error}") from None
 
 
-def _read(path: str) -> bytes:
-    if "://" in path:  # a file of a streamed dataset: "hf://…", "zip://…::…"
+def read_image_file(path: str) -> bytes:
+    """The bytes of a file, or of a streamed file such as "hf://…". Raises BadRow if it does not exist, and OSError."""
+    if "://" in path:  # "hf://…", "zip://…::…"
         from datasets.utils.file_utils import xopen
 
         with xopen(path, "rb") as file:
