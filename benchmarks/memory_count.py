@@ -1,4 +1,4 @@
-"""Counting the memory of a training step: real modules and shapes, tensors without data, every allocation followed."""
+"""Counts the memory of a training step: real modules and shapes, fake tensors, every allocation is tracked."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-# What CUDA's autocast computes in float32 and the CPU's does not, among the functions that a UNet calls.
+# The functions of a UNet that autocast computes in float32 on CUDA, but not on the CPU.
 FLOAT32_ON_CUDA = (F.group_norm, F.layer_norm)
 FLOAT32_BYTES = 4
-UPDATE_COPIES = 3  # assumed: float32 temporaries of one parameter while an optimizer works on it
+UPDATE_COPIES = 3  # assumed: float32 temporaries of one parameter during its update
 
 
 @dataclass(frozen=True)
 class StepCount:
     """Bytes beyond the weights.
 
-    saved: what the graph holds between forward and backward pass. gradients: of all trained parameters.
-    peak: the most alive at a time, gradients among it: peak_gradients of them. bare_peak: the most alive beside the
-    gradients that are whole. fused_peak: the same when each parameter is updated as soon as its gradient is whole.
+    saved: tensors that autograd keeps for the backward pass. gradients: of all trained parameters. peak: the maximum,
+    of which peak_gradients are gradients. bare_peak: the maximum without complete gradients. fused_peak: the same if
+    each parameter is updated as soon as its gradient is complete.
     """
 
     saved: int
@@ -38,9 +38,9 @@ class StepCount:
 
 @contextmanager
 def like_cuda() -> Iterator[None]:
-    """Let the CPU's kernels and autocast keep what CUDA's do: norms in float32, attention without an (L, L) matrix.
+    """Make the CPU's kernels and autocast save what CUDA's do: norms in float32, attention without an (L, L) matrix.
 
-    By replacing the functions: a mode of torch is off while the backward pass computes checkpointed blocks again.
+    It replaces functions, because dispatch modes are disabled while the backward pass recomputes checkpointed blocks.
     """
     replaced = {function.__name__: _in_float32(function) for function in FLOAT32_ON_CUDA}
     with ExitStack() as stack:
@@ -50,7 +50,7 @@ def like_cuda() -> Iterator[None]:
 
 
 def _in_float32(function: Callable) -> Callable:
-    """As CUDA's autocast calls a function: with float32 copies of its tensors."""
+    """Call a function with float32 copies of its tensors, as autocast does on CUDA."""
 
     def call(*values: object, **named: object) -> torch.Tensor:
         if torch.is_autocast_enabled("cpu"):
@@ -66,14 +66,14 @@ def _widen(value: object) -> object:
 
 
 def _flash_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, **_: object) -> torch.Tensor:
-    """Keeps query, key, value, output and one number a row, as CUDA's do. (B, heads, L, D); UNets use no masks here."""
+    """Saves query, key, value, output and one number per row, as on CUDA. (B, heads, L, D), without masks."""
     if torch.is_autocast_enabled("cpu"):
         query, key, value = (tensor.to(torch.get_autocast_dtype("cpu")) for tensor in (query, key, value))
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
 
 
 class AllocationTracker(TorchDispatchMode):
-    """Follows each storage that an operation makes, from its birth to its end."""
+    """Tracks every storage that an operation allocates until it is freed."""
 
     def __init__(self, known: Iterable[torch.Tensor]) -> None:
         super().__init__()
@@ -85,10 +85,10 @@ class AllocationTracker(TorchDispatchMode):
         result = function(*args, **(kwargs or {}))
         for value in tree_iter(result):
             if isinstance(value, torch.Tensor):
-                self._follow(value.untyped_storage())
+                self._track(value.untyped_storage())
         return result
 
-    def _follow(self, storage: torch.UntypedStorage) -> None:
+    def _track(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         if key in self._alive or key in self._known:
             return
@@ -104,7 +104,7 @@ class AllocationTracker(TorchDispatchMode):
         self.bare_peak = max(self.bare_peak, self.live - self.gradients)
 
     def note_gradient(self, parameter: torch.nn.Parameter) -> None:
-        """To be called when the gradient of a parameter is whole."""
+        """Call this when the gradient of a parameter is complete."""
         update = FLOAT32_BYTES * UPDATE_COPIES * parameter.numel()
         self.update_peak = max(self.update_peak, self.live - self.gradients + update)
         self.gradients += parameter.grad.untyped_storage().nbytes()
@@ -116,7 +116,7 @@ class SavedBytes:
     def __init__(self, excluded: Iterable[torch.Tensor]) -> None:
         self._excluded = {tensor.untyped_storage()._cdata for tensor in excluded}
         self._sizes: dict[int, int] = {}
-        self._held: list[torch.UntypedStorage] = []  # so that no address is used again while counting
+        self._held: list[torch.UntypedStorage] = []  # keeps their addresses from being reused while counting
 
     @property
     def total(self) -> int:
@@ -124,7 +124,7 @@ class SavedBytes:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Counts what the operations inside save."""
+        """Count what the operations inside the context save."""
         with torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor):
             yield
         self._held.clear()
@@ -138,7 +138,7 @@ class SavedBytes:
 
 
 def count_saved(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> int:
-    """Bytes saved by one forward pass. `forward` must return the loss; nothing is computed backwards."""
+    """Bytes saved by one forward pass. `forward` must return the loss; there is no backward pass."""
     saved = SavedBytes([*model.parameters(), *model.buffers()])
     with saved.counting():
         loss = forward()
@@ -147,7 +147,7 @@ def count_saved(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> 
 
 
 def count_step(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> StepCount:
-    """Count a forward and a backward pass. Works on fake tensors, and on real ones of the CPU too."""
+    """Count a forward and a backward pass, with fake tensors or real ones on the CPU."""
     fixed = [*model.parameters(), *model.buffers()]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     saved, tracker = SavedBytes(fixed), AllocationTracker(fixed)
@@ -171,7 +171,7 @@ def count_step(model: torch.nn.Module, forward: Callable[[], torch.Tensor]) -> S
 
 
 def count_peak(model: torch.nn.Module, call: Callable[[], torch.Tensor]) -> int:
-    """The most bytes alive at a time, beyond the weights, during a call without gradients."""
+    """Peak bytes, without the weights, during a call without gradients."""
     tracker = AllocationTracker([*model.parameters(), *model.buffers()])
     with torch.no_grad(), tracker:
         call()

@@ -1,16 +1,16 @@
-"""The same steps for real, on a GPU: random weights, the suite's own parts, PyTorch's own account of the peak."""
+"""Real training steps on a GPU with random weights; PyTorch measures the peak."""
 
 from __future__ import annotations
 
 import torch
 
-from benchmarks.memory_ladder import Configuration, Surroundings
+from benchmarks.memory_configurations import Configuration, OtherModels
 from benchmarks.memory_models import make_step, make_unet, make_vae
 from utils.training.ema import MovingAverage
 from utils.training.memory_saving import checkpoint_blocks
 from utils.training.optimizers import OptimizationOptions, make_optimizer
 
-NUM_STEPS = 3  # the optimizer's state comes with the first
+NUM_STEPS = 3  # the first step allocates the optimizer's state
 
 
 def measure_peak(
@@ -19,42 +19,42 @@ def measure_peak(
     resolution: int,
     batch_size: int,
     blocks: list[str] | None,
-    around: Surroundings,
+    others: OtherModels,
     vae_dtype: torch.dtype,
     device: str = "cuda",
 ) -> int | None:
-    """The most bytes that PyTorch had allocated; None where the device keeps no account (tests run on the CPU)."""
+    """Peak bytes that PyTorch allocated; None on the CPU, which tests use."""
     is_gpu = device == "cuda"
     if is_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    around_unet = _allocate_frozen(around, vae_dtype, device)
+    frozen_models = _allocate_frozen(others, vae_dtype, device)
     with torch.device(device):
         unet = make_unet(config, configuration.kind, torch.device(device) if configuration.is_nf4 else None)
     if is_gpu:
         unet.to(memory_format=torch.channels_last)
-        torch.cuda.reset_peak_memory_stats()  # of the making, which is done layer by layer in training
+        torch.cuda.reset_peak_memory_stats()  # ignore the initialization
     if blocks:
         checkpoint_blocks(unet, blocks)
-    _take_steps(unet, configuration, resolution, batch_size, around_unet)
+    _take_steps(unet, configuration, resolution, batch_size, frozen_models)
     return torch.cuda.max_memory_allocated() if is_gpu else None
 
 
-def _allocate_frozen(around: Surroundings, vae_dtype: torch.dtype, device: str) -> tuple:
-    """(VAE or None, the bytes of the text encoders): they only take their place, as they do while a UNet is trained."""
-    if not around.frozen:
+def _allocate_frozen(others: OtherModels, vae_dtype: torch.dtype, device: str) -> tuple:
+    """(VAE or None, a buffer of the size of the text encoders)."""
+    if not others.frozen:
         return None, None
     with torch.device(device):
         vae = make_vae(vae_dtype)
     taken = sum(parameter.nbytes for parameter in vae.parameters())
-    return vae, torch.empty(max(0, around.frozen - taken), dtype=torch.uint8, device=device)
+    return vae, torch.empty(max(0, others.frozen - taken), dtype=torch.uint8, device=device)
 
 
 def _take_steps(
-    unet: torch.nn.Module, configuration: Configuration, resolution: int, batch_size: int, around_unet: tuple
+    unet: torch.nn.Module, configuration: Configuration, resolution: int, batch_size: int, frozen_models: tuple
 ) -> None:
-    """Encode, forward, backward, update, average."""
-    vae, _ = around_unet
+    """Encode, forward, backward, update, EMA."""
+    vae, _ = frozen_models
     trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
     if configuration.is_peer:
         optimizer = torch.optim.AdamW(trained)
@@ -82,7 +82,7 @@ def _take_steps(
 
 @torch.no_grad()
 def _encode(vae: torch.nn.Module, resolution: int, batch_size: int, at_once: bool) -> None:
-    """Original and edited images: in one call, as the suite does, or in two, as diffusers' example does."""
+    """Encode original and edited images in one call, or in two as diffusers' example."""
     for _ in range(1 if at_once else 2):
         num_images = 2 * batch_size if at_once else batch_size
         pixels = torch.zeros(num_images, 3, resolution, resolution, dtype=vae.dtype, device=vae.device)

@@ -1,4 +1,4 @@
-"""The models of the memory ladder: Stable Diffusion 1.5 and XL by their published configurations, without weights."""
+"""Stable Diffusion 1.5 and XL from their published configurations, without weights."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from benchmarks.memory_count import StepCount, count_peak, count_saved, count_st
 from utils.models.adapters import AdapterOptions, add_adapter, cast_frozen
 from utils.training.memory_saving import checkpoint_blocks
 
-KINDS = ("fp32", "bf16", "lora")  # what is trained: all in float32, all in bfloat16, an adapter beside a bf16 base
+KINDS = ("fp32", "bf16", "lora")  # what is trained: all weights in float32, in bfloat16, or an adapter of a bf16 base
 PROMPT_TOKENS, PIXELS_PER_LATENT = 77, 8
-NF4_BLOCK, NF4_OUTER_BLOCK = 64, 256  # a byte of scale for 64 weights, a float32 for 256 scales
+NF4_BLOCK, NF4_OUTER_BLOCK = 64, 256  # a one-byte scale for 64 weights, a float32 for 256 scales
 UNETS = {
     "sd15": dict(
         in_channels=8,
@@ -55,7 +55,7 @@ TEXT_PARAMETERS = {"sd15": CLIP_L, "sdxl": CLIP_L + CLIP_BIG_G}
 
 @dataclass(frozen=True)
 class Weights:
-    """Sizes of the weights of a kind. nf4_bytes: the same with the frozen Linear layers in 4 bits."""
+    """Sizes of a UNet's weights. nf4_bytes: with the frozen Linear layers in 4 bits."""
 
     parameters: int
     bytes: int
@@ -68,9 +68,9 @@ class Weights:
 
 
 def make_unet(config: dict, kind: str, quantize_on: torch.device | None = None) -> UNet2DConditionModel:
-    """A UNet as training has it, on the device of an enclosing `with torch.device(...)`.
+    """A UNet as in training, on the device of an enclosing `with torch.device(...)`.
 
-    quantize_on: hold the base of an adapter in nf4 on this device. That needs real tensors.
+    quantize_on: quantize the base of an adapter to nf4 on this device, which needs real tensors.
     """
     unet = UNet2DConditionModel.from_config(config)
     if kind == "bf16":
@@ -87,10 +87,10 @@ def make_unet(config: dict, kind: str, quantize_on: torch.device | None = None) 
 
 
 def make_vae(dtype: torch.dtype) -> AutoencoderKL:
-    """The autoencoder of both, frozen."""
+    """The frozen VAE of both models."""
     vae = AutoencoderKL(**VAE).requires_grad_(False)
     for parameter in vae.parameters():
-        parameter.data = parameter.data.to(dtype)  # `vae.to` warns of modules to keep in float32, of which it has none
+        parameter.data = parameter.data.to(dtype)  # `vae.to` would warn about modules to keep in float32
     return vae
 
 
@@ -102,7 +102,7 @@ def weigh_vae(dtype: torch.dtype) -> int:
 
 
 def weigh(config: dict, kind: str) -> Weights:
-    """The sizes of a UNet's weights."""
+    """Count the sizes of a UNet's weights."""
     with torch.device("meta"):
         unet = make_unet(config, kind)
     quantized = {
@@ -122,7 +122,7 @@ def weigh(config: dict, kind: str) -> Weights:
 def count_nf4(num_weights: int) -> int:
     """Bytes of a layer's weights in bitsandbytes' nf4 with quantised scales."""
     scales = math.ceil(num_weights / NF4_BLOCK)
-    tables = 4 * (16 + 256 + 1)  # the values that 4 and 8 bits stand for, and the mean of the scales
+    tables = 4 * (16 + 256 + 1)  # the 4-bit and 8-bit code books, and the mean of the scales
     return math.ceil(num_weights / 2) + scales + 4 * math.ceil(scales / NF4_OUTER_BLOCK) + tables
 
 
@@ -160,9 +160,9 @@ def count_unet(
     only_saved: bool = False,
     is_fake: bool = True,
 ) -> StepCount | int:
-    """Count a training step of a UNet. blocks: those that are recomputed; only_saved: the saved bytes alone.
+    """Count a training step of a UNet. blocks: those that are checkpointed; only_saved: count only the saved bytes.
 
-    is_fake: without data, as a GPU would keep it. False takes real tensors of the CPU, in the same way.
+    is_fake: use fake tensors; False uses real tensors on the CPU.
     """
     with torch.device("meta" if is_fake else "cpu"):
         unet = make_unet(config, kind)
@@ -177,7 +177,7 @@ def count_unet(
 
 @cache
 def count_vae_encoding(resolution: int, num_images: int, dtype: torch.dtype) -> int:
-    """The most bytes that the encoding of a batch of images takes beyond the VAE's weights."""
+    """Peak bytes of encoding a batch of images, without the VAE's weights."""
     with torch.device("meta"):
         vae = make_vae(dtype)
     with FakeTensorMode(allow_non_fake_inputs=True), like_cuda():

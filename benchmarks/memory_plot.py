@@ -1,4 +1,4 @@
-"""The memory ladder as a picture: a bar for each configuration, a line for each card."""
+"""The memory of the configurations as a chart: a bar for each configuration, a line for each card."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 
-from benchmarks.memory_ladder import CACHED, CARDS, MARGIN  # noqa: E402
+from benchmarks.memory_configurations import CACHED, CARDS, MARGIN  # noqa: E402
 from benchmarks.memory_tables import TITLES, Row, in_gb  # noqa: E402
 
 PARTS = {
@@ -26,7 +26,7 @@ MARGIN_COLOUR, DRAWN_RESOLUTION = "#e4e4e4", {"sd15": 512, "sdxl": 768}
 
 
 def choose_rows(rows: list[Row], model: str) -> list[Row]:
-    """The bars of one model at one resolution: the peer as it is, ours with cached latents."""
+    """The bars of one model at one resolution: diffusers' example as it is, ours with cached latents."""
     own = [row for row in rows if row.model == model]
     wanted = DRAWN_RESOLUTION.get(model)
     sides = {row.resolution for row in own}
@@ -34,12 +34,12 @@ def choose_rows(rows: list[Row], model: str) -> list[Row]:
     return [
         row
         for row in own
-        if row.resolution == side and (row.beside == CACHED or (row.configuration.is_peer and row.is_recomputed))
+        if row.resolution == side and (row.beside == CACHED or (row.configuration.is_peer and row.is_checkpointed))
     ]
 
 
-def plot_ladder(rows: list[Row], path: Path, batch_size: int) -> None:
-    """Save the picture as a PNG."""
+def plot_memory(rows: list[Row], path: Path, batch_size: int) -> None:
+    """Save the chart as a PNG."""
     models = list(dict.fromkeys(row.model for row in rows))
     chosen = {model: choose_rows(rows, model) for model in models}
     heights = [len(bars) for bars in chosen.values()]
@@ -64,7 +64,7 @@ def plot_ladder(rows: list[Row], path: Path, batch_size: int) -> None:
 
 
 def draw_bars(axis: Axes, bars: list[Row]) -> None:
-    """Stacked parts, the margin in grey, the sum at the end, and the cards as lines as far as they matter."""
+    """Draw the stacked parts, the margin in grey, the total at the end, and the cards as lines."""
     starts = [0.0] * len(bars)
     for name, (label, colour) in PARTS.items():
         widths = [row.memory.parts[name] / 1e9 for row in bars]
@@ -96,9 +96,9 @@ def draw_bars(axis: Axes, bars: list[Row]) -> None:
         name = f"{card} GB" if card == cards[-1] else str(card)
         axis.axvline(card, color="#555555", linewidth=0.9, linestyle=(0, (4, 3)), zorder=1)
         axis.text(card, -0.62, name, ha="center", va="bottom", fontsize=9, color="#333333")
-    recomputed = {True: ", recomputed", False: ""}
+    suffixes = {True: ", checkpointed", False: ""}
     axis.set_yticks(
-        range(len(bars)), [f"{row.configuration.name}{recomputed[row.is_recomputed]}" for row in bars], fontsize=9
+        range(len(bars)), [f"{row.configuration.name}{suffixes[row.is_checkpointed]}" for row in bars], fontsize=9
     )
     axis.set(xlim=(0, limit), ylim=(len(bars) - 0.5, -0.6))
     axis.spines[["top", "right"]].set_visible(False)

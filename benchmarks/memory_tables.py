@@ -1,31 +1,31 @@
-"""The memory ladder as text, for a terminal or in Markdown."""
+"""The memory of the configurations as tables, for a terminal or in Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from benchmarks.memory_configurations import CACHED, CARDS, MARGIN, Configuration, Memory
 from benchmarks.memory_count import UPDATE_COPIES, StepCount
-from benchmarks.memory_ladder import CACHED, CARDS, MARGIN, Configuration, Memory
 
 TITLES = {"sd15": "SD 1.5", "sdxl": "SDXL"}
 YES_NO = {True: "yes", False: "no"}
-NOTES = f"""GB are 10^9 bytes. Counted is every tensor that PyTorch allocates in a training step: weights, gradients,
-optimizer, moving average, VAE and text encoders where they stay, what autograd saves, autocast's copies of weights,
-temporaries; on the real modules and shapes, under bf16 autocast, with attention that keeps no (L, L) matrix. For the
-activations of the nf4 base those of the bf16 base are taken. Assumed, not counted: {MARGIN:.1f} GB for the CUDA
-context (about 0.5), the workspaces of cuDNN and cuBLAS, and fragmentation; {UPDATE_COPIES} float32 copies of one
-tensor while an optimizer works. Not in the figures: validation pictures, several GPUs (DDP's buckets are one more set
-of gradients), text encoders of runs whose prompts are not known beforehand."""
+NOTES = f"""GB are 10^9 bytes. Every tensor that PyTorch allocates in a training step is counted: weights, gradients,
+optimizer, EMA, VAE and text encoders if they stay on the GPU, what autograd saves, autocast's copies of weights,
+temporaries; on the real modules and shapes, under bf16 autocast, with attention without an (L, L) matrix. The nf4 base
+has the activations of the bf16 base. Assumed, not counted: {MARGIN:.1f} GB for the CUDA context (about 0.5), the
+workspaces of cuDNN and cuBLAS, and fragmentation; {UPDATE_COPIES} float32 copies of one tensor during its update. Not
+included: validation images, several GPUs (DDP's buckets are one more set of gradients), text encoders of runs whose
+prompts are not known in advance."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One configuration of one model at one resolution. measured: bytes, None where there is no GPU."""
+    """One configuration of one model at one resolution. measured: bytes, None without a GPU."""
 
     model: str
     configuration: Configuration
-    is_recomputed: bool
+    is_checkpointed: bool
     beside: str
     resolution: int
     memory: Memory
@@ -33,7 +33,7 @@ class Row:
 
 
 def format_table(header: list[str], rows: list[list[str]], markdown: bool) -> str:
-    """Columns of equal width; the first is aligned to the left, the others too where they are not numbers."""
+    """Columns of equal width; numbers are aligned to the right."""
     if markdown:
         lines = [header, ["---"] * len(header), *rows]
         return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
@@ -50,35 +50,37 @@ def format_table(header: list[str], rows: list[list[str]], markdown: bool) -> st
 
 
 def in_gb(size: int) -> str:
-    """Two digits after the point below 10, one above."""
+    """Two decimals below 10, one above."""
     return f"{size / 1e9:.2f}" if size < 9.995e9 else f"{size / 1e9:.1f}"
 
 
 def counts_table(counts: dict[tuple[str, bool, int], StepCount], markdown: bool) -> str:
-    """What a step takes beyond the weights. counts: by (kind, is recomputed, resolution)."""
+    """The memory of a step beyond the weights. counts: by (kind, is checkpointed, resolution)."""
     resolutions = list(dict.fromkeys(resolution for _, _, resolution in counts))
-    header = ["trained", "recomputed", "gradients", *(f"saved at {resolution}" for resolution in resolutions)]
+    header = ["trained", "checkpointed", "gradients", *(f"saved at {resolution}" for resolution in resolutions)]
     header += [f"peak at {resolution} (fused)" for resolution in resolutions]
     rows = []
-    for kind, is_recomputed in dict.fromkeys((kind, is_recomputed) for kind, is_recomputed, _ in counts):
-        found = [counts[kind, is_recomputed, resolution] for resolution in resolutions]
-        rows.append([kind, YES_NO[is_recomputed], in_gb(found[0].gradients), *(in_gb(count.saved) for count in found)])
+    for kind, is_checkpointed in dict.fromkeys((kind, is_checkpointed) for kind, is_checkpointed, _ in counts):
+        found = [counts[kind, is_checkpointed, resolution] for resolution in resolutions]
+        rows.append(
+            [kind, YES_NO[is_checkpointed], in_gb(found[0].gradients), *(in_gb(count.saved) for count in found)]
+        )
         rows[-1] += [f"{in_gb(count.peak)} ({in_gb(count.fused_peak)})" for count in found]
     return format_table(header, rows, markdown)
 
 
 def totals_table(rows: list[Row], markdown: bool) -> str:
-    """The sums of one model, one line for a configuration, the counted peak of each resolution; then the measured."""
+    """The totals of one model: a line for each configuration, the counted and measured peak at each resolution."""
     resolutions = list(dict.fromkeys(row.resolution for row in rows))
     is_measured = any(row.measured is not None for row in rows)
-    header = ["configuration", "recomputed", "on the GPU too", "weights", "optimizer", "EMA", "frozen"]
+    header = ["configuration", "checkpointed", "also on the GPU", "weights", "optimizer", "EMA", "frozen"]
     for resolution in resolutions:
         header += [f"{resolution} counted"] + [f"{resolution} measured"] * is_measured
     lines = []
     for same in _grouped(rows):
         memory = same[resolutions[0]].memory
         first = same[resolutions[0]]
-        line = [first.configuration.name, YES_NO[first.is_recomputed], first.beside]
+        line = [first.configuration.name, YES_NO[first.is_checkpointed], first.beside]
         line += [in_gb(size) for size in (memory.weights, memory.optimizer, memory.ema, memory.frozen)]
         for resolution in resolutions:
             line.append(in_gb(same[resolution].memory.total))
@@ -90,19 +92,19 @@ def totals_table(rows: list[Row], markdown: bool) -> str:
 
 
 def _grouped(rows: Iterable[Row]) -> list[dict[int, Row]]:
-    """Rows that differ in the resolution alone, by resolution."""
+    """Group rows that only differ in the resolution."""
     groups: dict[tuple, dict[int, Row]] = {}
     for row in rows:
-        groups.setdefault((row.model, row.configuration, row.is_recomputed, row.beside), {})[row.resolution] = row
+        groups.setdefault((row.model, row.configuration, row.is_checkpointed, row.beside), {})[row.resolution] = row
     return list(groups.values())
 
 
 def largest_fit(rows: list[Row], card: int) -> str:
-    """The largest resolution that fits: "512", "768 r" when only with recomputation, and "-" for none.
+    """The largest resolution that fits: "512", "768 r" if only with gradient checkpointing, "-" for none.
 
-    Of the two, the larger one; at the same resolution the faster, which recomputes nothing.
+    At the same resolution without checkpointing, which is faster.
     """
-    fitting = [(row.resolution, not row.is_recomputed) for row in rows if row.memory.fits(card)]
+    fitting = [(row.resolution, not row.is_checkpointed) for row in rows if row.memory.fits(card)]
     if not fitting:
         return "-"
     resolution, is_fast = max(fitting)
@@ -110,7 +112,7 @@ def largest_fit(rows: list[Row], card: int) -> str:
 
 
 def fits_table(rows: list[Row], markdown: bool) -> str:
-    """The largest resolution for each configuration and card, every model a line of its own."""
+    """The largest resolution for each configuration and card."""
     models = list(dict.fromkeys(row.model for row in rows))
     leanest = [row for row in rows if row.configuration.is_peer or row.beside == CACHED]
     lines = []
@@ -118,11 +120,11 @@ def fits_table(rows: list[Row], markdown: bool) -> str:
         for configuration in dict.fromkeys(row.configuration for row in leanest):
             own = [row for row in leanest if (row.model, row.configuration) == (model, configuration)]
             lines.append([TITLES.get(model, model), configuration.name, *(largest_fit(own, card) for card in CARDS)])
-    return format_table(["model", "what is trained, and how", *(f"{card} GB" for card in CARDS)], lines, markdown)
+    return format_table(["model", "configuration", *(f"{card} GB" for card in CARDS)], lines, markdown)
 
 
 def blocks_table(saved: dict[str, int], markdown: bool) -> str:
-    """Saved bytes with one block recomputed at a time. saved: by name, "none" and "all" among them."""
+    """Saved bytes with one block checkpointed at a time. saved: by name, including "none" and "all"."""
     whole = saved["none"]
     rows = [[name, f"{size / 1e9:.3f}", f"{(whole - size) / 1e9:.3f}"] for name, size in saved.items()]
-    return format_table(["recomputed", "saved", "less"], rows, markdown)
+    return format_table(["checkpointed", "saved", "less"], rows, markdown)

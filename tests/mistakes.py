@@ -1,4 +1,4 @@
-"""Training scripts in this process, for runs that go wrong: what the user sees, and what stands afterwards."""
+"""Run training scripts that fail in this process: check the message, and that existing files are kept."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from unittest import mock
 
 import train_instruct_pix2pix
 
-UNTOUCHED = ("model_index.json", "unet/", "checkpoint-")  # of what stood, what even a run that started leaves alone
+UNTOUCHED = ("model_index.json", "unet/", "checkpoint-")  # what even a run that has started does not change
 
 Script = Callable[[list[str]], int]
 
 
 def run_here(flags: list[str], script: Script) -> tuple[int, str]:
-    """Exit code and everything that appeared on stderr, log lines included."""
+    """(exit code, stderr with the log lines)."""
     seen = io.StringIO()
-    handler = logging.StreamHandler(seen)  # pytest has taken the place of the one that the script would install
+    handler = logging.StreamHandler(seen)  # pytest replaces the script's own
     handler.setFormatter(logging.Formatter("%(message)s"))
     logging.getLogger().addHandler(handler)
     try:
@@ -35,31 +35,31 @@ def run_here(flags: list[str], script: Script) -> tuple[int, str]:
 
 
 def fails_early(flags: list[str], *words: str, script: Script = train_instruct_pix2pix.main) -> str:
-    """Ends with 2 and nothing but one message, before a model is loaded; every file in output_dir stands unharmed."""
-    stood = read_files(output_dir_of(flags))
+    """Check exit code 2 with a single message before a model is loaded; returns stderr. output_dir keeps its files."""
+    before = read_files(output_dir_of(flags))
     refusal = AssertionError("a model was loaded")
     with mock.patch("utils.training.assembly.load_stable_diffusion", side_effect=refusal):
         code, seen = run_here(flags, script)
     assert code == 2 and seen.startswith("error: "), seen
     _check_message(seen, words)
-    assert stood.items() <= read_files(output_dir_of(flags)).items()
+    assert before.items() <= read_files(output_dir_of(flags)).items()
     return seen
 
 
 def fails_late(flags: list[str], *words: str, script: Script = train_instruct_pix2pix.main) -> str:
-    """As `fails_early`, after models were loaded: an editor and checkpoints that stood stand unharmed."""
-    stood = {name: content for name, content in read_files(output_dir_of(flags)).items() if name.startswith(UNTOUCHED)}
+    """As `fails_early`, but after models are loaded: an existing pipeline and checkpoints are kept."""
+    before = {name: content for name, content in read_files(output_dir_of(flags)).items() if name.startswith(UNTOUCHED)}
     code, seen = run_here(flags, script)
     assert code == 2, seen
     _check_message(seen, words)
     left = read_files(output_dir_of(flags))
-    assert stood.items() <= left.items()
+    assert before.items() <= left.items()
     assert not [name for name in left if ".unfinished" in name]
     return seen
 
 
 def finishes(flags: list[str], *words: str, script: Script = train_instruct_pix2pix.main) -> str:
-    """Ends with 0 and a published editor, and says `words`; returns all that it said."""
+    """Check exit code 0, a published pipeline and `words` in stderr; returns stderr."""
     code, seen = run_here(flags, script)
     assert code == 0, seen
     assert "error" not in seen and all(word in seen for word in words), seen
@@ -88,7 +88,7 @@ def read_files(folder: Path) -> dict[str, bytes]:
 
 
 def copy_of(model: Path, folder: Path) -> Path:
-    """A model or an output folder to spoil."""
+    """A copy of a model or an output folder that a test may damage."""
     return Path(shutil.copytree(model, folder))
 
 
@@ -98,5 +98,5 @@ def of_model(flags: list[str], model: Path | str) -> list[str]:
 
 
 def cut(path: Path) -> None:
-    """Lose the second half of a file."""
+    """Truncate a file to its first half."""
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])

@@ -1,7 +1,7 @@
-"""A user's mistakes and bad luck outside the rows: one clear message and exit code 2, and nothing that stood is lost.
+"""Wrong flags, models, machines, folders and tokens: one clear message, exit code 2, and existing files are kept.
 
-Every case goes through a script's own `main`. What can be seen before a model is loaded is said before. For what is
-wrong inside a dataset see test_bad_rows.py, for bad luck during the run test_bad_luck.py.
+Every case calls a script's `main`. Problems that can be found before a model is loaded are reported before. For bad
+rows see test_bad_rows.py, for failures during the run test_bad_luck.py.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FINETUNE = finetune_instruct_pix2pix.main
 
 FLAG_MISTAKES = {
     "resolution not a multiple of 8": ("--resolution=33", "--resolution is 33", "multiple of 8"),
-    "resolution 0": ("--resolution=0", "--resolution is 0", "16 at least"),
+    "resolution 0": ("--resolution=0", "--resolution is 0", "at least 16"),
     "resolution in words": ("--resolution=big", "--resolution", "'big'"),
     "unknown scheduler": ("--lr_scheduler=cosinus", "--lr_scheduler", "'cosinus'", "cosine_with_restarts"),
     "unknown flag": ("--resolutoin=32", "--resolutoin", "--resolution"),
@@ -44,18 +44,22 @@ FLAG_MISTAKES = {
     "learning rate nan": ("--learning_rate=nan", "--learning_rate is nan"),
     "negative warm-up": ("--lr_warmup_steps=-1", "--lr_warmup_steps is -1", "0"),
     "dropout above a third": ("--conditioning_dropout_prob=0.5", "--conditioning_dropout_prob is 0.5", "0.333"),
-    "beta of 1": ("--adam_beta1=1", "--adam_beta1 is 1.0", "1 excluded"),
+    "beta of 1": ("--adam_beta1=1", "--adam_beta1 is 1.0", "below 1"),
     "negative limit of checkpoints": ("--checkpoints_total_limit=-1", "--checkpoints_total_limit is -1", "1"),
     "negative seed": ("--seed=-1", "--seed is -1", "0"),
-    "seed too large": (f"--seed={2**63}", "--seed is 9223372036854775808", "lie between"),
+    "seed too large": (f"--seed={2**63}", "--seed is 9223372036854775808", "between 0"),
     "empty value": ("--hub_model_id=", "--hub_model_id is empty"),
     "best without held-out rows": ("--save_best", "--save_best", "--validation_split"),
-    "zero SNR of an epsilon base": ("--rescale_betas_zero_snr", "zero terminal SNR", "--prediction_type v_prediction"),
-    "prompt without picture": ("--validation_prompt=sepia", "--val_image_url", "--validation_prompt", "both"),
-    "two pictures, three prompts": (
+    "zero SNR of an epsilon base": (
+        "--rescale_betas_zero_snr",
+        "--rescale_betas_zero_snr needs",
+        "--prediction_type v_prediction",
+    ),
+    "prompt without image": ("--validation_prompt=sepia", "--val_image_url", "--validation_prompt", "both"),
+    "two images, three prompts": (
         "--val_image_url=a --val_image_url=b --validation_prompt=1 --validation_prompt=2 --validation_prompt=3",
-        "2 --val_image_url",
-        "3 --validation_prompt",
+        "--val_image_url is given 2 times",
+        "--validation_prompt 3 times",
     ),
     "two datasets": ("--train_data_dir=a", "--dataset_name", "--train_data_dir", "exactly one"),
 }
@@ -67,7 +71,7 @@ def test_flags(flags: list[str], mistake: tuple[str, ...]) -> None:
     fails_early([*flags, *extra.split()], *words)
 
 
-def test_all_mistakes_in_flags_come_in_one_message(flags: list[str]) -> None:
+def test_all_mistakes_in_flags_are_reported_together(flags: list[str]) -> None:
     fails_early([*flags, "--resolution=33", "--train_batch_size=0"], "--resolution is 33", "--train_batch_size is 0")
 
 
@@ -88,9 +92,7 @@ def test_no_model(flags: list[str]) -> None:
 
 
 def test_missing_model_folder(flags: list[str], tmp_path: Path) -> None:
-    fails_early(
-        of_model(flags, tmp_path / "nothing"), "--pretrained_model_name_or_path", "nothing", "folder of a whole"
-    )
+    fails_early(of_model(flags, tmp_path / "nothing"), "--pretrained_model_name_or_path", "nothing", "cannot be loaded")
 
 
 def test_model_of_the_hub_while_offline(flags: list[str]) -> None:
@@ -101,11 +103,11 @@ def test_model_folder_without_a_unet(flags: list[str], tiny_base: Path, tmp_path
     base = copy_of(tiny_base, tmp_path / "base")
     for part in ("unet", "tokenizer"):
         shutil.rmtree(base / part)
-    fails_early(of_model(flags, base), str(base), "whole diffusers pipeline", "lacks tokenizer, unet")
+    fails_early(of_model(flags, base), str(base), "complete diffusers pipeline", "missing tokenizer, unet")
 
 
-def test_model_whose_tokenizer_lacks_its_files(flags: list[str], tiny_base: Path, tmp_path: Path) -> None:
-    """transformers would make an empty tokenizer, for which all instructions are alike."""
+def test_tokenizer_without_its_files(flags: list[str], tiny_base: Path, tmp_path: Path) -> None:
+    """transformers would load an empty tokenizer, for which all prompts are the same."""
     base = copy_of(tiny_base, tmp_path / "base")
     (base / "tokenizer/tokenizer.json").unlink()
     fails_late(of_model(flags, base), f"{base}: its tokenizer is incomplete")
@@ -132,11 +134,11 @@ def test_weights_of_another_shape(flags: list[str], tiny_base: Path, tmp_path: P
     fails_late(of_model(flags, base), str(base), "cannot be loaded")
 
 
-def test_an_editor_is_sent_to_the_other_script(flags: list[str], tiny_editor: Path) -> None:
-    fails_early(of_model(flags, tiny_editor), "8 channels", "finetune_instruct_pix2pix.py")
+def test_the_right_script_for_an_editor_is_named(flags: list[str], tiny_editor: Path) -> None:
+    fails_early(of_model(flags, tiny_editor), "8 input channels", "finetune_instruct_pix2pix.py")
 
 
-def test_a_base_is_sent_to_the_other_script(flags: list[str]) -> None:
+def test_the_right_script_for_a_base_is_named(flags: list[str]) -> None:
     fails_early(flags, "4 channels", "train_instruct_pix2pix.py", script=FINETUNE)
 
 
@@ -169,10 +171,10 @@ def test_without_a_gpu(flags: list[str], no_gpu: None, extra: str, words: tuple[
 
 
 @pytest.mark.parametrize("precision, words", [("fp16", ("no GPU", "accelerate")), ("fp8", ("fp8", "bf16"))])
-def test_precision_of_the_launcher(
+def test_the_launchers_precision(
     flags: list[str], no_gpu: None, monkeypatch: pytest.MonkeyPatch, precision: str, words: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr("utils.training.launch.follow_launcher", lambda: None)
+    monkeypatch.setattr("utils.training.flags.follow_launcher", lambda: None)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     fails_early(flags, *words)
 
@@ -188,7 +190,7 @@ def test_tracker_that_is_not_installed(flags: list[str], monkeypatch: pytest.Mon
 def test_wandb_without_login(
     flags: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, key: str | None, words: tuple[str, ...]
 ) -> None:
-    """It neither asks nor waits."""
+    """The script neither asks nor waits."""
     wandb = pytest.importorskip("wandb")
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -205,20 +207,20 @@ def test_wandb_without_login(
 
 
 @pytest.mark.parametrize("place", ["notes.txt", "notes.txt/below", "/proc/nowhere", "/dev/null/out"])
-def test_output_dir_that_cannot_be(flags: list[str], tmp_path: Path, place: str) -> None:
+def test_output_dir_that_cannot_be_created(flags: list[str], tmp_path: Path, place: str) -> None:
     (tmp_path / "notes.txt").write_text("notes")
     fails_early([*flags, f"--output_dir={tmp_path / place}"], "--output_dir", place)
     assert (tmp_path / "notes.txt").read_text() == "notes"
 
 
-def test_output_dir_without_a_name(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_empty_output_dir(flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An empty path would be the current folder."""
+    monkeypatch.chdir(tmp_path)
     fails_early([*flags, "--output_dir="], "--output_dir is empty")
 
 
 def test_output_dir_that_is_the_model(flags: list[str], tiny_editor: Path, tmp_path: Path) -> None:
-    """Publishing would write over the model that the run began with."""
+    """Publishing would overwrite the base model."""
     model = copy_of(tiny_editor, tmp_path / "editor")
     own = [*of_model(flags, model), f"--output_dir={tmp_path}/./editor"]
     fails_early(own, "--output_dir", "--pretrained_model_name_or_path", "name another folder", script=FINETUNE)
@@ -229,31 +231,31 @@ def test_logging_dir_that_is_a_file(flags: list[str], tmp_path: Path) -> None:
     fails_early([*flags, "--report_to=tensorboard"], "--logging_dir", "logs")
 
 
-# ---- validation pictures --------------------------------------------------------------------------------------------
+# ---- validation images ----------------------------------------------------------------------------------------------
 
 
-def test_validation_picture_that_is_missing(flags: list[str], tmp_path: Path) -> None:
+def test_missing_validation_image(flags: list[str], tmp_path: Path) -> None:
     extra = [f"--val_image_url={tmp_path / 'none.png'}", "--validation_prompt=sepia"]
     fails_early([*flags, *extra], "--val_image_url", "none.png", "does not exist")
 
 
-@pytest.mark.parametrize("content", [b"", b"not a picture", b"\x89PNG\r\n\x1a\n cut"], ids=["0 bytes", "text", "cut"])
-def test_validation_picture_that_is_none(flags: list[str], tmp_path: Path, content: bytes) -> None:
-    (tmp_path / "picture.png").write_bytes(content)
-    extra = [f"--val_image_url={tmp_path / 'picture.png'}", "--validation_prompt=sepia"]
-    fails_early([*flags, *extra], "--val_image_url", "picture.png", "not a picture")
+@pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n cut"], ids=["0 bytes", "text", "cut"])
+def test_validation_file_that_is_not_an_image(flags: list[str], tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "image.png").write_bytes(content)
+    extra = [f"--val_image_url={tmp_path / 'image.png'}", "--validation_prompt=sepia"]
+    fails_early([*flags, *extra], "--val_image_url", "image.png", "cannot be used as an image")
 
 
 @pytest.mark.parametrize(
     "address", ["http://127.0.0.1:{port}/cat.png", "http:///cat.png", "http://no.such.host.invalid/a"]
 )
-def test_validation_picture_that_cannot_be_fetched(flags: list[str], address: str) -> None:
+def test_validation_image_that_cannot_be_fetched(flags: list[str], address: str) -> None:
     url = address.format(port=closed_port())
     fails_early([*flags, f"--val_image_url={url}", "--validation_prompt=sepia"], url, "cannot be fetched", "its path")
 
 
 def closed_port() -> int:
-    """A port of this machine where nobody listens."""
+    """A local port without a server."""
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
@@ -264,7 +266,7 @@ def closed_port() -> int:
 
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """The client of this process speaks to a server of ours, and has no token."""
+    """The client of this process uses a local server, without a token."""
     with hub_server(tmp_path / "hub") as served:
         turn_client(monkeypatch, served.url, tmp_path)
         yield served
@@ -289,13 +291,13 @@ def test_push_while_offline(flags: list[str]) -> None:
     fails_early([*flags, "--push_to_hub", "--hub_token=hf_some"], "--push_to_hub", "HF_HUB_OFFLINE")
 
 
-def test_push_to_a_hub_that_is_not_there(flags: list[str], hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_to_an_unreachable_hub(flags: list[str], hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed_port()}")
     fails_early([*flags, "--push_to_hub", "--hub_token=hf_some"], "cannot be reached", "train without --push_to_hub")
 
 
-def test_upload_that_is_refused_at_the_end(flags: list[str], hub: Hub, tmp_path: Path) -> None:
-    """The editor stands whole, and the message holds a command that uploads it later."""
+def test_upload_that_is_refused_after_training(flags: list[str], hub: Hub, tmp_path: Path) -> None:
+    """The pipeline is complete, and the message has a command that uploads it later."""
 
     def refuse_the_commit(method: str, path: str) -> None:
         if "/commit/" in path:
@@ -303,5 +305,7 @@ def test_upload_that_is_refused_at_the_end(flags: list[str], hub: Hub, tmp_path:
 
     hub.hook = refuse_the_commit
     push = ("--push_to_hub", "--hub_token=write-token", "--hub_model_id=editor", f"--output_dir={tmp_path / 'fresh'}")
-    assert "write-token" not in fails_late([*flags, *push], "user/editor", "storage limit", "is complete in", "hf upload")
+    assert "write-token" not in fails_late(
+        [*flags, *push], "user/editor", "storage limit", "is complete in", "hf upload"
+    )
     assert (tmp_path / "fresh/model_index.json").is_file()

@@ -1,6 +1,6 @@
-"""A user's bad luck: damaged checkpoints, a full disk, a loss that is not finite. What stood stands.
+"""Failures during a run: damaged checkpoints, a full disk, a loss that is not finite. Existing results stay complete.
 
-Every case goes through the training script's own `main`.
+Every case calls the training script's `main`.
 """
 
 from __future__ import annotations
@@ -19,32 +19,33 @@ from safetensors.torch import load_file, save_file
 
 from tests.mistakes import copy_of, cut, fails_early, fails_late, finishes, of_model, output_dir_of
 from tests.runs import WEIGHTS, training_flags
+from utils.training.checkpoints import choose_checkpoint
 
-# ---- checkpoints of a former run ------------------------------------------------------------------------------------
+# ---- checkpoints of an earlier run ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
-def former_run(tiny_base: Path, four_pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An output folder after two steps, with a checkpoint of each."""
-    output_dir = tmp_path_factory.mktemp("former") / "out"
+def earlier_run(tiny_base: Path, four_pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An output folder after two steps, with a checkpoint after each."""
+    output_dir = tmp_path_factory.mktemp("earlier") / "out"
     extra = ("--max_train_steps=2", "--checkpointing_steps=1", "--report_to=none")
     finishes(training_flags(tiny_base, four_pairs, output_dir, *extra))
     return output_dir
 
 
 @pytest.fixture
-def resumed(former_run: Path, tiny_base: Path, four_pairs: Path, tmp_path: Path) -> list[str]:
-    """Flags that go on with a copy of the former run for a third step."""
-    output_dir = copy_of(former_run, tmp_path / "former")
+def resumed(earlier_run: Path, tiny_base: Path, four_pairs: Path, tmp_path: Path) -> list[str]:
+    """Flags that resume a copy of the earlier run for a third step."""
+    output_dir = copy_of(earlier_run, tmp_path / "earlier")
     extra = ("--max_train_steps=3", "--checkpointing_steps=1", "--report_to=none", "--resume_from_checkpoint=latest")
     return training_flags(tiny_base, four_pairs, output_dir, *extra)
 
 
-def test_checkpoints_of_a_former_run(resumed: list[str]) -> None:
+def test_checkpoints_of_an_earlier_run(resumed: list[str]) -> None:
     fails_early(resumed[:-1], "--output_dir", "--resume_from_checkpoint latest", "another folder")
 
 
-def test_resume_from_a_name_that_does_not_exist(resumed: list[str]) -> None:
+def test_resume_from_a_missing_checkpoint(resumed: list[str]) -> None:
     fails_early([*resumed, "--resume_from_checkpoint=checkpoint-7"], "checkpoint-7", "checkpoint-1, checkpoint-2")
 
 
@@ -60,8 +61,8 @@ def test_resume_from_a_name_that_does_not_exist(resumed: list[str]) -> None:
         ("--use_ema", ("use_ema", "has False", "this command True")),
     ],
 )
-def test_resume_of_another_run(resumed: list[str], extra: str, words: tuple[str, ...]) -> None:
-    fails_early([*resumed, extra], "another run", "Give the former values, or another --output_dir", *words)
+def test_resume_with_other_settings(resumed: list[str], extra: str, words: tuple[str, ...]) -> None:
+    fails_early([*resumed, extra], "other settings", "Use the same values, or another --output_dir", *words)
 
 
 def test_resume_with_another_base(resumed: list[str], tiny_base: Path, tmp_path: Path) -> None:
@@ -97,15 +98,22 @@ def replace(path: Path, old: str, new: str) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_damaged_checkpoint_gives_way_to_the_one_before(resumed: list[str], damage: Callable[[Path], object]) -> None:
-    damage(output_dir_of(resumed) / "checkpoint-2")
-    finishes(resumed, "checkpoint-2 is not whole", "going on from checkpoint-1 instead")
+def test_a_damaged_checkpoint_is_not_used(earlier_run: Path, tmp_path: Path, damage: Callable, caplog) -> None:
+    output_dir = copy_of(earlier_run, tmp_path / "earlier")
+    damage(output_dir / "checkpoint-2")
+    assert choose_checkpoint(output_dir, "latest") == output_dir / "checkpoint-1"
+    assert "checkpoint-2 is incomplete: " in caplog.text and "resuming from checkpoint-1 instead" in caplog.text
 
 
-def test_no_whole_checkpoint(resumed: list[str]) -> None:
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(resumed: list[str]) -> None:
+    cut(output_dir_of(resumed) / "checkpoint-2" / "unet" / WEIGHTS)
+    finishes(resumed, "checkpoint-2 is incomplete", "resuming from checkpoint-1 instead")
+
+
+def test_no_complete_checkpoint(resumed: list[str]) -> None:
     for number in (1, 2):
         cut(output_dir_of(resumed) / f"checkpoint-{number}" / "unet" / WEIGHTS)
-    fails_early(resumed, "no whole checkpoint", "checkpoint-1", "checkpoint-2", "damaged", "Start again")
+    fails_early(resumed, "no complete checkpoint", "checkpoint-1", "checkpoint-2", "damaged", "drop the flag")
 
 
 # ---- a full disk ----------------------------------------------------------------------------------------------------
@@ -113,13 +121,13 @@ def test_no_whole_checkpoint(resumed: list[str]) -> None:
 
 @contextmanager
 def no_file_above(size: int) -> Iterator[None]:
-    """Writing on past `size` bytes fails, as it does on a full disk."""
-    former = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, former[1]))
+    """Writing more than `size` bytes to a file fails, as on a full disk."""
+    previous = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, previous[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+        resource.setrlimit(resource.RLIMIT_FSIZE, previous)
 
 
 @pytest.mark.parametrize("size", [1_500_000, 500_000, 0], ids=["for the optimizer", "for the UNet", "for anything"])

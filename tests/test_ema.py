@@ -1,4 +1,4 @@
-"""The moving average: its formula, beside the weights and on the CPU by a thread, and its places with them changed."""
+"""The EMA: its formula, on the device of the weights and in a thread, and swapped into the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peft import LoraConfig, inject_adapter_in_model
 
 from utils.training.ema import MovingAverage
 
-PLACES = pytest.mark.parametrize("device", [None, "cpu"], ids=["in the step", "by a thread"])
+DEVICES = pytest.mark.parametrize("device", [None, "cpu"], ids=["in the step", "in a thread"])
 
 
 def make_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
@@ -20,7 +20,7 @@ def make_model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
 
 @torch.no_grad()
 def move(model: torch.nn.Module, step: int) -> None:
-    """Change every weight, by the step's own numbers."""
+    """Change every weight with random numbers of the step."""
     numbers = torch.Generator().manual_seed(step)
     for parameter in model.parameters():
         parameter.add_(torch.randn(parameter.shape, generator=numbers).to(parameter.dtype))
@@ -33,10 +33,10 @@ def follow(average: MovingAverage, model: torch.nn.Module, num_steps: int = 30) 
     return {name: value.clone() for name, value in average.state_dict().items()}
 
 
-@PLACES
+@DEVICES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("decay", [0.9999, 0.5, 0.0])
-def test_it_follows_its_formula(decay: float, dtype: torch.dtype, device: str | None) -> None:
+def test_the_formula(decay: float, dtype: torch.dtype, device: str | None) -> None:
     model = make_model(dtype)
     average = MovingAverage(model, decay, device)
     expected = {name: value.detach().double() for name, value in model.named_parameters()}
@@ -54,20 +54,20 @@ def test_it_follows_its_formula(decay: float, dtype: torch.dtype, device: str | 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_thread_computes_the_same_bits(dtype: torch.dtype) -> None:
+def test_the_thread_is_bit_identical(dtype: torch.dtype) -> None:
     states = [follow(MovingAverage(make_model(dtype), 0.9, device), make_model(dtype)) for device in (None, "cpu")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
 
-def test_chunks_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_are_bit_identical(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = follow(MovingAverage(make_model(torch.bfloat16), 0.9), make_model(torch.bfloat16))
-    monkeypatch.setattr("utils.training.ema.CHUNK_BYTES", 1)  # "CHUNK_BYTES", 1)
+    monkeypatch.setattr("utils.training.ema.CHUNK_BYTES", 1)
     single = follow(MovingAverage(make_model(torch.bfloat16), 0.9), make_model(torch.bfloat16))
     assert all(torch.equal(whole[name], single[name]) for name in whole)
 
 
-@PLACES
-def test_only_what_is_trained_is_averaged(device: str | None) -> None:
+@DEVICES
+def test_only_trained_parameters_are_averaged(device: str | None) -> None:
     model = inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), make_model())
     trained = {name for name, value in model.named_parameters() if value.requires_grad}
     average = MovingAverage(model, 0.9, device)
@@ -77,9 +77,9 @@ def test_only_what_is_trained_is_averaged(device: str | None) -> None:
         assert all(torch.equal(value, frozen.get(name, value)) for name, value in model.named_parameters())
 
 
-@PLACES
+@DEVICES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_it_is_swapped_in_and_out_to_the_bit(dtype: torch.dtype, device: str | None) -> None:
+def test_swapping_is_bit_identical(dtype: torch.dtype, device: str | None) -> None:
     model = make_model(dtype)
     average = MovingAverage(model, 0.9, device)
     state = follow(average, model)
@@ -91,8 +91,8 @@ def test_it_is_swapped_in_and_out_to_the_bit(dtype: torch.dtype, device: str | N
     assert all(torch.equal(value, state[name]) for name, value in average.state_dict().items())
 
 
-@PLACES
-def test_it_takes_over_a_state_whole_or_not_at_all(device: str | None) -> None:
+@DEVICES
+def test_a_state_is_loaded_completely_or_not_at_all(device: str | None) -> None:
     model = make_model()
     average = MovingAverage(model, 0.9, device)
     state = follow(average, model)
@@ -109,7 +109,7 @@ def test_it_takes_over_a_state_whole_or_not_at_all(device: str | None) -> None:
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """No average moves before it is set."""
+    """Averaging waits until the event is set."""
     event, lerp = threading.Event(), torch._foreach_lerp_
 
     def wait_and_lerp(*values: object) -> None:
@@ -120,8 +120,8 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return event
 
 
-def test_weights_that_change_at_once_do_not_disturb_it(gate: threading.Event) -> None:
-    """The average surely moves after the weights have changed, and so after `update` returned, without waiting."""
+def test_an_update_uses_the_weights_at_its_call(gate: threading.Event) -> None:
+    """The thread averages only after the weights have changed, so `update` has returned without waiting."""
     model = make_model()
     average = MovingAverage(model, 0.5, "cpu")
     start = {name: value.detach().clone() for name, value in model.named_parameters()}
@@ -136,8 +136,8 @@ def test_weights_that_change_at_once_do_not_disturb_it(gate: threading.Event) ->
         torch.testing.assert_close(value, torch.lerp(start[name], moved[name], 1 - 2 / 11))
 
 
-def test_the_next_update_waits_for_the_last(gate: threading.Event) -> None:
-    """Else it would overwrite the copies which the last one reads: two quick updates equal two slow ones."""
+def test_an_update_waits_for_the_previous_one(gate: threading.Event) -> None:
+    """Otherwise it would overwrite the copies that the previous one reads."""
     expected = MovingAverage(make_model(), 0.9)
     model = make_model()
     average = MovingAverage(model, 0.9, "cpu")
@@ -147,7 +147,7 @@ def test_the_next_update_waits_for_the_last(gate: threading.Event) -> None:
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
-def test_what_goes_wrong_in_the_thread_is_raised_by_the_next_call(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_exception_in_the_thread_is_raised_by_the_next_calls(monkeypatch: pytest.MonkeyPatch) -> None:
     before = set(threading.enumerate())
     model = make_model()
     average = MovingAverage(model, 0.9, "cpu")
@@ -159,8 +159,8 @@ def test_what_goes_wrong_in_the_thread_is_raised_by_the_next_call(monkeypatch: p
     assert set(threading.enumerate()) <= before
 
 
-@PLACES
-def test_a_closed_one_can_be_read(device: str | None) -> None:
+@DEVICES
+def test_a_closed_average_can_be_read(device: str | None) -> None:
     before = set(threading.enumerate())
     model = make_model()
     average = MovingAverage(model, 0.9, device)
@@ -176,7 +176,7 @@ def test_another_device_is_refused() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
-def test_a_gpu_is_copied_in_order_and_swapping_takes_nothing_of_it() -> None:
+def test_on_a_gpu_copies_are_ordered_and_swapping_takes_no_memory() -> None:
     model = make_model().cuda()
     average, expected = MovingAverage(model, 0.9, "cpu"), MovingAverage(make_model(), 0.9)
     reference = make_model()

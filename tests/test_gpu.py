@@ -1,4 +1,4 @@
-"""What only a GPU can show. Skipped without one: `python -m pytest tests/test_gpu.py` on a machine that has it."""
+"""Tests that need a GPU; skipped without one."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
     ids=lambda flags: " ".join(flags),
 )
-def test_features_train_and_the_result_loads(tiny_base, pairs, tmp_path, flags):
+def test_features_train_a_pipeline_that_loads(tiny_base, pairs, tmp_path, flags):
     if any("xformers" in flag for flag in flags) and not importlib.util.find_spec("xformers"):
         pytest.skip("xformers is not installed")
-    picture = tmp_path / "picture.png"
-    make_image(3).save(picture)
-    validation = (f"--val_image_url={picture}", "--validation_prompt=red", "--num_validation_images=1")
+    image = tmp_path / "image.png"
+    make_image(3).save(image)
+    validation = (f"--val_image_url={image}", "--validation_prompt=red", "--num_validation_images=1")
     assert TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", *flags, *validation, "--logging_steps=1")) == 0
     entries = [json.loads(line) for line in (tmp_path / "out/training_log.jsonl").read_text().splitlines()]
     assert len(entries) == 4 and all(np.isfinite(entry["loss"]) for entry in entries)
@@ -73,7 +73,7 @@ def test_features_train_and_the_result_loads(tiny_base, pairs, tmp_path, flags):
     ids=lambda flags: " ".join(flags),
 )
 def test_sdxl_and_adapters_in_half_precision(tiny_sdxl, pairs, tmp_path, flags, precision, monkeypatch):
-    """Trained, validated and published; the text encoders have left the GPU before the first step."""
+    """Training, validation and publishing; the text encoders leave the GPU before the first step."""
     devices, call = set(), Objective.__call__
     monkeypatch.setattr(
         Objective,
@@ -82,9 +82,9 @@ def test_sdxl_and_adapters_in_half_precision(tiny_sdxl, pairs, tmp_path, flags, 
             devices.update(encoder.device.type for encoder in self.encode_prompts.text_encoders) or call(self, *inputs)
         ),
     )
-    picture = tmp_path / "picture.png"
-    make_image(3).save(picture)
-    validation = (f"--val_image_url_or_path={picture}", "--validation_prompt=red", "--num_validation_images=1")
+    image = tmp_path / "image.png"
+    make_image(3).save(image)
+    validation = (f"--val_image_url_or_path={image}", "--validation_prompt=red", "--num_validation_images=1")
     more = (*flags, *validation, f"--mixed_precision={precision}", "--gradient_checkpointing", "--validation_split=0.2")
     assert train_instruct_pix2pix_sdxl.main(training_flags(tiny_sdxl, pairs, tmp_path / "out", *more)) == 0
     assert devices == {"cpu"} and (tmp_path / "out/validation/step-4.png").exists()
@@ -96,7 +96,7 @@ def test_sdxl_and_adapters_in_half_precision(tiny_sdxl, pairs, tmp_path, flags, 
 
 
 def test_fp16_resumes_with_its_scaler(tiny_base, pairs, tmp_path):
-    """Stopped at a checkpoint and resumed, fp16 ends where it would have ended (same GPU, deterministic kernels)."""
+    """Bit-identical to an uninterrupted run on the same GPU with deterministic kernels."""
     flags = ("--mixed_precision=fp16", "--use_ema", "--checkpointing_steps=2")
     torch.use_deterministic_algorithms(True, warn_only=True)
     TRAIN(training_flags(tiny_base, pairs, tmp_path / "whole", *flags))

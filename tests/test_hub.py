@@ -1,8 +1,9 @@
-"""Publishing, with the real huggingface_hub client against the server of tests/hub_server.py."""
+"""Publishing: the real huggingface_hub client with the server of tests/hub_server.py."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from utils.model_cards import TrainedModel, write_trained_card
 
 SECRET = "hf_" + "q" * 34
 
-# Run in a process whose cache is empty: load from the Hub and from the folder, and compare; then the card's own code.
+# Run in a process with an empty cache: compare the pipelines from the Hub and the folder, then run the card's example.
 LOAD_BACK = """
 import sys
 import numpy, torch
@@ -51,10 +52,10 @@ assert Image.open("edited.png").size == (32, 26) and numpy.isfinite(local).all()
 
 @pytest.fixture
 def trained(tiny_editor: Path, tmp_path: Path) -> Path:
-    """An output folder as training leaves it: the pipeline, its pictures, and much that must stay at home."""
+    """The output folder of a run: the pipeline, its images, and files that must not be published."""
     folder = tmp_path / "my editor"
     shutil.copytree(tiny_editor, folder)
-    kept_back = (
+    unpublished = (
         "checkpoint-5/optimizer.bin",
         "checkpoint-5/unet/weights.safetensors",
         "checkpoint-6.tmp-1/half.bin",
@@ -68,10 +69,10 @@ def trained(tiny_editor: Path, tmp_path: Path) -> Path:
         "run.log",
         "validation/x.tmp",
     )
-    for name in kept_back:
+    for name in unpublished:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"stays at home " + SECRET.encode())
+        path.write_bytes(b"not published " + SECRET.encode())
     (folder / "validation").mkdir(exist_ok=True)
     for name in ("validation/input.png", "validation/step-5.png", "training_curve.png"):
         Image.effect_noise((40, 32), 60).convert("RGB").save(folder / name)
@@ -79,7 +80,7 @@ def trained(tiny_editor: Path, tmp_path: Path) -> Path:
     return folder
 
 
-def facts(repo_id: str | None = None, **changes) -> ModelFacts:
+def describe(repo_id: str | None = None, **changes) -> TrainedModel:
     command = ["accelerate", "launch", "train.py", "--hub_token", "other-secret", f"--hub_token={SECRET}", "--seed=1"]
     values = dict(
         base_model="someone/base",
@@ -93,21 +94,21 @@ def facts(repo_id: str | None = None, **changes) -> ModelFacts:
         curve="training_curve.png",
         resolution=32,
     )
-    return ModelFacts(**{**values, **changes})
+    return TrainedModel(**{**values, **changes})
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# --- the whole way --------------------------------------------------------------------------------------------------
+# --- from check to reload -------------------------------------------------------------------------------------------
 
 
 def test_private_push_loads_back_and_edits_as_the_local_pipeline(client: Hub, trained: Path, tmp_path: Path):
-    """Rights, card and upload; from_pretrained from the server edits to the bit as the folder does; no secret goes."""
+    """Rights, card and upload; the downloaded pipeline edits like the local one; no token is published."""
     repo_id = check_push_rights(None, "write-token", trained, private=True)
     assert repo_id == "user/my-editor"
-    write_card(trained, facts(repo_id), token="write-token")
+    write_trained_card(trained, describe(repo_id), token="write-token")
     before = snapshot(trained)
     assert upload(trained, repo_id, token="write-token", private=True) == f"{client.url}/user/my-editor"
 
@@ -115,14 +116,14 @@ def test_private_push_loads_back_and_edits_as_the_local_pipeline(client: Hub, tr
     assert repo.private and repo.messages == ["initial commit", "End of training"]
     assert set(repo.files) == {".gitattributes", *files_to_publish(trained)}
     assert {"model_index.json", "README.md", "args.json", "validation/step-5.png"} <= set(repo.files)
-    assert not [path for path in repo.files if b"stays at home" in repo.read(path)]
+    assert not [path for path in repo.files if b"not published" in repo.read(path)]
     stored = [path.read_bytes() for path in client.blobs.iterdir()]
     assert not [content for content in stored if any(word in content for word in (SECRET.encode(), b"write-token"))]
     assert json.loads(repo.read("args.json")) == {"hub_token": "HIDDEN", "note": "HIDDEN", "seed": 1}
     assert snapshot(trained) == before
     assert {request.token for request in client.requests if repo_id in request.path} == {"write-token"}
 
-    # A second push of the same files makes no second commit.
+    # A second push of the same files does not make another commit.
     upload(trained, repo_id, token="write-token", private=True)
     assert len(repo.commits) == 2
 
@@ -150,26 +151,26 @@ def run_in_fresh_cache(hub: Hub, tmp_path: Path, repo_id: str, folder: Path) -> 
         ("user/editor", None, ["hf auth login", "HF_TOKEN", "--hub_token"]),
         ("user/editor", "wrong-token", ["--hub_token", "wrong or expired", "settings/tokens"]),
         ("user/editor", "read-token", ["may only read", "user/editor", "role 'write'"]),
-        ("user/standing", "read-token", ["may only read", "user/standing"]),
+        ("user/existing", "read-token", ["may only read", "user/existing"]),
         ("other/editor", "write-token", ["other/editor", "choose a --hub_model_id under user or team"]),
-        ("other/standing", "write-token", ["may not write to other/standing"]),
+        ("other/existing", "write-token", ["may not write to other/existing"]),
         ("user/a b", "write-token", ["--hub_model_id", "user/a b"]),
     ],
 )
 @pytest.mark.parametrize("create", [True, False])
-def test_missing_right_is_named_before_training(client: Hub, repo_id, token, words, create: bool):
-    """Also where the repository stands and can be read, for which create_repo alone would pass."""
-    HfApi(token="write-token").create_repo("user/standing")
-    HfApi(token="other-token").create_repo("other/standing")
+def test_a_missing_right_is_reported_before_training(client: Hub, repo_id, token, words, create: bool):
+    """Also for an existing repository that can be read, for which create_repo alone would pass."""
+    HfApi(token="write-token").create_repo("user/existing")
+    HfApi(token="other-token").create_repo("other/existing")
     with pytest.raises(InputError) as caught:
         check_push_rights(repo_id, token, "out", private=False, create=create)
     assert not [word for word in words if word not in str(caught.value)], str(caught.value)
     assert "-token" not in str(caught.value)
-    assert set(client.repos) == {"models/user/standing", "models/other/standing"}
+    assert set(client.repos) == {"models/user/existing", "models/other/existing"}
 
 
-def test_rights_that_suffice(client: Hub, monkeypatch: pytest.MonkeyPatch):
-    """A name without namespace, an organization, a repository that stands, a token of the environment, a dry run."""
+def test_sufficient_rights(client: Hub, monkeypatch: pytest.MonkeyPatch):
+    """A name without namespace, an organization, an existing repository, a token in the environment, a dry run."""
     assert check_push_rights("editor", "write-token", "out", create=False) == "user/editor"
     assert not client.repos
     assert check_push_rights("editor", "write-token", "out") == "user/editor"
@@ -193,7 +194,7 @@ def test_private_repository_of_another_user_is_refused(client: Hub, create: bool
 
 
 def test_unreachable_hub(client: Hub, monkeypatch: pytest.MonkeyPatch):
-    """A dead server, a server that hangs up, one that answers 500, and the offline switch."""
+    """A server that hangs up, answers 500, or is not running, and offline mode."""
     client.hook = lambda method, path: (_ for _ in ()).throw(ConnectionError())
     with pytest.raises(InputError, match="cannot be reached"):
         check_push_rights("editor", SECRET, "out")
@@ -209,11 +210,11 @@ def test_unreachable_hub(client: Hub, monkeypatch: pytest.MonkeyPatch):
         check_push_rights("editor", SECRET, "out")
 
 
-# --- faults of the upload -------------------------------------------------------------------------------------------
+# --- failures of the upload -----------------------------------------------------------------------------------------
 
 
 def test_server_that_dies_during_the_upload(client: Hub, trained: Path, tmp_path: Path):
-    """The message says where the model stands and gives a command, which then works; nothing half stands on the Hub."""
+    """The message names the folder and a command, which then works; the Hub has no partial model."""
     repo_id = check_push_rights("user/editor", "write-token", trained)
     before = snapshot(trained)
     puts = []
@@ -243,36 +244,36 @@ def test_server_that_dies_during_the_upload(client: Hub, trained: Path, tmp_path
     assert set(client.repos[f"models/{repo_id}"].files) == {".gitattributes", *files_to_publish(trained)}
 
 
-def test_passing_fault_is_retried(client: Hub, trained: Path):
-    """A commit whose answer gets lost, and two failures of the server: the third attempt succeeds, with one commit."""
+def test_a_temporary_failure_is_retried(client: Hub, trained: Path):
+    """A connection that breaks and a server error: the third attempt succeeds, with one commit."""
     repo_id = check_push_rights("user/editor", "write-token", trained)
-    faults = [ConnectionError(), Refused(503, "busy")]
+    failures = [ConnectionError(), Refused(503, "busy")]
 
     def fail_twice(method: str, path: str) -> None:
-        if "/commit/" in path and faults:
-            raise faults.pop(0)
+        if "/commit/" in path and failures:
+            raise failures.pop(0)
 
     client.hook = fail_twice
     upload(trained, repo_id, token="write-token")
-    assert not faults and client.repos[f"models/{repo_id}"].messages == ["initial commit", "End of training"]
+    assert not failures and client.repos[f"models/{repo_id}"].messages == ["initial commit", "End of training"]
 
 
-def test_refusal_is_not_retried(client: Hub, trained: Path):
-    """A token withdrawn during training: one attempt, and the way to upload later."""
+def test_a_refusal_is_not_retried(client: Hub, trained: Path):
+    """A token revoked during training: one attempt, and the command to upload later."""
     check_push_rights("user/editor", "write-token", trained)
     with pytest.raises(InputError, match="hf upload user/editor"):
         upload(trained, "user/editor", token="read-token")
     assert [request.status for request in client.requests if "preupload" in request.path] == [403]
 
 
-# --- the card -------------------------------------------------------------------------------------------------------
+# --- the model card -------------------------------------------------------------------------------------------------
 
 
-def test_card_has_every_field(trained: Path):
+def test_the_card_has_every_field(trained: Path):
     (trained / "scheduler" / "scheduler_config.json").write_text(
         json.dumps({"_class_name": "DDIMScheduler", "prediction_type": "v_prediction", "rescale_betas_zero_snr": True})
     )
-    data = ModelCard.load(write_card(trained, facts("user/editor"))).data.to_dict()
+    data = ModelCard.load(write_trained_card(trained, describe("user/editor"))).data.to_dict()
     assert data["base_model"] == "someone/base" and data["datasets"] == ["someone/pairs"]
     assert (data["library_name"], data["pipeline_tag"], data["license"]) == ("diffusers", "image-to-image", "other")
     kinds = ["stable-diffusion", "stable-diffusion-diffusers", "instruct-pix2pix", "image-to-image"]
@@ -299,13 +300,13 @@ def test_card_has_every_field(trained: Path):
     assert not (trained / ".README.md").exists()
 
 
-def test_card_of_a_local_base_takes_its_licence(trained: Path, tmp_path: Path):
-    """And names neither the base nor the data as ids of the Hub, which would refuse a path."""
+def test_the_card_has_the_licence_of_a_local_base(trained: Path, tmp_path: Path):
+    """Local paths are not in the metadata, because the Hub only accepts ids."""
     base = tmp_path / "toy base"
     base.mkdir()
     (base / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n# Base\n")
-    write_card(
-        trained, facts(None, base_model=str(base), datasets=[str(tmp_path)], widget=(), results={"x": float("nan")})
+    write_trained_card(
+        trained, describe(None, base_model=str(base), datasets=[str(tmp_path)], widget=(), results={"x": float("nan")})
     )
     card = ModelCard.load(trained / "README.md")
     assert card.data.license == "creativeml-openrail-m" and "OpenRAIL" in card.text and "`toy base`" in card.text
@@ -313,7 +314,7 @@ def test_card_of_a_local_base_takes_its_licence(trained: Path, tmp_path: Path):
     assert str(tmp_path) not in card.content
 
 
-def test_card_of_a_hub_base_takes_its_licence(client: Hub):
+def test_the_licence_of_a_hub_base(client: Hub):
     content = "---\nlicense: other\nlicense_name: sd-licence\nlicense_link: LICENSE.md\n---\n"
     api = HfApi(token="write-token")
     api.create_repo("user/base", private=True)
@@ -323,7 +324,26 @@ def test_card_of_a_hub_base_takes_its_licence(client: Hub):
     assert read_license_fields("user/base") == {} and read_license_fields("user/none", "write-token") == {}
 
 
-def test_redact_hides_tokens_and_nothing_else():
+def test_user_values_cannot_change_the_card(trained: Path):
+    """Template syntax, code fences and table cells in prompts, names and values are plain text in the card."""
+    hostile = "{{ 6007 * 7 }} {% if x %} ```\n## Injected | `"
+    model = describe(
+        None,
+        base_model=f"/models/{hostile}",
+        datasets=[f"/data/{hostile}"],
+        hyperparameters={"note": hostile},
+        command=["train.py", hostile],
+        widget=[("validation/input.png", hostile)],
+    )
+    card = ModelCard.load(write_trained_card(trained, model))
+    assert "42049" not in card.content and card.text.count("{{ 6007 * 7 }}") == 7
+    assert card.data.to_dict()["widget"][0]["prompt"] == hostile
+    fences = [line for line in card.text.splitlines() if line.startswith("```")]
+    assert fences == ["```python", "```", "````bash", "````"]
+    assert not re.search("^## Injected", re.sub(r"(?s)````bash.*?````", "", card.text), re.MULTILINE)
+
+
+def test_redact_hides_only_tokens():
     command = redact(["--hub_token", "abc", "--hub_tok=x", "--seed", "1"])
     assert command == ["--hub_token", "HIDDEN", "--hub_tok=HIDDEN", "--seed", "1"]
     assert redact(f"x --hub_token 'a b' {SECRET} https://me:pw@host/x.png", "pw2") == (
@@ -338,7 +358,7 @@ def test_redact_hides_tokens_and_nothing_else():
 
 
 def test_dataset_from_the_server(hub: Hub, tmp_path: Path):
-    """The server also serves datasets to `load_dataset` and takes `push_to_hub` (used by the data tests)."""
+    """The server also supports `load_dataset` and `push_to_hub` (used by the data tests)."""
     program = (
         "import datasets\n"
         "rows = datasets.Dataset.from_dict({'prompt': ['a', 'b', 'c']})\n"
@@ -352,7 +372,7 @@ def test_dataset_from_the_server(hub: Hub, tmp_path: Path):
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def test_port_of_a_dead_server_is_free_again(tmp_path: Path):
+def test_a_stopped_server_frees_its_port(tmp_path: Path):
     with hub_server(tmp_path) as served, socket.create_connection(("127.0.0.1", served.port)):
         served.stop()
         served.start()

@@ -1,8 +1,8 @@
-"""The loss that the training scripts log, against a float64 reference written from the papers' formulas alone.
+"""The logged loss against a float64 reference that is written from the formulas of the papers.
 
-With a learning rate of 0 the weights stay what they are, so the logged losses are those of the base and nothing else.
-The reference shares with the scripts the draws of each sample (utils/data/draws.py), and takes the networks as
-functions; noising, target, weights, latents, dropout and widening are written here a second time.
+With a learning rate of 0 the weights do not change, so the logged losses are those of the base model. The reference
+uses the same random draws (utils/data/draws.py) and the same networks; noise, targets, loss weights, latents, dropout
+and widening are implemented a second time.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from tests.pairs import encode, make_dataset
 from utils.data.draws import DrawOrder, sample_draws
 
 SEED = 5
-SIDE = 32  # the pixels of the dataset have the training size, so that no resampling stands between it and the VAE
+SIDE = 32  # the images have the training resolution, so they are not resized
 LATENT_SHAPE = (4, SIDE // 2, SIDE // 2)
 PROMPTS = ["make it red", "turn the day into night", "a long instruction " * 20]
 
 
 @dataclass(frozen=True)
 class Case:
-    """The objective of a run, and how the run is cut into batches."""
+    """The objective of a run and its batches."""
 
     script: str = "finetune_instruct_pix2pix"
     num_rows: int = 32
@@ -58,15 +58,15 @@ class Case:
         ]
 
 
-# The base's image channels are zero after widening: only an editor's loss shows what becomes of the original image.
+# After widening, the weights of the image channels are zero: only the loss of an editor depends on the original image.
 CASES = {
     "widened base, epsilon": Case(script="train_instruct_pix2pix", model="tiny_base"),
     "epsilon": Case(),
     "v, zero terminal SNR, min-SNR": Case(prediction_type="v_prediction", rescale_betas_zero_snr=True, snr_gamma=5.0),
     "epsilon, noise offset, min-SNR, dropout 0.2": Case(noise_offset=0.1, snr_gamma=5.0, dropout=0.2),
-    "batch that does not divide the dataset": Case(num_rows=7, batch_size=3, accumulation=2, steps=40),
+    "rows not a multiple of the batch": Case(num_rows=7, batch_size=3, accumulation=2, steps=40),
     "SDXL, widened base": Case(script="train_instruct_pix2pix_sdxl", model="tiny_sdxl"),
-    "SDXL, dropout 0.2, batch that does not divide": Case(
+    "SDXL, dropout 0.2, rows not a multiple of the batch": Case(
         model="tiny_sdxl_editor", dropout=0.2, num_rows=7, batch_size=3, accumulation=2, steps=40
     ),
     "SDXL, v, zero terminal SNR, min-SNR": Case(
@@ -98,7 +98,7 @@ def alpha_bars(zero_terminal_snr: bool) -> torch.Tensor:
 
 
 class Reference:
-    """Loss of each sample in float64."""
+    """The loss of each sample in float64."""
 
     def __init__(self, base: Path, case: Case) -> None:
         self.case = case
@@ -114,17 +114,17 @@ class Reference:
 
     @torch.no_grad()
     def losses(self, rows: list[Row], visits: list[tuple[int, dict]]) -> list[float]:
-        """Of each (row number, draws)."""
+        """The loss of each (row number, draws)."""
         texts = {prompt: self._encode_text(prompt) for prompt in {"", *(row.prompt for row in rows)}}
         originals = [self._encode_image(row.original) for row in rows]
         edits = [self._encode_image(row.edited) for row in rows]
-        made = [self._noise(rows[row], originals[row], edits[row], texts, draws) for row, draws in visits]
+        samples = [self._noise(rows[row], originals[row], edits[row], texts, draws) for row, draws in visits]
         losses = []
-        for start in range(0, len(made), 20):
-            parts = zip(*made[start : start + 20], strict=True)
+        for start in range(0, len(samples), 20):
+            parts = zip(*samples[start : start + 20], strict=True)
             noisy, image, text, pooled, target, weight = (torch.stack(part) for part in parts)
             timesteps = torch.tensor([draws["timestep"] for _, draws in visits[start : start + 20]])
-            # A text-to-image UNet widened with zeros is one that does not see the image.
+            # A UNet widened with zeros ignores the image.
             unet_input = torch.cat([noisy, image], dim=1) if self.unet.config.in_channels == 8 else noisy
             time_ids = torch.tensor([[SIDE, SIDE, 0, 0, SIDE, SIDE]] * len(noisy)).double()
             added = {"text_embeds": pooled, "time_ids": time_ids}
@@ -133,7 +133,7 @@ class Reference:
         return losses
 
     def _noise(self, row: Row, original: Moments, edited: Moments, texts: dict, draws: dict) -> tuple:
-        """What the UNet is given of one sample, what it shall say, and how much that counts."""
+        """(noisy latents, image latents, text, pooled text, target, loss weight) of one sample."""
         case, u = self.case, draws["u_dropout"]
         noise, posterior_noise, offset = (
             torch.from_numpy(draws[name]).double() for name in ("noise", "posterior_noise", "offset_noise")
@@ -158,7 +158,7 @@ class Reference:
         return clamped / snr if self.case.prediction_type == "epsilon" else clamped / (snr + 1)
 
     def _encode_text(self, prompt: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """What the UNet attends to (77, D), and the pooled embedding (P,) of SDXL, or a zero."""
+        """Prompt embeddings (77, D), and the pooled embedding (P,) of SDXL, or a zero."""
         tokens = self.tokenizer(prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt")
         outputs = [encoder(tokens.input_ids, output_hidden_states=True) for encoder in self.text_encoders]
         if len(outputs) == 1:
@@ -176,11 +176,11 @@ class Reference:
         return mean, torch.exp(log_variance / 2)
 
 
-# ---- the scripts against it -----------------------------------------------------------------------------------------
+# ---- the scripts ----------------------------------------------------------------------------------------------------
 
 
 def make_rows(num_rows: int) -> list[Row]:
-    """Noisy colours, so that every row has a loss of its own."""
+    """Random colours with noise: every row has a different loss."""
     generator = np.random.default_rng(0)
     rows = []
     for index in range(num_rows):
@@ -204,7 +204,7 @@ def write_pairs(folder: Path, rows: list[Row]) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_logged_loss_is_that_of_the_formulas(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+def test_the_logged_loss_equals_the_reference(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     case = CASES[name]
     base = request.getfixturevalue(case.model)
     rows = make_rows(case.num_rows)

@@ -1,4 +1,4 @@
-"""A run that is killed, told to stop, or resumed ends with the same bytes as one that was never stopped."""
+"""Runs that are killed or stopped and then resumed are bit-identical to runs that are not interrupted."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ STEPS, CHECKPOINTING = 12, 3
 
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """11 pairs: no batch of 2 and no accumulation divides them."""
+    """11 pairs: not a multiple of the batch size or the accumulation."""
     return save_pairs(tmp_path_factory.mktemp("data") / "pairs", 11)
 
 
@@ -61,11 +61,11 @@ def flags_for(base: Path, pairs: Path, output_dir: Path, workers: int, accumulat
     )
 
 
-def kill_when(process: subprocess.Popen, is_time: Callable[[], bool], timeout: float = 120) -> bool:
-    """kill -9 as soon as `is_time()` holds. Returns whether the run was still there to be killed."""
+def kill_when(process: subprocess.Popen, condition: Callable[[], bool], timeout: float = 120) -> bool:
+    """kill -9 as soon as `condition()` is true. Returns False if the run ended before."""
     end = time.monotonic() + timeout
-    while not is_time():
-        assert time.monotonic() < end, "the moment to kill never came"
+    while not condition():
+        assert time.monotonic() < end, "the condition never became true"
         if process.poll() is not None:
             assert process.returncode == 0
             return False
@@ -98,7 +98,9 @@ def assert_same_run(output_dir: Path, reference: Path) -> None:
     ],
     ids=["SD 0 1", "SD 2 1", "SD 0 3", "SD 2 3", "SDXL 2 3", "SDXL adapter", "SD small memory"],
 )
-def test_killed_and_resumed_equals_never_stopped(request, pairs, tmp_path, script, model, workers, accumulation, more):
+def test_a_killed_and_resumed_run_is_bit_identical(
+    request, pairs, tmp_path, script, model, workers, accumulation, more
+):
     reference, output_dir = tmp_path / "reference", tmp_path / "killed"
     base = request.getfixturevalue(model)
     run(script, [*flags_for(base, pairs, reference, 0, accumulation), *more])
@@ -108,15 +110,15 @@ def test_killed_and_resumed_equals_never_stopped(request, pairs, tmp_path, scrip
     first = start(script, flags, log=tmp_path / "first.log")
     assert kill_when(first, lambda: bool(list_checkpoints(output_dir)))
     second = start(script, flags, log=tmp_path / "second.log")
-    begun = []  # the moment when the run goes on, from which the random moment counts
+    begun = []  # when the run resumed; the random moment is counted from here
 
-    def has_gone_on() -> bool:
+    def is_past_the_moment() -> bool:
         log = output_dir / "training_log.jsonl"
         if not begun and log.exists() and "resuming from" in (tmp_path / "second.log").read_text():
             begun.append(time.monotonic())
         return bool(begun) and time.monotonic() - begun[0] >= random_moment
 
-    kill_when(second, has_gone_on)  # on a fast machine it may have ended before: then the third run only publishes
+    kill_when(second, is_past_the_moment)  # a fast machine may have finished: then the third run only publishes
     run(script, flags)
     assert_same_run(output_dir, reference)
 
@@ -127,13 +129,13 @@ def test_killed_while_a_checkpoint_is_written(tiny_base, pairs, tmp_path):
     run(SCRIPT, flags_for(tiny_base, pairs, reference, 0, 1))
     flags = flags_for(tiny_base, pairs, output_dir, 0, 1)
     unfinished = output_dir / f"{checkpoints.UNFINISHED}checkpoint-{2 * CHECKPOINTING}"
-    for _ in range(5):  # writing takes milliseconds, so that a busy machine may miss it
+    for _ in range(5):  # writing takes milliseconds, which a busy machine may miss
         shutil.rmtree(output_dir, ignore_errors=True)
         if kill_when(start(SCRIPT, flags, log=tmp_path / "log"), unfinished.exists) and unfinished.exists():
             break
-    assert unfinished.exists(), "never killed while a checkpoint was being written"
-    standing = list_checkpoints(output_dir)
-    assert standing and all(find_damage(checkpoint) is None for checkpoint in standing)
+    assert unfinished.exists(), "no checkpoint was being written at the kill"
+    existing = list_checkpoints(output_dir)
+    assert existing and all(find_damage(checkpoint) is None for checkpoint in existing)
     run(SCRIPT, flags)
     assert not list(output_dir.glob(f"{checkpoints.UNFINISHED}*"))
     assert_same_run(output_dir, reference)
@@ -141,7 +143,7 @@ def test_killed_while_a_checkpoint_is_written(tiny_base, pairs, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number, launcher", [(signal.SIGTERM, ()), (signal.SIGINT, ()), (signal.SIGTERM, ACCELERATE)])
-def test_signal_leaves_a_checkpoint(tiny_base, pairs, tmp_path, number, launcher):
+def test_a_signal_writes_a_checkpoint(tiny_base, pairs, tmp_path, number, launcher):
     flags = training_flags(
         tiny_base,
         pairs,
@@ -158,7 +160,7 @@ def test_signal_leaves_a_checkpoint(tiny_base, pairs, tmp_path, number, launcher
         time.sleep(0.05)
     process.send_signal(number)
     exit_code = process.wait(timeout=60)
-    if not launcher:  # the launcher's own end says nothing about ours
+    if not launcher:  # the launcher's exit code is not ours
         assert exit_code == 128 + number
     while not list_checkpoints(tmp_path / "out"):
         assert time.monotonic() < end + 60, (tmp_path / "log").read_text()
@@ -166,21 +168,21 @@ def test_signal_leaves_a_checkpoint(tiny_base, pairs, tmp_path, number, launcher
     assert find_damage(list_checkpoints(tmp_path / "out")[-1]) is None
 
 
-def test_a_whole_checkpoint_stands_at_every_moment(tiny_base, tmp_path, monkeypatch):
-    """With a limit of one: looked at before and after everything that changes the folder."""
+def test_there_is_a_complete_checkpoint_at_every_moment(tiny_base, tmp_path, monkeypatch):
+    """With a limit of one checkpoint: checked before and after every change of the folder."""
     unet = UNet2DConditionModel.from_pretrained(tiny_base / "unet")
     seen = []
 
-    def looking(change):
+    def checking(change):
         def wrapper(*arguments, **settings):
-            seen.append(has_whole_checkpoint())
+            seen.append(has_complete_checkpoint())
             result = change(*arguments, **settings)
-            seen.append(has_whole_checkpoint())
+            seen.append(has_complete_checkpoint())
             return result
 
         return wrapper
 
-    def has_whole_checkpoint() -> bool:
+    def has_complete_checkpoint() -> bool:
         return any(find_damage(checkpoint) is None for checkpoint in list_checkpoints(tmp_path))
 
     def save(step: int) -> None:
@@ -188,8 +190,8 @@ def test_a_whole_checkpoint_stands_at_every_moment(tiny_base, tmp_path, monkeypa
         save_checkpoint(tmp_path, Progress(global_step=step), models, {"optimizer": torch.zeros(3)}, limit=1)
 
     save(1)
-    monkeypatch.setattr(Path, "rename", looking(Path.rename))
-    monkeypatch.setattr(checkpoints.shutil, "rmtree", looking(checkpoints.shutil.rmtree))
+    monkeypatch.setattr(Path, "rename", checking(Path.rename))
+    monkeypatch.setattr(checkpoints.shutil, "rmtree", checking(checkpoints.shutil.rmtree))
     for step in (2, 3):
         save(step)
     assert len(seen) >= 12 and all(seen)
@@ -203,7 +205,7 @@ def test_a_whole_checkpoint_stands_at_every_moment(tiny_base, tmp_path, monkeypa
     ids=["SD", "SDXL", "SDXL adapter"],
 )
 def test_two_processes_equal_one_with_accumulation_two(request, pairs, tmp_path, script, model, more):
-    """Same draws, same weights to rounding, through the command that users give."""
+    """The same samples and, up to rounding, the same weights, with `torchrun`."""
     one, two, base = tmp_path / "one", tmp_path / "two", request.getfixturevalue(model)
     shared = (
         "--max_train_steps=6",
@@ -227,20 +229,18 @@ def test_two_processes_equal_one_with_accumulation_two(request, pairs, tmp_path,
     moved, difference = (
         sum((expected[name] - other[name]).square().sum() for name in names).sqrt() for other in (start_weights, actual)
     )
-    # Not the largest single difference: Adam makes a step of full size out of the rounding of a gradient near zero.
+    # Not the largest difference: Adam turns the rounding error of a gradient near zero into a full step.
     assert difference < 2e-3 * moved, (difference, moved)
     for first, second in zip(losses_of(one), losses_of(two), strict=True):
         assert [value or 0 for value in first] == pytest.approx([value or 0 for value in second], rel=1e-4)
 
 
-def test_the_launcher_is_followed(tmp_path):
-    """A script whose launcher dies gets SIGTERM."""
-    child = (
-        "import time, utils.training.launch as l; l.follow_launcher(); print('ready', flush=True); time.sleep(60)"
-    )
+def test_a_script_ends_with_its_launcher(tmp_path):
+    """It receives SIGTERM when the launcher dies."""
+    child = "import time, utils.training.flags as l; l.follow_launcher(); print('ready', flush=True); time.sleep(60)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "no"}
     process = subprocess.Popen(["python3", "-c", parent], env=environment, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"ready\n"
     process.kill()
-    assert process.stdout.read() == b""  # ends only when the child, which holds the pipe, has died
+    assert process.stdout.read() == b""  # returns only when the child, which holds the pipe, has died

@@ -1,4 +1,4 @@
-"""The training scripts do what their users know from diffusers, with every feature that the flags name."""
+"""The training scripts: the flags of diffusers' examples, and every feature."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ import train_instruct_pix2pix
 from tests.hub_server import hub_server
 from tests.pairs import make_image, make_rows, save_pairs
 from tests.runs import ENVIRONMENT, REPOSITORY, WEIGHTS, training_flags, weights_of
-from utils.training.flags import parse_training_flags
 from utils.training.checkpoints import list_checkpoints
+from utils.training.flags import parse_training_flags
 
 TRAIN, FINETUNE = train_instruct_pix2pix.main, finetune_instruct_pix2pix.main
 
@@ -79,7 +79,7 @@ DIFFUSERS_DEFAULTS = {
     "resume_from_checkpoint": None,
     "enable_xformers_memory_efficient_attention": False,
 }
-# Their default trains a wrong model, or guesses: docs/decisions/0002.
+# Defaults that would train a wrong model or guess: docs/decisions/0002.
 OTHER_DEFAULTS = {
     "original_image_column": None,
     "edited_image_column": None,
@@ -121,8 +121,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("pictures") / "picture.png"
+def image_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "image.png"
     make_image(3, (48, 40)).save(path)
     return path
 
@@ -139,14 +139,14 @@ def test_every_flag_of_diffusers_exists_with_its_default():
     assert {name: args[name] for name in expected} == expected
 
 
-def test_documented_flags_are_taken():
+def test_documented_flags_are_accepted():
     args = parse_training_flags(["--pretrained_model_name_or_path=m", "--dataset_name=d", *DOCUMENTED], "")
     assert args.lr_warmup_steps == 0 and args.val_image_url == ["mountain.png"]
 
 
 @pytest.mark.slow
-def test_the_documented_command_trains_and_publishes(tiny_base, pairs, picture, tmp_path):
-    """Of diffusers' README and instruction-tuned-sd's, through the launcher, without what needs a GPU; to a Hub."""
+def test_the_documented_command_trains_and_publishes(tiny_base, pairs, image_file, tmp_path):
+    """The command of diffusers' and instruction-tuned-sd's READMEs, without GPU flags; pushed to a local Hub."""
     flags = [flag for flag in DOCUMENTED if "xformers" not in flag and "mixed_precision" not in flag]
     output_dir = tmp_path / "low-level"
     flags += [
@@ -158,7 +158,7 @@ def test_the_documented_command_trains_and_publishes(tiny_base, pairs, picture, 
         "--resolution=32",
         "--edited_image_column=edited_image",
         "--max_train_steps=2",
-        f"--val_image_url={picture}",
+        f"--val_image_url={image_file}",
         "--max_bad_rows=0",
         "--num_validation_images=1",
         "--hub_token=write-token",
@@ -184,10 +184,10 @@ def test_the_documented_command_trains_and_publishes(tiny_base, pairs, picture, 
             "output_type='np').images[0]\nimport numpy; numpy.save(sys.argv[2], edit)"
         )
         subprocess.run(
-            [sys.executable, "-c", load, str(picture), str(tmp_path / "edit.npy")], env=environment, check=True
+            [sys.executable, "-c", load, str(image_file), str(tmp_path / "edit.npy")], env=environment, check=True
         )
     local = StableDiffusionInstructPix2PixPipeline.from_pretrained(output_dir)
-    image = Image.open(picture).resize((32, 32))
+    image = Image.open(image_file).resize((32, 32))
     expected = local(
         "snowy", image=image, num_inference_steps=2, generator=torch.manual_seed(0), output_type="np"
     ).images[0]
@@ -197,7 +197,7 @@ def test_the_documented_command_trains_and_publishes(tiny_base, pairs, picture, 
     assert not [path for path in files if b"write-token" in path.read_bytes()]
 
 
-def test_published_pipeline_is_whole_and_of_one_dtype(tiny_base, pairs, tmp_path):
+def test_the_published_pipeline_is_complete_and_in_float32(tiny_base, pairs, tmp_path):
     assert TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", "--use_ema", "--mixed_precision=bf16")) == 0
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.unet.config.in_channels == 8 and pipeline.safety_checker is None
@@ -211,7 +211,7 @@ def test_published_pipeline_is_whole_and_of_one_dtype(tiny_base, pairs, tmp_path
     assert all(torch.equal(value, base_vae[name]) for name, value in load_file(tmp_path / "out/vae" / WEIGHTS).items())
 
 
-def test_moving_average_is_published_and_differs_from_the_weights(tiny_base, pairs, tmp_path):
+def test_the_ema_weights_are_published(tiny_base, pairs, tmp_path):
     flags = ("--use_ema", "--checkpointing_steps=4", "--learning_rate=1e-3")
     assert TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", *flags)) == 0
     checkpoint = tmp_path / "out/checkpoint-4"
@@ -223,10 +223,10 @@ def test_moving_average_is_published_and_differs_from_the_weights(tiny_base, pai
     UNet2DConditionModel.from_pretrained(checkpoint / "unet_ema")
 
 
-def test_validation_does_not_disturb_training(tiny_base, pairs, picture, tmp_path):
+def test_validation_does_not_change_training(tiny_base, pairs, image_file, tmp_path):
     TRAIN(training_flags(tiny_base, pairs, tmp_path / "without", "--use_ema"))
     flags = (
-        f"--val_image_url={picture}",
+        f"--val_image_url={image_file}",
         "--validation_prompt=make it red",
         "--validation_prompt=make it blue",
         "--validation_steps=1",
@@ -237,14 +237,14 @@ def test_validation_does_not_disturb_training(tiny_base, pairs, picture, tmp_pat
     sheets = sorted(path.name for path in (tmp_path / "with/validation").glob("step-*.png"))
     assert sheets == [f"step-{step}.png" for step in (1, 2, 3, 4)]
     sheet = Image.open(tmp_path / "with/validation/step-4.png")
-    assert sheet.width == 3 * 128  # the picture and two edits
+    assert sheet.width == 3 * 128  # the image and two edits
 
 
-def test_trackers_get_numbers_and_pictures(tiny_base, pairs, picture, tmp_path):
+def test_trackers_get_metrics_and_images(tiny_base, pairs, image_file, tmp_path):
     flags = (
         "--report_to=tensorboard",
         "--logging_steps=2",
-        f"--val_image_url={picture}",
+        f"--val_image_url={image_file}",
         "--validation_prompt=red",
         "--num_validation_images=1",
         "--validation_split=0.3",
@@ -277,7 +277,7 @@ def test_best_weights_are_published(tiny_base, pairs, tmp_path):
     assert all(torch.equal(published[name], kept[name]) for name in published)
 
 
-def test_cached_latents_equal_live_ones(tiny_base, pairs, tmp_path):
+def test_training_with_cached_latents(tiny_base, pairs, tmp_path):
     shared = ("--center_crop", "--random_flip", "--max_train_steps=8")
     TRAIN(training_flags(tiny_base, pairs, tmp_path / "live", *shared))
     TRAIN(training_flags(tiny_base, pairs, tmp_path / "cached", *shared, "--cache_latents"))
@@ -288,10 +288,10 @@ def test_cached_latents_equal_live_ones(tiny_base, pairs, tmp_path):
     assert list((tmp_path / "cached/latent-cache").glob("*/source-0-00000.safetensors"))
 
 
-def test_dry_run_draws_the_pairs_and_saves_nothing_else(tiny_base, pairs, tmp_path, capsys):
+def test_a_dry_run_saves_only_the_first_pairs(tiny_base, pairs, tmp_path, capsys):
     assert TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", "--dry_run", "--report_to=none")) == 0
     printed = capsys.readouterr().out
-    assert "one step of 2 samples" in printed and "GB optimizer" in printed and "4 steps take" in printed
+    assert "one step of 2 samples" in printed and "GB optimizer" in printed and "for 4 steps" in printed
     files = [path.name for path in (tmp_path / "out").rglob("*") if path.is_file()]
     assert files == ["dry_run.png"]
     assert Image.open(tmp_path / "out/dry_run.png").width == 2 * 192
@@ -313,7 +313,7 @@ def test_dry_run_draws_the_pairs_and_saves_nothing_else(tiny_base, pairs, tmp_pa
     ],
     ids=lambda flags: " ".join(flags),
 )
-def test_features_train_and_the_result_loads(tiny_base, pairs, tmp_path, flags):
+def test_features_train_a_pipeline_that_loads(tiny_base, pairs, tmp_path, flags):
     assert TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", *flags, "--report_to=none")) == 0
     pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(tmp_path / "out")
     start = load_file(tiny_base / "unet" / WEIGHTS)
@@ -324,7 +324,7 @@ def test_features_train_and_the_result_loads(tiny_base, pairs, tmp_path, flags):
     assert image.size == (32, 32)
 
 
-def test_zero_terminal_snr_is_published_with_trailing_steps(tiny_base, pairs, tmp_path):
+def test_zero_terminal_snr_is_published_with_trailing_timesteps(tiny_base, pairs, tmp_path):
     flags = ("--prediction_type=v_prediction", "--rescale_betas_zero_snr", "--max_train_steps=1")
     TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", *flags))
     config = config_of(tmp_path / "out", "scheduler")
@@ -334,13 +334,13 @@ def test_zero_terminal_snr_is_published_with_trailing_steps(tiny_base, pairs, tm
     assert scheduler.alphas_cumprod[-1] < 1e-6
 
 
-def test_epochs_count_rows_not_batches(tiny_base, pairs, tmp_path):
+def test_an_epoch_is_a_number_of_rows(tiny_base, pairs, tmp_path):
     flags = [flag for flag in training_flags(tiny_base, pairs, tmp_path / "out") if "max_train_steps" not in flag]
     TRAIN([*flags, "--num_train_epochs=2", "--gradient_accumulation_steps=2", "--checkpointing_steps=1"])
     assert [path.name for path in list_checkpoints(tmp_path / "out")] == [f"checkpoint-{n}" for n in (1, 2, 3, 4)]
 
 
-def test_a_mix_takes_each_set_by_its_weight(tiny_base, tmp_path):
+def test_training_on_a_mix_of_datasets(tiny_base, tmp_path):
     for name, first in (("one", 0), ("two", 100)):
         save_pairs(tmp_path / name, rows=make_rows(6, first))
     (tmp_path / "mix.yaml").write_text(
@@ -351,8 +351,8 @@ def test_a_mix_takes_each_set_by_its_weight(tiny_base, tmp_path):
     assert "one" in (tmp_path / "out/README.md").read_text()
 
 
-def test_fine_tuning_goes_on_from_the_editor(tiny_editor, pairs, tmp_path):
-    """At a learning rate of zero the editor comes out as it went in, its eight channels and bias too."""
+def test_fine_tuning_starts_from_the_editor(tiny_editor, pairs, tmp_path):
+    """With a learning rate of zero the weights do not change, also those of the eight input channels."""
     assert (
         FINETUNE(training_flags(tiny_editor, pairs, tmp_path / "out", "--learning_rate=0", "--max_train_steps=2")) == 0
     )
@@ -368,7 +368,7 @@ def test_training_starts_from_the_base_with_its_bias(tiny_base, pairs, tmp_path)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_resumed_after_its_end_publishes_again(tiny_base, pairs, tmp_path):
+def test_resuming_a_finished_run_publishes_again(tiny_base, pairs, tmp_path):
     flags = training_flags(tiny_base, pairs, tmp_path / "out", "--checkpointing_steps=4")
     TRAIN(flags)
     expected = weights_of(tmp_path / "out/unet")
@@ -390,7 +390,7 @@ def test_help_imports_nothing_heavy(script):
         assert group in help_text
 
 
-def test_without_a_seed_one_is_drawn_and_kept(tiny_base, pairs, tmp_path):
+def test_without_a_seed_one_is_drawn_and_stored(tiny_base, pairs, tmp_path):
     flags = [flag for flag in training_flags(tiny_base, pairs, tmp_path / "out") if "--seed" not in flag]
     flags += ["--checkpointing_steps=2"]
     assert TRAIN([*flags, "--max_train_steps=2"]) == 0

@@ -1,4 +1,4 @@
-"""train_instruct_pix2pix_sdxl.py, and SDXL editors in finetune_instruct_pix2pix.py: what differs from SD 1.x/2.x."""
+"""SDXL in train_instruct_pix2pix_sdxl.py and finetune_instruct_pix2pix.py: the differences from SD 1.x/2.x."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from utils.training.objective import Objective
 
 TRAIN, FINETUNE = train_instruct_pix2pix_sdxl.main, finetune_instruct_pix2pix.main
 
-# Flags of diffusers' SDXL script with their defaults there: those that its SD script has not, and some more.
+# The flags that only diffusers' SDXL script has, and some others, with their defaults.
 DIFFUSERS_DEFAULTS = {
     "pretrained_vae_model_name_or_path": None,
     "vae_precision": "fp32",
@@ -83,15 +83,15 @@ def test_flags_and_documented_commands_of_diffusers():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers, accumulation", [(0, 1), (2, 3)])
-def test_the_script_trains_what_stock_diffusers_loads(tiny_sdxl, pairs, tmp_path, workers, accumulation):
-    """As a process, through the launcher, on a dataset that the batch does not divide."""
-    picture = tmp_path / "picture.png"
-    make_image(3).save(picture)
+def test_the_script_trains_a_pipeline_that_loads(tiny_sdxl, pairs, tmp_path, workers, accumulation):
+    """Started by `accelerate launch`, with a number of rows that is not a multiple of the batch size."""
+    image = tmp_path / "image.png"
+    make_image(3).save(image)
     flags = (
         f"--dataloader_num_workers={workers}",
         f"--gradient_accumulation_steps={accumulation}",
         "--use_ema",
-        f"--val_image_url_or_path={picture}",
+        f"--val_image_url_or_path={image}",
         "--validation_prompt=red",
         "--validation_steps=2",
         "--num_validation_images=1",
@@ -119,7 +119,7 @@ def test_training_starts_from_the_base_with_its_bias(tiny_sdxl, pairs, tmp_path)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_fine_tuning_recognises_the_family(tiny_sdxl_editor, pairs, tmp_path):
+def test_fine_tuning_detects_sdxl(tiny_sdxl_editor, pairs, tmp_path):
     flags = training_flags(tiny_sdxl_editor, pairs, tmp_path / "out", "--learning_rate=0", "--max_train_steps=2")
     assert FINETUNE(flags) == 0
     before, after = values_of(tiny_sdxl_editor / "unet"), values_of(tmp_path / "out/unet")
@@ -127,7 +127,7 @@ def test_fine_tuning_recognises_the_family(tiny_sdxl_editor, pairs, tmp_path):
     assert "XLInstruct" in json.loads((tmp_path / "out/model_index.json").read_text())["_class_name"]
 
 
-def test_the_wrong_script_is_named(tiny_base, tiny_sdxl, tiny_sdxl_editor, pairs, tmp_path):
+def test_the_right_script_is_named(tiny_base, tiny_sdxl, tiny_sdxl_editor, pairs, tmp_path):
     def flags(base: Path) -> list[str]:
         return training_flags(base, pairs, tmp_path / "out", "--report_to=none")
 
@@ -147,7 +147,7 @@ def test_the_wrong_script_is_named(tiny_base, tiny_sdxl, tiny_sdxl_editor, pairs
 
 
 def recorded_time_ids(flags: list[str], script, monkeypatch) -> dict[str, list[float]]:
-    """Row name -> the time ids that the UNet got for it."""
+    """Row name -> its time ids."""
     seen = {}
     call = Objective.__call__
 
@@ -176,7 +176,7 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_time_ids_are_each_rows_own(tiny_sdxl, shapes, tmp_path, monkeypatch):
+def test_every_row_has_its_own_time_ids(tiny_sdxl, shapes, tmp_path, monkeypatch):
     """Original height and width, top and left of the crop after resizing to 32 pixels, target height and width."""
     flags = training_flags(tiny_sdxl, shapes, tmp_path / "out", "--center_crop", "--max_train_steps=2")
     expected = {
@@ -211,7 +211,7 @@ def test_time_ids_of_buckets_and_of_given_crops(tiny_sdxl, shapes, tmp_path, mon
 
 
 def test_each_prompt_is_encoded_once_before_the_first_step(tiny_sdxl, pairs, tmp_path, monkeypatch):
-    """Then the encoders are not needed: they leave the GPU."""
+    """Afterwards the text encoders are not needed and leave the GPU."""
     encoded, moved, encode_one, encode_all = [], [], PromptEncoder._encode, PromptEncoder.encode_all
     monkeypatch.setattr(PromptEncoder, "_encode", lambda self, p: encoded.append(p) or encode_one(self, p))
 
@@ -222,10 +222,10 @@ def test_each_prompt_is_encoded_once_before_the_first_step(tiny_sdxl, pairs, tmp
         return has_moved
 
     monkeypatch.setattr(PromptEncoder, "encode_all", encode_before_the_first_step)
-    picture = tmp_path / "picture.png"
-    make_image(3).save(picture)
+    image = tmp_path / "image.png"
+    make_image(3).save(image)
     flags = (
-        f"--val_image_url_or_path={picture}",
+        f"--val_image_url_or_path={image}",
         "--validation_prompt=red",
         "--validation_steps=1",
         "--num_validation_images=1",
@@ -233,7 +233,7 @@ def test_each_prompt_is_encoded_once_before_the_first_step(tiny_sdxl, pairs, tmp
     )
     assert TRAIN(training_flags(tiny_sdxl, pairs, tmp_path / "out", *flags)) == 0
     assert sorted(encoded) == sorted(["", "red", *(f"edit number {n}" for n in range(7))])
-    assert moved == [0, len(encoded)]  # the null prompt among them, and nothing afterwards
+    assert moved == [0, len(encoded)]  # with the null prompt, and nothing afterwards
 
 
 # ---- the autoencoder ------------------------------------------------------------------------------------------------
@@ -255,7 +255,7 @@ def test_an_external_vae_is_used_and_published(tiny_sdxl, pairs, tmp_path, preci
     assert all(torch.equal(value, expected.state_dict()[name]) for name, value in published.state_dict().items())
 
 
-def test_the_vae_of_a_whole_pipeline_is_taken(tiny_sdxl, tiny_sdxl_editor, pairs, tmp_path):
+def test_the_vae_of_a_pipeline_is_used(tiny_sdxl, tiny_sdxl_editor, pairs, tmp_path):
     flags = (f"--pretrained_vae_model_name_or_path={tiny_sdxl_editor}", "--max_train_steps=1")
     assert TRAIN(training_flags(tiny_sdxl, pairs, tmp_path / "out", *flags)) == 0
     published, expected = values_of(tmp_path / "out/vae"), values_of(tiny_sdxl_editor / "vae")
@@ -263,8 +263,8 @@ def test_the_vae_of_a_whole_pipeline_is_taken(tiny_sdxl, tiny_sdxl_editor, pairs
 
 
 @pytest.mark.parametrize("more", [(), ("--cache_latents", "--center_crop")])
-def test_a_vae_that_runs_over_is_named_with_its_cure(tiny_sdxl, pairs, tmp_path, more):
-    """Finite in float32, infinite in fp16: as SDXL's own."""
+def test_a_vae_that_overflows_is_reported(tiny_sdxl, pairs, tmp_path, more):
+    """Finite in float32, infinite in fp16, like SDXL's own."""
     base = copy_of(tiny_sdxl, tmp_path / "base")
     vae = AutoencoderKL.from_pretrained(base / "vae")
     with torch.no_grad():
@@ -274,7 +274,7 @@ def test_a_vae_that_runs_over_is_named_with_its_cure(tiny_sdxl, pairs, tmp_path,
     fails_late([*flags, "--vae_precision=fp16"], "sdxl-vae-fp16-fix", "--vae_precision fp32", script=TRAIN)
 
 
-def test_a_vae_that_is_missing_is_named(tiny_sdxl, pairs, tmp_path):
+def test_a_missing_vae_is_reported(tiny_sdxl, pairs, tmp_path):
     flags = training_flags(tiny_sdxl, pairs, tmp_path / "out", "--report_to=none")
     fails_late(
         [*flags, f"--pretrained_vae_model_name_or_path={tmp_path / 'nowhere'}"],
@@ -284,7 +284,7 @@ def test_a_vae_that_is_missing_is_named(tiny_sdxl, pairs, tmp_path):
     )
 
 
-def test_an_sdxl_without_its_second_encoder_is_refused(tiny_sdxl, pairs, tmp_path):
+def test_a_missing_second_text_encoder_is_reported(tiny_sdxl, pairs, tmp_path):
     base = copy_of(tiny_sdxl, tmp_path / "base")
     (base / "text_encoder_2").rename(tmp_path / "elsewhere")
     fails_early(training_flags(base, pairs, tmp_path / "out", "--report_to=none"), "text_encoder_2", script=TRAIN)
@@ -301,8 +301,8 @@ def test_sdxl_trains_in_bf16_with_checkpointing(tiny_sdxl, pairs, tmp_path):
 # ---- CosXL ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_cosxl_editor_is_fine_tuned_from_one_file(tiny_sdxl_editor, pairs, tmp_path):
-    """Recognised by its keys; published with its scheduler and its scaled image condition, and edits after loading."""
+def test_fine_tuning_a_single_file_cosxl_editor(tiny_sdxl_editor, pairs, tmp_path):
+    """Detected by its keys; published with its scheduler and scaled image latents; the result loads and edits."""
     source = StableDiffusionXLInstructPix2PixPipeline.from_pretrained(tiny_sdxl_editor)
     sigmas = {"edm_vpred.sigma_max": torch.tensor(120.0), "edm_vpred.sigma_min": torch.tensor(0.002)}
     file = write_single_file(source, tmp_path / "cosxl.safetensors", sigmas)

@@ -253,7 +253,7 @@ def make_table(header: tuple[str, str], rows: Mapping[str, object]) -> str:
 
 def code_names(names: Sequence[str]) -> str:
     """Models or datasets in words, such as "`a`, `b` and `c`". Of a local path only the last part is shown."""
-    shown = ["`" + public_name(name).replace("`", "'") + "`" for name in names]
+    shown = ["`" + " ".join(public_name(name).replace("`", "'").split()) + "`" for name in names]
     return " and ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)
 
 

@@ -21,7 +21,7 @@ MAX_PAIRS = 16
 
 def run_dry(session: TrainingSession, batches: Batches) -> int:
     """Take one real step and print what the whole run would need. Saves only `dry_run.png`; returns the exit code."""
-    from utils.checks.quick_check import quick_check
+    from utils.checks.findings import quick_check
 
     plan, output_dir, seen = session.plan, session.settings.output_dir, []
     one_step = replace(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Iterator
 from pathlib import Path
 
 MAY_BE_ZERO = (
@@ -19,114 +20,104 @@ NOT_NEGATIVE = ("learning_rate", "noise_offset", "adam_epsilon", "adam_weight_de
 def find_flag_problems(args: argparse.Namespace) -> list[str]:
     """Values that are out of range and flags that exclude each other; one sentence each."""
     return [
-        *_find_out_of_range(args),
-        *_find_data_conflicts(args),
-        *_find_validation_conflicts(args),
-        *_find_model_conflicts(args),
-        *_find_output_dir_conflicts(args),
+        *_out_of_range(args),
+        *_data_conflicts(args),
+        *_validation_conflicts(args),
+        *_model_conflicts(args),
+        *_output_dir_conflicts(args),
     ]
 
 
-def _find_out_of_range(args: argparse.Namespace) -> list[str]:
-    problems = []
+def _out_of_range(args: argparse.Namespace) -> Iterator[str]:
     for name, value in vars(args).items():
         if value == "" or (isinstance(value, list) and "" in value):  # an empty path would be the current folder
-            problems.append(f"--{name} is empty; give a value, or drop the flag")
+            yield f"--{name} is empty; give a value, or drop the flag"
         elif isinstance(value, float) and not math.isfinite(value):
-            problems.append(f"--{name} is {value}; it must be a finite number")
+            yield f"--{name} is {value}; it must be a finite number"
         elif isinstance(value, float) and name in NOT_NEGATIVE and value < 0:
-            problems.append(f"--{name} is {value}; it must be at least 0")
+            yield f"--{name} is {value}; it must be at least 0"
         elif isinstance(value, int) and not isinstance(value, bool) and name not in ("resolution", "local_rank"):
             minimum = 0 if name in MAY_BE_ZERO else 1
             if value < minimum:
-                problems.append(f"--{name} is {value}; it must be at least {minimum}")
+                yield f"--{name} is {value}; it must be at least {minimum}"
     if args.seed is not None and args.seed >= 2**63:
-        problems.append(f"--seed is {args.seed}; it must be between 0 and 2**63 - 1")
+        yield f"--seed is {args.seed}; it must be between 0 and 2**63 - 1"
     if args.resolution < 16 or args.resolution % 8:
-        problems.append(f"--resolution is {args.resolution}; it must be a multiple of 8, at least 16")
+        yield f"--resolution is {args.resolution}; it must be a multiple of 8, at least 16"
     for name, maximum in {"conditioning_dropout_prob": 1 / 3, "validation_split": 0.9, "ema_decay": 1.0}.items():
         if not 0 <= getattr(args, name) <= maximum:
-            problems.append(f"--{name} is {getattr(args, name)}; it must be between 0 and {maximum:.3g}")
+            yield f"--{name} is {getattr(args, name)}; it must be between 0 and {maximum:.3g}"
     for name in ("snr_gamma", "lora_alpha"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
-            problems.append(f"--{name} is {getattr(args, name)}; it must be above 0")
+            yield f"--{name} is {getattr(args, name)}; it must be above 0"
     for name in ("adam_beta1", "adam_beta2", "lora_dropout"):
         if not 0 <= getattr(args, name) < 1:
-            problems.append(f"--{name} is {getattr(args, name)}; it must be at least 0 and below 1")
-    return problems
+            yield f"--{name} is {getattr(args, name)}; it must be at least 0 and below 1"
 
 
-def _find_data_conflicts(args: argparse.Namespace) -> list[str]:
-    problems = []
+def _data_conflicts(args: argparse.Namespace) -> Iterator[str]:
     given = [f"--{n}" for n in ("dataset_name", "train_data_dir", "train_mix") if getattr(args, n) is not None]
     if len(given) != 1:
-        problems.append(
+        yield (
             "give exactly one of --dataset_name, --train_data_dir and --train_mix"
             + (f" (given: {', '.join(given)})" if given else " (none was given)")
         )
     if args.streaming and args.train_mix:
-        problems.append("--streaming does not work with --train_mix; drop one of them")
+        yield "--streaming does not work with --train_mix; drop one of them"
     if args.streaming and not args.max_train_steps:
-        problems.append("--streaming needs --max_train_steps, because the length of a stream is unknown")
+        yield "--streaming needs --max_train_steps, because the length of a stream is unknown"
     if args.streaming and args.resize_mode == "bucket":
-        problems.append("--resize_mode bucket needs the size of every image in advance; drop --streaming")
+        yield "--resize_mode bucket needs the size of every image in advance; drop --streaming"
     if args.streaming and (args.validation_split or args.cache_latents):
-        problems.append("--validation_split and --cache_latents need a dataset of known length; drop --streaming")
+        yield "--validation_split and --cache_latents need a dataset of known length; drop --streaming"
     if args.cache_latents and (args.resize_mode == "bucket" or not (args.center_crop or args.resize_mode == "squash")):
-        problems.append("--cache_latents needs a fixed crop; give --center_crop or --resize_mode squash too")
+        yield "--cache_latents needs a fixed crop; give --center_crop or --resize_mode squash too"
     if args.train_mix and (args.original_image_column or args.edit_prompt_column or args.edited_image_column):
-        problems.append("--train_mix names the columns of each dataset in the YAML file; drop the column flags")
-    return problems
+        yield "--train_mix names the columns of each dataset in the YAML file; drop the column flags"
 
 
-def _find_validation_conflicts(args: argparse.Namespace) -> list[str]:
-    problems = []
+def _validation_conflicts(args: argparse.Namespace) -> Iterator[str]:
     if args.save_best and not args.validation_split:
-        problems.append("--save_best compares held-out losses; give --validation_split too, such as 0.02")
+        yield "--save_best compares held-out losses; give --validation_split too, such as 0.02"
     if args.validation_epochs and args.validation_steps:
-        problems.append("--validation_epochs and --validation_steps exclude each other; give one of them")
+        yield "--validation_epochs and --validation_steps exclude each other; give one of them"
     images, prompts = args.val_image_url or [], args.validation_prompt or []
     if bool(images) != bool(prompts):
-        problems.append("--val_image_url and --validation_prompt need each other; give both or neither")
+        yield "--val_image_url and --validation_prompt need each other; give both or neither"
     elif images and len(images) != len(prompts) and 1 not in (len(images), len(prompts)):
-        problems.append(
+        yield (
             f"--val_image_url is given {len(images)} times and --validation_prompt {len(prompts)} times; "
             "give as many of each, or one of either"
         )
-    return problems
 
 
-def _find_model_conflicts(args: argparse.Namespace) -> list[str]:
-    problems = []
+def _model_conflicts(args: argparse.Namespace) -> Iterator[str]:
     names = ("lora_alpha", "lora_dropout", "use_dora", "merge_adapter", "quantize_base")
     given = [f"--{name}" for name in names if getattr(args, name)]
     given += ["--lora_target"] if args.lora_target != "attention" else []
     if args.lora_rank is None and given:
-        problems.append(f"{', '.join(given)} only works for adapters; give --lora_rank too, such as 16")
+        yield f"{', '.join(given)} only works for adapters; give --lora_rank too, such as 16"
     changes = [f"--{name}" for name in ("prediction_type", "rescale_betas_zero_snr") if getattr(args, name)]
     if args.lora_rank is not None and changes and not args.merge_adapter:
-        problems.append(
+        yield (
             f"{' and '.join(changes)} changes the scheduler, which an adapter does not contain; give --merge_adapter "
             "too, which publishes the whole pipeline"
         )
     if args.ema_device and not args.use_ema:
-        problems.append("--ema_device needs --use_ema; give both or neither")
+        yield "--ema_device needs --use_ema; give both or neither"
     if (args.vae_revision or args.vae_variant) and not args.pretrained_vae_model_name_or_path:
-        problems.append("--vae_revision and --vae_variant need --pretrained_vae_model_name_or_path; give it too")
+        yield "--vae_revision and --vae_variant need --pretrained_vae_model_name_or_path; give it too"
     if args.gradient_checkpointing and args.gradient_checkpointing_blocks:
-        problems.append("--gradient_checkpointing recomputes all blocks; drop it or --gradient_checkpointing_blocks")
+        yield "--gradient_checkpointing recomputes all blocks; drop it or --gradient_checkpointing_blocks"
     if args.single_file_config and not args.pretrained_model_name_or_path.endswith(".safetensors"):
-        problems.append("--single_file_config needs a model in one .safetensors file; drop it")
-    return problems
+        yield "--single_file_config needs a model in one .safetensors file; drop it"
 
 
-def _find_output_dir_conflicts(args: argparse.Namespace) -> list[str]:
+def _output_dir_conflicts(args: argparse.Namespace) -> Iterator[str]:
     output_dir = Path(args.output_dir)
-    problems = []
     if any(path.is_file() for path in (output_dir, *output_dir.parents)):
-        problems.append(f"--output_dir {output_dir} is a file or inside one; name a folder")
+        yield f"--output_dir {output_dir} is a file or inside one; name a folder"
     for name in ("pretrained_model_name_or_path", "dataset_name", "train_data_dir"):
         folder = getattr(args, name)
         if folder and Path(folder).is_dir() and output_dir.resolve() == Path(folder).resolve():
-            problems.append(f"--output_dir is the folder of --{name} and would be overwritten; name another folder")
-    return problems
+            yield f"--output_dir is the folder of --{name} and would be overwritten; name another folder"

@@ -1,4 +1,4 @@
-"""The flags of the training scripts.
+"""The command line of the training scripts: their flags and their launcher.
 
 Flags of diffusers' own InstructPix2Pix examples keep their names, meanings and defaults. Where such a default trains a
 wrong model, ours differs and the help says so. Nothing heavy is imported here.
@@ -7,14 +7,20 @@ wrong model, ours differs and the help says so. Nothing heavy is imported here.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import os
+import signal
+import sys
 
 from utils.cli import DefaultsHelpFormatter, FlagParser
 from utils.errors import InputError
+from utils.quiet import quiet_libraries
 from utils.training.flag_checks import find_flag_problems
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "adafactor", "prodigy", "schedulefree_adamw")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "all", "none")
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def parse_training_flags(argv: list[str] | None, description: str, family: str = "sd") -> argparse.Namespace:
@@ -39,6 +45,41 @@ def parse_training_flags(argv: list[str] | None, description: str, family: str =
         parser.exit(2, f"error: {InputError.from_problems(problems)}\n")
     args.validation_epochs = args.validation_epochs or 1
     return args
+
+
+def prepare_process() -> None:
+    """Call once the flags are checked. Raises `InputError` for a launch that starts too few processes."""
+    follow_launcher()
+    check_num_processes()
+    quiet_libraries()
+
+
+def follow_launcher() -> None:
+    """Ask Linux to send this process SIGTERM when its launcher (`accelerate launch`, `torchrun`) dies.
+
+    `accelerate launch` forwards no signals: if it alone is killed, the training would continue unseen. With SIGTERM
+    it writes a checkpoint and stops.
+    """
+    is_launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
+    if sys.platform == "linux" and is_launched:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def check_num_processes() -> None:
+    """Refuse `accelerate launch --cpu --num_processes N`, which without MPI (accelerate 1.15) starts a single process.
+
+    In that case accelerate sets a rendezvous address, but no world size.
+    """
+    is_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
+    world_sizes = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
+    if is_cpu and "MASTER_ADDR" in os.environ and not world_sizes & os.environ.keys():
+        raise InputError(
+            "accelerate launch --cpu --num_processes N starts one process instead of N when MPI is not installed; use "
+            "`torchrun --nproc_per_node N SCRIPT ...`"
+        )
+
+
+# ---- the flags ------------------------------------------------------------------------------------------------------
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:

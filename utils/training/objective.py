@@ -44,7 +44,7 @@ class Objective:
 
         timesteps = carried["timesteps"]
         noise = offset_noise(carried["noise"], carried["offset_noise"], self.options.noise_offset)
-        noisy_latents = self.schedule.add_noise(edited_latents, noise, timesteps)
+        noisy_latents = self.schedule.scheduler.add_noise(edited_latents, noise, timesteps)
         unet_input = torch.cat([noisy_latents, original_latents], dim=1)  # (B, 8, h, w)
         prediction = unet(
             unet_input,
@@ -78,5 +78,5 @@ class Objective:
         return torch.cat([carried["original_sizes"], crops, carried["target_sizes"]], dim=1).float()
 
     def _weights(self, timesteps: torch.Tensor) -> torch.Tensor:
-        alphas_cumprod = self.schedule.alphas_cumprod.to(timesteps.device)
+        alphas_cumprod = self.schedule.scheduler.alphas_cumprod.to(timesteps.device)
         return min_snr_weights(alphas_cumprod, timesteps, self.options.snr_gamma, self.schedule.prediction_type)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from dataclasses import fields
 
 from utils.errors import InputError
@@ -48,110 +49,83 @@ def find_optimizer_problems(
     max_grad_norm: 0 means no clipping. has_adapter: an adapter is trained, not the UNet.
     mixed_precision: the flag's or accelerate's: "fp16", "bf16", "no" or None.
     """
-    problems = _find_package_problems(options)
-    if options.use_8bit_adam and options.optimizer not in ("adamw", "adamw8bit"):
-        problems.append(
-            f"--use_8bit_adam means --optimizer adamw8bit, but --optimizer {options.optimizer} is given too; drop one"
-        )
-    if options.optimizer_name == "paged_adamw8bit" and not has_gpu:
-        problems.append("--optimizer paged_adamw8bit needs a GPU; use --optimizer adamw8bit")
-    if options.optimizer_name == "prodigy":
-        problems += _find_prodigy_problems(options)
-    if options.has_averaged_weights:
-        problems += _find_schedulefree_problems(options, use_ema)
+    problems = [*_optimizer_problems(options, use_ema, has_gpu)]
     if options.weights_dtype == "bf16":
-        problems += _find_bf16_problems(options, has_adapter, mixed_precision)
+        problems += _bf16_problems(options, has_adapter, mixed_precision)
     if options.fused_backward:
-        problems += _find_fused_problems(
-            options, max_grad_norm, gradient_accumulation_steps, mixed_precision, num_processes
-        )
+        problems += _fused_problems(options, max_grad_norm, gradient_accumulation_steps, mixed_precision, num_processes)
     return problems
 
 
-def _find_package_problems(options: OptimizationOptions) -> list[str]:
-    """Missing packages, and flags of an optimizer that is not chosen."""
-    name, problems = options.optimizer_name, []
-    flag, package = options.optimizer_flag, PACKAGES.get(name)
+def _optimizer_problems(options: OptimizationOptions, use_ema: bool, has_gpu: bool) -> Iterator[str]:
+    name, flag = options.optimizer_name, options.optimizer_flag
+    package = PACKAGES.get(name)
     if options.weights_dtype == "bf16":
         flag, package = "--weights_dtype bf16", "torchao"  # which has its own 8-bit AdamW
     if package and importlib.util.find_spec(package) is None:
-        problems.append(f"{flag} needs {package}: pip install {package}, or drop the flag")
+        yield f"{flag} needs {package}: pip install {package}, or drop the flag"
     for field in fields(options):
         owner = field.name.split("_")[0]
         if owner in ("prodigy", "adafactor") and owner != name and getattr(options, field.name) != field.default:
-            problems.append(
+            yield (
                 f"--{field.name} only works with --optimizer {owner}, but the optimizer is {name}; drop the flag, or "
                 f"use --optimizer {owner}"
             )
-    return problems
-
-
-def _find_prodigy_problems(options: OptimizationOptions) -> list[str]:
-    problems = []
-    if options.learning_rate < MIN_PRODIGY_RATE:
-        problems.append(
+    if options.use_8bit_adam and options.optimizer not in ("adamw", "adamw8bit"):
+        yield f"--use_8bit_adam means --optimizer adamw8bit, but --optimizer {name} is given too; drop one of them"
+    if name == "paged_adamw8bit" and not has_gpu:
+        yield "--optimizer paged_adamw8bit needs a GPU; use --optimizer adamw8bit"
+    if name == "prodigy" and options.learning_rate < MIN_PRODIGY_RATE:
+        yield (
             f"--learning_rate is {options.learning_rate:g}; --optimizer prodigy multiplies its own step size by it, so "
             f"it must be at least {MIN_PRODIGY_RATE:g}: give --learning_rate 1"
         )
-    if options.scale_lr:
-        problems.append("--optimizer prodigy finds the learning rate itself; drop --scale_lr")
-    return problems
+    if name == "prodigy" and options.scale_lr:
+        yield "--optimizer prodigy finds the learning rate itself; drop --scale_lr"
+    if options.has_averaged_weights:
+        if options.lr_scheduler not in ("constant", "constant_with_warmup"):
+            yield f"--lr_scheduler is {options.lr_scheduler}; with {flag} it must be constant or constant_with_warmup"
+        if use_ema:
+            yield f"{flag} averages the weights itself; drop --use_ema"
+        if options.adam_beta1 == 0:
+            yield f"--adam_beta1 is 0; with {flag} it must be above 0, such as 0.9"
 
 
-def _find_schedulefree_problems(options: OptimizationOptions, use_ema: bool) -> list[str]:
-    problems = []
-    if options.lr_scheduler not in ("constant", "constant_with_warmup"):
-        problems.append(
-            f"--lr_scheduler is {options.lr_scheduler}; with --optimizer schedulefree_adamw it must be constant or "
-            "constant_with_warmup"
-        )
-    if use_ema:
-        problems.append("--optimizer schedulefree_adamw averages the weights itself; drop --use_ema")
-    if options.adam_beta1 == 0:
-        problems.append("--adam_beta1 is 0; with --optimizer schedulefree_adamw it must be above 0, such as 0.9")
-    return problems
-
-
-def _find_bf16_problems(options: OptimizationOptions, has_adapter: bool, mixed_precision: str | None) -> list[str]:
-    problems = []
+def _bf16_problems(options: OptimizationOptions, has_adapter: bool, mixed_precision: str | None) -> Iterator[str]:
+    flag = "--weights_dtype bf16"
     if options.optimizer_name not in ("adamw", "adamw8bit"):
-        problems.append(
-            f"--weights_dtype bf16 needs stochastic rounding, which {options.optimizer_flag} does not have; use "
-            "--optimizer adamw or adamw8bit, or --weights_dtype fp32"
+        yield (
+            f"{flag} needs stochastic rounding, which {options.optimizer_flag} does not have; use --optimizer adamw or "
+            "adamw8bit, or --weights_dtype fp32"
         )
     if has_adapter:
-        problems.append("--weights_dtype bf16 does not work with --lora_rank: adapters are trained in fp32; drop it")
+        yield f"{flag} does not work with --lora_rank: adapters are trained in fp32; drop it"
     if mixed_precision != "bf16":
-        problems.append(
-            f"--weights_dtype bf16 needs --mixed_precision bf16, but it is {mixed_precision or 'no'}; give both or "
-            "neither"
-        )
-    return problems
+        yield f"{flag} needs --mixed_precision bf16, but it is {mixed_precision or 'no'}; give both or neither"
 
 
-def _find_fused_problems(
+def _fused_problems(
     options: OptimizationOptions,
     max_grad_norm: float,
     gradient_accumulation_steps: int,
     mixed_precision: str | None,
     num_processes: int,
-) -> list[str]:
+) -> Iterator[str]:
     """Whatever needs more than one gradient at a time."""
-    flag, problems = "--fused_backward frees each gradient at once", []
+    flag = "--fused_backward frees each gradient at once"
     if gradient_accumulation_steps > 1:
-        problems.append(
+        yield (
             f"{flag} and cannot accumulate them, but --gradient_accumulation_steps is {gradient_accumulation_steps}; "
             "give 1, or drop --fused_backward"
         )
     if max_grad_norm:
-        problems.append(
+        yield (
             f"{flag}, but clipping needs the norm of all of them and --max_grad_norm is {max_grad_norm:g}; give "
             "--max_grad_norm 0 (no clipping), or drop --fused_backward"
         )
     if options.optimizer_name == "prodigy":
-        problems.append(f"{flag}, but --optimizer prodigy needs all of them; use another, or drop --fused_backward")
+        yield f"{flag}, but --optimizer prodigy needs all of them; use another, or drop --fused_backward"
     if mixed_precision == "fp16":
-        problems.append(f"{flag}, but fp16 loss scaling needs all of them; use --mixed_precision bf16 or no")
+        yield f"{flag}, but fp16 loss scaling needs all of them; use --mixed_precision bf16 or no"
     if num_processes > 1:
-        problems.append(f"{flag}, but {num_processes} processes average them; start one, or drop --fused_backward")
-    return problems
+        yield f"{flag}, but {num_processes} processes average them; start one, or drop --fused_backward"

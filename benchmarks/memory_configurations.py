@@ -1,4 +1,4 @@
-"""The rungs of the memory ladder, and the arithmetic that makes a sum of what was counted."""
+"""The training configurations that are compared, from the most memory to the least, and the sum of their parts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MIN_8BIT_ELEMENTS, OPTIMIZER_BLOCK = 4096, 256  # bitsandbytes: smaller tensors 
 
 @dataclass(frozen=True)
 class Configuration:
-    """A way to train. kind: see `KINDS`; ema: where the moving average is."""
+    """A training configuration. kind: see `KINDS`; ema: the device of the moving average."""
 
     name: str
     flags: str
@@ -27,12 +27,14 @@ class Configuration:
     ema: str | None = None
     is_fused: bool = False
     is_nf4: bool = False
-    is_peer: bool = False  # diffusers' example: nothing leaves the GPU, and PyTorch's default AdamW takes temporaries
+    is_peer: bool = (
+        False  # diffusers' example: everything stays on the GPU, and PyTorch's default AdamW needs temporaries
+    )
 
 
 EMA_ON_CPU = "--use_ema --ema_device cpu"
 FUSED = "--fused_backward --max_grad_norm 0"
-LADDER = (
+CONFIGURATIONS = (
     Configuration("diffusers' example", "--use_ema --gradient_checkpointing", "fp32", "adamw", ema="gpu", is_peer=True),
     Configuration("full, float32, 8-bit Adam", f"--optimizer adamw8bit {EMA_ON_CPU}", "fp32", "adamw8bit", ema="cpu"),
     Configuration(
@@ -64,10 +66,10 @@ LADDER = (
 
 
 @dataclass(frozen=True)
-class Surroundings:
-    """What stands on the GPU beside the UNet.
+class OtherModels:
+    """The other models on the GPU.
 
-    frozen: its bytes; encoding: the most that encoding the images of a step takes beyond, 0 where latents are cached.
+    frozen: their bytes; encoding: peak bytes of encoding the images of a step, 0 with cached latents.
     """
 
     name: str
@@ -77,7 +79,7 @@ class Surroundings:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of each part at the moment of the peak."""
+    """Bytes of each part at the peak."""
 
     moment: str
     weights: int
@@ -97,7 +99,7 @@ class Memory:
         return sum(self.parts.values())
 
     def fits(self, card: float) -> bool:
-        """On a card of that many GB (10^9 bytes; cards have 7 % more, which is not counted on), with the margin."""
+        """Whether it fits on a card of this many GB with the margin. 10^9 bytes; real cards have 7 % more."""
         return self.total / 1e9 + MARGIN <= card
 
 
@@ -108,45 +110,45 @@ def count_optimizer(name: str, weights: Weights) -> int:
 
 
 def _count_adam_8bit(shape: torch.Size) -> int:
-    """Two moments of a byte each, with a float32 scale for each block."""
+    """Two moments of one byte each, and a float32 scale per block."""
     size = shape.numel()
     return 8 * size if size < MIN_8BIT_ELEMENTS else 2 * (size + 4 * math.ceil(size / OPTIMIZER_BLOCK))
 
 
 def _count_adafactor(shape: torch.Size) -> int:
-    """Sums over the last and the last but one dimension in float32: small for matrices, two thirds for 3x3 kernels."""
+    """Float32 sums over the last and the second-to-last dimension: small for matrices, two thirds for 3x3 kernels."""
     if len(shape) < 2:
         return 4 * shape.numel()
     return 4 * (shape[:-1].numel() + (shape[:-2] + shape[-1:]).numel())
 
 
 def estimate(
-    configuration: Configuration, weights: Weights, count: StepCount, around: Surroundings, accumulates: bool = False
+    configuration: Configuration, weights: Weights, count: StepCount, others: OtherModels, accumulates: bool = False
 ) -> Memory:
-    """The most that one step takes. accumulates: gradients of several micro-batches are added up.
+    """The peak of one step. accumulates: gradients of several micro-batches are accumulated.
 
-    Gradients grow while activations go, so the peak is not the sum of both. It is in the backward pass, in the update,
-    or in the encoding of the images before.
+    During the backward pass gradients are allocated while activations are freed, so the peak is not their sum. It is in
+    the backward pass, in the update, or when the images are encoded.
     """
     largest = max(shape.numel() for shape, _ in weights.trained)
     update = FLOAT32_BYTES * UPDATE_COPIES * largest
     if configuration.is_peer:
-        update = 4 * weights.num_trained  # foreach: the roots of all second moments at once
+        update = 4 * weights.num_trained  # foreach: the square roots of all second moments at once
     moments = {
         "backward": (count.peak_gradients, count.peak - count.peak_gradients),
         "update": (count.gradients, update),
-        "encoding": (0, around.encoding),
+        "encoding": (0, others.encoding),
     }
     if configuration.is_fused:
         moments |= {"backward": (0, count.fused_peak), "update": (0, 0)}
     elif accumulates:
-        moments |= {"backward": (count.gradients, count.bare_peak), "encoding": (count.gradients, around.encoding)}
+        moments |= {"backward": (count.gradients, count.bare_peak), "encoding": (count.gradients, others.encoding)}
     moment = max(moments, key=lambda name: sum(moments[name]))
     return Memory(
         moment,
         weights.nf4_bytes if configuration.is_nf4 else weights.bytes,
         count_optimizer(configuration.optimizer, weights),
         4 * weights.num_trained if configuration.ema == "gpu" else 0,
-        around.frozen,
+        others.frozen,
         *moments[moment],
     )
