@@ -27,7 +27,7 @@ from utils.quiet import quiet_libraries  # noqa: E402
 quiet_libraries()
 
 from benchmarks.memory_models import PROMPT_TOKENS, UNETS, VAE  # noqa: E402
-from data_preparation.captions.prompts import Ask, chat_messages  # noqa: E402
+from data_preparation.captions.prompts import Question, chat_messages  # noqa: E402
 
 CAPTIONS, RESOLUTION = 450_000, 512
 PAIRS_PER_CAPTION = 4  # kept at most; the authors' set kept 313,010 of 451,990 after taking one of each
@@ -142,7 +142,7 @@ def measure_speed(family: str) -> float:
 
 def prompt_tokens() -> float:
     """Tokens of a question with its worked examples, about."""
-    messages = chat_messages(Ask("a photograph of a red fox that sleeps in the snow", 0), 8)
+    messages = chat_messages(Question("a photograph of a red fox that sleeps in the snow", 0), 8)
     return sum(len(message["content"]) for message in messages) / CHARACTERS_PER_TOKEN + 8 * len(messages)
 
 

@@ -5,8 +5,8 @@
     python data_preparation/generate_captions.py --captions laion/some-captions --caption_column TEXT \\
         --data_root triples --model my-instruct-model --batch_size 32
 
-A server's key is read from the environment (OPENAI_API_KEY) alone. Killed at any moment, the same command goes on.
-docs/captions.md has the formats.
+The key of a server is read from the environment (OPENAI_API_KEY). To resume an interrupted run, run the same command
+again. docs/captions.md describes the formats.
 """
 
 from __future__ import annotations
@@ -15,126 +15,82 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_preparation.captions.flags import add_model_flags, model_problems, pick_sampling, pick_source  # noqa: E402
+from data_preparation.captions.model_flags import add_model_flags, choose_model, find_model_problems  # noqa: E402
 from data_preparation.generation.generation_flags import add_generation_flags, choose_workers, generation_flag_problems  # noqa: E402
-from utils.cli import FlagParser  # noqa: E402
+from utils.cli import FlagParser, pick  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
 from utils.quiet import quiet_libraries  # noqa: E402
 
 LIMITS = {"num_samples": (1, 10**9), "edits_per_caption": (1, 1000), "tries": (1, 20), "items_per_shard": (1, 10**6)}
-LEDGER = "usage.jsonl"
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("captions").add_argument
-    add(
-        "--captions",
-        required=True,
-        metavar="SOURCE",
-        help="a .txt (a caption in each line), .jsonl, .json, .csv or "
-        ".parquet file, a folder of such or of a saved dataset, or the id of a dataset on the Hub",
-    )
+    source_help = ".txt (one caption per line), .jsonl, .json, .csv or .parquet file, dataset folder, or Hub dataset id"
+    add("--captions", required=True, metavar="SOURCE", help=source_help)
     add("--caption_column", metavar="NAME", help="column of the captions (default: caption, text, TEXT, prompt, ...)")
-    add("--split", default="train", help="of the dataset (default train)")
+    add("--split", default="train", help="split of the dataset (default train)")
     add("--config", metavar="NAME", help="configuration of a dataset that has several")
     add("--dataset_revision", metavar="REVISION", help="branch, tag or commit of a dataset on the Hub")
-    add("--num_samples", type=int, metavar="N", help="triples that are wanted (default: of all captions)")
-    add(
-        "--edits_per_caption",
-        type=int,
-        default=1,
-        metavar="N",
-        help="different edits of each caption, at most (default 1)",
-    )
-    add(
-        "--tries",
-        type=int,
-        default=3,
-        metavar="N",
-        help="questions for each edit until an answer can be used (default 3, as the original)",
-    )
-    add(
-        "--items_per_shard",
-        type=int,
-        default=100,
-        metavar="N",
-        help="captions that are made and saved together; "
-        "what is made between two is lost when the run is killed (default 100)",
-    )
+    add("--num_samples", type=int, metavar="N", help="number of triples (default: use all captions)")
+    add("--edits_per_caption", type=int, default=1, metavar="N", help="different edits of each caption (default 1)")
+    tries_help = "attempts for each edit until an answer is usable (default 3, as the original)"
+    add("--tries", type=int, default=3, metavar="N", help=tries_help)
+    shard_help = "captions saved together; a killed run loses its unfinished shards (default 100)"
+    add("--items_per_shard", type=int, default=100, metavar="N", help=shard_help)
     add_model_flags(parser)
     add_generation_flags(parser, image_format=None)
-    parser.add_argument(
-        "--jsonl",
-        action=argparse.BooleanOptionalAction,
-        default=True,
-        help="also write prompts.jsonl, the original's file, when all is there (default: yes)",
-    )
+    jsonl_help = "also write prompts.jsonl, the file of the original (default: yes)"
+    parser.add_argument("--jsonl", action=argparse.BooleanOptionalAction, default=True, help=jsonl_help)
     return parser.parse_args(argv)
 
 
 def check_flags(args: argparse.Namespace) -> None:
-    """Raise one InputError with everything that can be told from the flags alone."""
-    problems = [*model_problems(args), *generation_flag_problems(args)]
-    for name, (least, most) in LIMITS.items():
+    """Raise one InputError with the problems of all flags."""
+    problems = [*find_model_problems(args), *generation_flag_problems(args)]
+    for name, (lowest, highest) in LIMITS.items():
         value = getattr(args, name)
-        if value is not None and not least <= value <= most:
-            problems.append(f"--{name} {value}: must be from {least} to {most}")
+        if value is not None and not lowest <= value <= highest:
+            problems.append(f"--{name} {value}: must be from {lowest} to {highest}")
     path = Path(args.captions)
     if args.captions.startswith(("/", ".", "~")) and not path.expanduser().exists():
-        problems.append(f"--captions {args.captions}: there is no such file or folder")
+        problems.append(f"--captions {args.captions}: the file or folder does not exist")
     if problems:
         raise InputError.from_problems(problems)
 
 
 def generate(args: argparse.Namespace) -> str:
-    """Make the triples; returns what is to be said of them."""
-    from data_preparation.captions.ledger import Ledger, describe_cost
-    from data_preparation.captions.moderation import digest_moderation
-    from data_preparation.captions.prompt_files import write_prompts
-    from data_preparation.captions.prompts import digest_prompts
-    from data_preparation.captions.recipe import TripleRecipe
+    """Generate the triples. Returns the summary to print."""
+    from data_preparation.captions.backends import UsageLog, describe_cost
+    from data_preparation.captions.model_flags import digest_moderation
+    from data_preparation.captions.prompts import SamplingOptions, digest_prompts
+    from data_preparation.captions.triple_generation import TripleGenerator, export_prompts
     from data_preparation.generation.inputs import Captions
     from data_preparation.generation.runner import run_generation
 
-    root = args.data_root.absolute()
+    usage_path = args.data_root.absolute() / "usage.jsonl"
     captions = Captions(args.captions, args.caption_column, args.split, args.config, args.dataset_revision)
-    opened, sampling = captions.open(), pick_sampling(args)
-    ledger = Ledger(root / LEDGER)
-    before = ledger.read().requests
-    recipe = TripleRecipe(
-        len(opened),
-        captions,
-        pick_source(args, args.num_workers),
-        sampling,
-        args.seed,
-        args.edits_per_caption,
-        args.tries,
-        args.moderation,
-        root / LEDGER,
+    opened, sampling, usage_log = captions.open(), pick(args, SamplingOptions), UsageLog(usage_path)
+    model, requests_before = choose_model(args, args.num_workers), usage_log.total()["requests"]
+    moderation, edits_per_caption = args.moderation, args.edits_per_caption
+    generator = TripleGenerator(
+        len(opened), captions, model, sampling, args.seed, edits_per_caption, args.tries, moderation, usage_path
     )
-    settings: dict[str, Any] = dict(
-        captions=opened.digest,
-        caption_column=opened.column,
-        model=args.model,
-        revision=args.revision,
-        server=bool(args.base_url),
-        structure=args.structure,
-        sampling=vars(sampling),
-        seed=args.seed,
-        edits_per_caption=args.edits_per_caption,
-        tries=args.tries,
-        moderation=digest_moderation(args.moderation),
-        dtype=args.dtype,
-        batch_size=args.batch_size,
-        prompts=digest_prompts(),
-    )
+    flags = ("model", "revision", "structure", "seed", "edits_per_caption", "tries", "dtype", "batch_size")
+    settings = {name: getattr(args, name) for name in flags} | {
+        "captions": opened.digest,
+        "caption_column": opened.column,
+        "server": bool(args.base_url),
+        "sampling": vars(sampling),
+        "moderation": digest_moderation(args.moderation),
+        "prompts": digest_prompts(),
+    }
     summary = run_generation(
-        recipe,
+        generator,
         args.data_root,
         settings,
         items_per_shard=args.items_per_shard,
@@ -142,18 +98,19 @@ def generate(args: argparse.Namespace) -> str:
         workers=choose_workers(args, needs_gpu=not args.base_url and args.device != "cpu"),
         unit="triple",
         overwrite=args.overwrite,
-        note=lambda: describe_cost(ledger.read(), args.price_in, args.price_out),
+        note=lambda: describe_cost(usage_log.total(), args.price_in, args.price_out),
     )
-    said = [summary.describe(args.data_root, "triple")]
+    lines = [summary.describe(args.data_root, "triple")]
     if args.jsonl:
-        said.append(f"  the same as lines of JSON: {write_prompts(args.data_root)}")
-    used = ledger.read()
-    if used.requests:
-        said.append(f"  spent in this folder: {describe_cost(used, args.price_in, args.price_out)}")
-    if used.requests > before:
-        done, seconds = used.requests - before, summary.seconds
-        said.append(f"  this run: {done:,} requests in {seconds:,.0f} s, {done / seconds:,.1f} a second")
-    return "\n".join(said)
+        lines.append(f"  also written as JSON lines: {export_prompts(args.data_root)}")
+    usage = usage_log.total()
+    if usage["requests"]:
+        lines.append(f"  total usage of this folder: {describe_cost(usage, args.price_in, args.price_out)}")
+    if new := usage["requests"] - requests_before:
+        lines.append(
+            f"  this run: {new:,} requests in {summary.seconds:,.0f} s, {new / summary.seconds:,.1f} per second"
+        )
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:

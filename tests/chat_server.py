@@ -1,8 +1,8 @@
-"""A small server with OpenAI's API on this machine: it answers by a rule, and its faults are a script.
+"""A small server with OpenAI's API that answers by a rule (no model runs) and simulates failures.
 
     python -m tests.chat_server --port 8000
 
-answers captions by a rule (no model runs), so that the scripts can be tried without one.
+serves the scripts of data_preparation, so that they can be tried without a model.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ EDITS = (
 
 
 class Fault(NamedTuple):
-    """One answer that is not as it should be. kind: status, garbage, no choices, cut, slow, or gone."""
+    """One failing response. kind: "status", "garbage", "no choices", "cut", "slow" or "disconnect"."""
 
     kind: str
     status: int = 500
@@ -41,7 +41,7 @@ class Fault(NamedTuple):
     body: Any = None
 
 
-class Request(NamedTuple):
+class ReceivedRequest(NamedTuple):
     path: str
     body: dict
     authorization: str | None
@@ -50,38 +50,39 @@ class Request(NamedTuple):
 
 @dataclass
 class ChatServer:
-    """faults: taken one by one by the next requests, before any answer; say: what to answer, (caption, body) -> text.
+    """The settings and the record of a running server.
 
-    refused: names of request fields that are refused with 400; key: what the Authorization header must hold.
+    reply: (caption, body) -> text; key: required in the Authorization header; unsupported: request fields answered with
+    status 400; faults: consumed by the next requests, one each.
     """
 
-    say: Callable[[str, dict], str] | None = None
+    reply: Callable[[str, dict], str] | None = None
     key: str | None = None
-    refused: set[str] = field(default_factory=set)
+    unsupported: set[str] = field(default_factory=set)
     structures: set[str] = field(default_factory=lambda: {"json_schema", "json_object"})
     faults: deque[Fault] = field(default_factory=deque)
     flagged: set[str] = field(default_factory=set)
     finish_reason: str = "stop"
     delay: float = 0.0
-    requests: list[Request] = field(default_factory=list)
-    at_once: int = 0
-    most_at_once: int = 0
+    requests: list[ReceivedRequest] = field(default_factory=list)
+    concurrency: int = 0
+    max_concurrency: int = 0
     url: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def answered(self, kind: str = "completions") -> list[dict]:
+    def bodies(self, path_end: str = "completions") -> list[dict]:
         """Bodies of the requests to an endpoint."""
-        return [request.body for request in self.requests if request.path.endswith(kind)]
+        return [request.body for request in self.requests if request.path.endswith(path_end)]
 
 
-class Refused(Exception):
+class ErrorResponse(Exception):
     def __init__(self, status: int, message: str, code: str | None = None) -> None:
         super().__init__(message)
         self.status, self.body = status, {"error": {"message": message, "type": "invalid_request", "code": code}}
 
 
-def speak(caption: str, body: dict) -> str:
-    """An answer that depends on the caption and the seed alone, in the format that is asked for."""
+def default_reply(caption: str, body: dict) -> str:
+    """An answer in the requested format that depends only on the caption and the seed."""
     draw = hashlib.sha256(f"{caption} {body.get('seed')}".encode()).digest()[0]
     edit, output = EDITS[draw % len(EDITS)]
     if "prompt" in body:
@@ -92,15 +93,15 @@ def speak(caption: str, body: dict) -> str:
 def chat(server: ChatServer, body: dict) -> dict:
     structure = (body.get("response_format") or {}).get("type", "text")
     if structure not in (*server.structures, "text"):
-        raise Refused(400, f"response_format.type {structure!r} is not supported")
+        raise ErrorResponse(400, f"response_format.type {structure!r} is not supported")
     caption = body["messages"][-1]["content"].removeprefix("Caption: ")
-    message = {"role": "assistant", "content": (server.say or speak)(caption, body)}
+    message = {"role": "assistant", "content": (server.reply or default_reply)(caption, body)}
     return complete(server, body, {"message": message}, str(body["messages"]))
 
 
 def continue_text(server: ChatServer, body: dict) -> dict:
     caption = body["prompt"].removesuffix("\n##\n")
-    return complete(server, body, {"text": (server.say or speak)(caption, body)}, body["prompt"])
+    return complete(server, body, {"text": (server.reply or default_reply)(caption, body)}, body["prompt"])
 
 
 def complete(server: ChatServer, body: dict, choice: dict, prompt: str) -> dict:
@@ -129,70 +130,72 @@ class Handler(BaseHTTPRequestHandler):
         state = self.server_state
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with state.lock:
-            state.requests.append(Request(self.path, body, self.headers["Authorization"], time.monotonic()))
+            request = ReceivedRequest(self.path, body, self.headers["Authorization"], time.monotonic())
+            state.requests.append(request)
             fault = state.faults.popleft() if state.faults else None
-            state.at_once += 1
-            state.most_at_once = max(state.most_at_once, state.at_once)
+            state.concurrency += 1
+            state.max_concurrency = max(state.max_concurrency, state.concurrency)
         try:
             time.sleep(state.delay)
             if fault is not None:
                 return self.fail(fault)
             return self.send(200, self.answer(body))
-        except Refused as refusal:
-            return self.send(refusal.status, refusal.body)
+        except ErrorResponse as error:
+            return self.send(error.status, error.body)
         finally:
             with state.lock:
-                state.at_once -= 1
+                state.concurrency -= 1
 
     def answer(self, body: dict) -> dict:
         state = self.server_state
         if state.key and self.headers["Authorization"] != f"Bearer {state.key}":
-            raise Refused(401, f"Incorrect API key provided: {self.headers['Authorization']}", "invalid_api_key")
-        for name in sorted(state.refused & body.keys()):
+            raise ErrorResponse(401, f"Incorrect API key provided: {self.headers['Authorization']}", "invalid_api_key")
+        for name in sorted(state.unsupported & body.keys()):
             hint = " Use 'max_completion_tokens' instead." if name == "max_tokens" else ""
-            raise Refused(400, f"Unsupported parameter: '{name}'.{hint}")
+            raise ErrorResponse(400, f"Unsupported parameter: '{name}'.{hint}")
         if self.path not in ENDPOINTS:
-            raise Refused(404, f"no endpoint {self.path}")
+            raise ErrorResponse(404, f"no endpoint {self.path}")
         if body.get("model", "echo") == "unknown":
-            raise Refused(404, "The model `unknown` does not exist", "model_not_found")
+            raise ErrorResponse(404, "The model `unknown` does not exist", "model_not_found")
         return ENDPOINTS[self.path](state, body)
 
     def fail(self, fault: Fault) -> None:
         if fault.kind == "status":
-            return self.send(fault.status, fault.body or {"error": {"message": "come back later"}}, fault.headers)
+            return self.send(fault.status, fault.body or {"error": {"message": "try again later"}}, fault.headers)
         if fault.kind == "slow":
             time.sleep(float(fault.body))
             return self.send(200, {})
-        if fault.kind == "gone":
+        if fault.kind == "disconnect":
             self.close_connection = True
             return self.connection.shutdown(socket.SHUT_RDWR)
         if fault.kind == "no choices":
             return self.send(200, {"choices": []})
         if fault.kind == "garbage":
-            return self.send(200, fault.body or b'{"choices": [{"mess')
-        whole = b'{"choices": [{"message": {"content": "half of it"}}]}'
-        self.send(200, whole[:20], {"Content-Length": str(len(whole))})  # cut
+            return self.send(200, fault.body or b'{"choices": [{"mess', fault.headers)
+        body = b'{"choices": [{"message": {"content": "half of it"}}]}'
+        self.send(200, body[:20], {"Content-Length": str(len(body))})  # cut
         self.close_connection = True
         return None
 
     def send(self, status: int, body: Any, headers: dict | None = None) -> None:
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        defaults = {"Content-Length": str(len(content)), "Content-Type": "application/json"}
         try:
             self.send_response(status)
-            for name, value in ({"Content-Length": str(len(content))} | (headers or {})).items():
+            for name, value in (defaults | (headers or {})).items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(content)
         except OSError:
-            self.close_connection = True  # the client has gone, as after a time-out
+            self.close_connection = True  # the client has disconnected, for example after a time-out
 
     def log_message(self, *_: object) -> None:
-        """Silent: the tests read `requests`."""
+        """Logs nothing: the tests read `requests`."""
 
 
 @contextmanager
 def chat_server(port: int = 0, **settings: Any) -> Iterator[ChatServer]:
-    """A server that lives as long as the context."""
+    """A server that runs within the context."""
     state = ChatServer(**settings)
     handler = type("BoundHandler", (Handler,), {"server_state": state})
     server = ThreadingHTTPServer(("127.0.0.1", port), handler)
@@ -213,7 +216,7 @@ if __name__ == "__main__":
     parser.add_argument("--delay", type=float, default=0.0, help="seconds before each answer")
     given = parser.parse_args()
     with chat_server(given.port, delay=given.delay) as served:
-        print(f"--base_url {served.url} --model echo; Ctrl-C stops", flush=True)
+        print(f"--base_url {served.url} --model echo; stop with Ctrl-C", flush=True)
         try:
             threading.Event().wait()
         except KeyboardInterrupt:

@@ -1,9 +1,9 @@
-"""kill -9 at random moments: a script is run again and again until it is through, and must end with the same rows.
+"""Kills a script with SIGKILL at random moments, runs it again until it finishes, and returns its output folders.
 
     python -m tests.killing data_preparation.generate_dataset torch,diffusers 20 FOLDER -- --dataset_id photos ...
 
-Run as a process of its own that imports everything once and forks a child for each run: a start costs milliseconds, so
-that many moments are tried. FOLDER gets `whole`, of a run that was left alone, and one folder for each that was killed.
+The process imports everything once and forks a child for each run. A run then starts in milliseconds instead of
+seconds, so that many moments can be tried. FOLDER/uninterrupted is the output of a run that is not killed.
 """
 
 from __future__ import annotations
@@ -16,30 +16,35 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def survive(module: str, argv: list, folder: Path, kills: int = 20, imports: tuple[str, ...] = ()) -> dict:
-    """Kill `module.main(argv + ["--data_root", ...])` so many times; returns {"kills", "sets": folders, "whole"}."""
+def kill_and_resume(
+    module: str, argv: Sequence[str | Path], folder: Path, kills: int = 20, imports: Sequence[str] = ()
+) -> tuple[Path, list[Path]]:
+    """Run `module.main([*argv, "--data_root", ...])` in processes, `kills` of which are killed.
+
+    imports: modules to import before the forks. Returns (uninterrupted output, outputs of runs that were killed).
+    """
     command = [sys.executable, "-m", "tests.killing", module, ",".join(imports), str(kills), str(folder), "--"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
         [*command, *map(str, argv)], cwd=REPOSITORY, env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
-    return json.loads(result.stdout.splitlines()[-1])
+    return folder / "uninterrupted", [Path(path) for path in json.loads(result.stdout.splitlines()[-1])]
 
 
 def rows_of(data_root: Path) -> list[bytes]:
-    """Every file of the rows, to the byte."""
+    """Name and bytes of each parquet file."""
     return [path.name.encode() + path.read_bytes() for path in sorted((data_root / "data").glob("*.parquet"))]
 
 
 def _run(main: Callable, argv: list[str], seconds: float | None) -> int | None:
-    """Exit code of a forked run, or None for one that was killed after so many seconds."""
+    """The exit code of a forked run, or None if it was killed after `seconds`."""
     child = os.fork()
     if child == 0:
         code = 70
@@ -50,12 +55,12 @@ def _run(main: Callable, argv: list[str], seconds: float | None) -> int | None:
         finally:
             sys.stdout.flush()
             os._exit(code)
-    until = None if seconds is None else time.monotonic() + seconds
+    deadline = None if seconds is None else time.monotonic() + seconds
     while True:
         finished, status = os.waitpid(child, os.WNOHANG)
         if finished:
             return os.waitstatus_to_exitcode(status)
-        if until is not None and time.monotonic() > until:
+        if deadline is not None and time.monotonic() > deadline:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             return None
@@ -65,24 +70,22 @@ def _run(main: Callable, argv: list[str], seconds: float | None) -> int | None:
 def _main(module: str, imports: str, kills: str, folder: str, _: str, *argv: str) -> None:
     for name in filter(None, imports.split(",")):
         importlib.import_module(name)
-    main, wanted, place = importlib.import_module(module).main, int(kills), Path(folder)
+    main, root = importlib.import_module(module).main, Path(folder)
     sys.stdout.flush()
-    started = time.monotonic()
-    assert _run(main, [*argv, "--data_root", str(place / "whole")], None) == 0
-    duration = time.monotonic() - started
-    draw, done, sets, current = random.Random(0), 0, [], 0
-    while done < wanted:
-        root = place / f"killed-{current}"
-        code = _run(main, [*argv, "--data_root", str(root)], draw.uniform(0, 0.4 * duration))
-        if code is None:
-            done += 1
-        else:
-            assert code == 0, code
-            sets.append(str(root))
-            current += 1
-    root = place / f"killed-{current}"
-    assert _run(main, [*argv, "--data_root", str(root)], None) == 0
-    print(json.dumps({"kills": done, "sets": [*sets, str(root)], "whole": str(place / "whole"), "seconds": duration}))
+    start = time.monotonic()
+    assert _run(main, [*argv, "--data_root", str(root / "uninterrupted")], None) == 0
+    duration = time.monotonic() - start
+    rng, remaining, outputs = random.Random(0), int(kills), [root / "killed-0"]
+    while True:
+        limit = rng.uniform(0, 0.4 * duration) if remaining else None
+        code = _run(main, [*argv, "--data_root", str(outputs[-1])], limit)
+        remaining -= code is None
+        assert code in (0, None), code
+        if code == 0 and not remaining:
+            break
+        if code == 0:  # it finished before the kill: start another output
+            outputs.append(root / f"killed-{len(outputs)}")
+    print(json.dumps([str(path) for path in outputs]))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""prompt_app.py as a process, and its page in a real Chromium; prepare_for_finetuning.py."""
+"""prompt_app.py as a process, and its page in Chromium; prepare_for_finetuning.py."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from data_preparation import prepare_for_finetuning, prompt_app
-from data_preparation.captions.finetuning import read_triples, split_triples
-from data_preparation.captions.triples import PARSERS, Triple
+from data_preparation.captions.prompts import PARSERS, Triple
+from data_preparation.prepare_for_finetuning import read_triples, split_triples
 from tests.browser import CHROMIUM, INSTALL, PATIENCE, WORDS, running_chromium
 from tests.chat_server import Fault, chat_server
 from tests.runs import ENVIRONMENT, REPOSITORY
@@ -30,7 +30,7 @@ def row(caption: str, edit: str = "make it winter", output: str = "snow", key: s
 
 @pytest.fixture
 def triples(tmp_path: Path) -> Path:
-    """Good lines, and one of each kind that is left out."""
+    """Valid lines, and lines for each reason to leave one out."""
     good = [row(f"caption {number}", key=("caption", "input")[number % 2]) for number in range(40)]
     bad = [
         "nonsense",
@@ -51,14 +51,13 @@ def triples(tmp_path: Path) -> Path:
     return path
 
 
-def test_lines_to_finetune_on(triples, tmp_path, capsys):
+def test_lines_for_finetuning(triples, tmp_path, capsys):
     flags = [f"--input={triples}", f"--output={tmp_path}/out.jsonl", "--validation_split=0.25"]
     assert prepare_for_finetuning.main([*flags, "--format=legacy"]) == 0
     said = capsys.readouterr().out
     for reason, lines in (
         ("delimiter inside the text", "46, 47, 48"),
-        ("no JSON", "41"),
-        ("no JSON object", "42"),
+        ("no JSON object", "41, 42"),
         ("missing key", "43"),
         ("empty", "44"),
         ("output equal to caption", "45"),
@@ -78,17 +77,17 @@ def test_lines_to_finetune_on(triples, tmp_path, capsys):
         assert triple == Triple(caption, "make it winter", "snow") and line["completion"].endswith("\nEND")
     with pytest.raises(SystemExit):
         prepare_for_finetuning.main(flags)
-    assert capsys.readouterr().err.count("is there already") == 2
+    assert capsys.readouterr().err.count("already exists") == 2
     assert prepare_for_finetuning.main([*flags, "--overwrite"]) == 0
     messages = json.loads((tmp_path / "out.jsonl").read_text().splitlines()[0])["messages"]
     assert [message["role"] for message in messages] == ["system", "user", "assistant"]
     assert isinstance(PARSERS["chat"]("caption", messages[2]["content"]), Triple)
 
 
-def test_all_edits_of_a_caption_are_on_one_side(tmp_path):
+def test_all_edits_of_a_caption_are_in_one_part(tmp_path):
     path = tmp_path / "triples.jsonl"
     path.write_text("\n".join(row(f"caption {n // 4}", edit=f"edit {n}", output=f"output {n}") for n in range(200)))
-    triples = read_triples(path, is_legacy=False).triples
+    triples = read_triples(path, is_legacy=False)[0]
     training, held = split_triples(triples, 0.3, seed=1)
     assert len(training) + len(held) == 200 and held
     assert not {triple.caption for triple in training} & {triple.caption for triple in held}
@@ -101,20 +100,24 @@ def test_finetuning_file_as_a_process(tmp_path):
     ended = subprocess.run(
         [*command, f"--output={tmp_path}/out.jsonl"], cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True
     )
-    assert ended.returncode == 2 and "holds no triple" in ended.stderr and "no JSON: 1 (line 1)" in ended.stderr
+    assert (
+        ended.returncode == 2
+        and "contains no usable triple" in ended.stderr
+        and "no JSON object: 1 (line 1)" in ended.stderr
+    )
     assert not (tmp_path / "out.jsonl").exists()
 
 
-def test_mistakes_in_the_flags(capsys):
+def test_invalid_flags(capsys):
     with pytest.raises(SystemExit):
         prompt_app.main(["--model=m", "--base_url=nothing", "--server_port=0", "--device=cpu"])
     message = capsys.readouterr().err
-    assert "--base_url" in message and "--server_port 0" in message and "--device is for" in message
+    assert "--base_url" in message and "--server_port 0" in message and "--device works only" in message
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory):
-    """(server of the model, address of the page)."""
+    """(chat server, address of the page)."""
     log = tmp_path_factory.mktemp("page") / "log"
     with socket.socket() as free, chat_server(key=KEY) as server:
         free.bind(("127.0.0.1", 0))
@@ -156,7 +159,7 @@ class Visitor:
         self.page.wait_for_selector(WORDS)
 
     def ask(self, caption: str) -> str:
-        """The words in the end."""
+        """The final status."""
         self.page.locator("#caption").locator("input, textarea").fill(caption)
         before = self.page.inner_text(WORDS)
         self.page.locator("#caption").locator("input, textarea").press("Enter")
@@ -173,7 +176,7 @@ in_chromium = pytest.mark.skipif(CHROMIUM is None, reason=INSTALL)
 
 @in_chromium
 @pytest.mark.parametrize("width", [320, 700, 1280])
-def test_candidates_are_shown_at_every_width(page, chromium, width):
+def test_candidates_at_all_widths(page, chromium, width):
     visitor = Visitor(chromium, page[1], width)
     said = visitor.ask("a <script>boat</script> on " + "a very long and winding river " * 4)
     assert said.startswith("Done: 4 of 4 answers for “a <script>boat</script> on a very")
@@ -184,26 +187,26 @@ def test_candidates_are_shown_at_every_width(page, chromium, width):
     lines = visitor.page.locator("#lines textarea").input_value().splitlines()
     assert [json.loads(line).keys() for line in lines] == [{"caption", "edit", "output"}] * 4
     assert visitor.page.evaluate("document.documentElement.scrollWidth") <= width
-    boxes = [visitor.page.locator(f"#{name}").bounding_box() for name in ("wish", "result", "settings")]
-    if width < 700:  # the candidates in sight of the button
+    boxes = [visitor.page.locator(f"#{name}").bounding_box() for name in ("request", "result", "settings")]
+    if width < 700:  # the candidates are right below the button
         assert boxes[0]["y"] < boxes[1]["y"] < boxes[2]["y"]
     assert all(url.startswith((page[1], "data:", "blob:")) for url in visitor.requested)
 
 
 @in_chromium
-def test_mistakes_and_a_lost_server_are_told_and_the_next_works(page, chromium):
+def test_errors_are_shown_and_the_next_request_works(page, chromium):
     server, url = page
     visitor = Visitor(chromium, url)
     assert "The caption is empty" in visitor.ask("  ")
     assert "at most 1000" in visitor.ask("word " * 300)
     server.faults.extend([Fault("status", 503)] * 100)
-    assert "did not answer, 3 times in a row" in visitor.ask("a boat")
+    assert "no answer after 3 attempts" in visitor.ask("a boat")
     server.faults.clear()
-    server.say = lambda caption, body: "no"
-    assert visitor.ask("a boat") == "Done: 0 of 4 answers for “a boat” can be used."
-    assert "no edit: no JSON" in visitor.page.inner_text("#cards")
-    server.say = None
-    assert visitor.ask("a boat") == "Done: 4 of 4 answers for “a boat” can be used."
+    server.reply = lambda caption, body: "no"
+    assert visitor.ask("a boat") == "Done: 0 of 4 answers for “a boat” are usable."
+    assert "rejected: no JSON" in visitor.page.inner_text("#cards")
+    server.reply = None
+    assert visitor.ask("a boat") == "Done: 4 of 4 answers for “a boat” are usable."
 
 
 @in_chromium

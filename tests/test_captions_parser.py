@@ -1,4 +1,4 @@
-"""Phase one: what is taken of a model's answer, what is refused, and that no answer breaks the parser."""
+"""The parser of a model's answers: what it accepts, what it rejects, and that no answer makes it fail."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_preparation.captions.prompts import Ask, chat_messages, draw_examples, plain_prompt, read_examples
-from data_preparation.captions.triples import (
-    MAX_TOKENS,
+from data_preparation.captions.prompts import (
     PARSERS,
     PROMPT_END,
     SEPARATOR,
     STOP,
+    Question,
     Rejected,
     Triple,
+    chat_messages,
     check_triple,
-    count_tokens,
-    fold,
-    parse_json,
-    parse_legacy,
+    comparable_text,
+    draw_examples,
+    parse_chat_answer,
+    parse_legacy_answer,
+    plain_prompt,
+    read_examples,
 )
+from utils.checks.prompt_checks import MAX_TOKENS, estimate_tokens
 
 BOAT = "a boat on a lake"
 GOOD = Triple(BOAT, "make it winter", "a boat on a frozen lake")
@@ -50,8 +53,8 @@ REASONS = {
         json.dumps({"output": f" {GOOD.output}\n", "edit": "make  it\twinter", "why": 1}),
     ],
 )
-def test_json_is_found(text):
-    assert parse_json(BOAT, text) == GOOD
+def test_json_is_found_in_an_answer(text):
+    assert parse_chat_answer(BOAT, text) == GOOD
 
 
 @pytest.mark.parametrize(
@@ -72,35 +75,37 @@ def test_json_is_found(text):
         (json.dumps({"edit": "add wind", "output": "wind " * 76}), "output too long"),
     ],
 )
-def test_what_is_no_triple_says_why(text, reason):
-    assert parse_json(BOAT, text) == Rejected(reason)
+def test_rejected_answers_have_a_reason(text, reason):
+    assert parse_chat_answer(BOAT, text) == Rejected(reason)
 
 
-def test_an_answer_that_was_cut_says_so():
-    assert parse_json(BOAT, ANSWER[:-5], is_finished=False) == Rejected("cut off")
-    assert parse_json(BOAT, ANSWER, is_finished=False) == GOOD  # all that is needed was said
-    assert parse_legacy(BOAT, f"{GOOD.edit}{SEPARATOR}{GOOD.output}", is_finished=False) == Rejected("cut off")
+def test_cut_answers():
+    assert parse_chat_answer(BOAT, ANSWER[:-5], is_finished=False) == Rejected("cut off")
+    assert parse_chat_answer(BOAT, ANSWER, is_finished=False) == GOOD  # both keys are complete
+    assert parse_legacy_answer(BOAT, f"{GOOD.edit}{SEPARATOR}{GOOD.output}", is_finished=False) == Rejected("cut off")
 
 
-def test_legacy_as_the_original_writes_it():
+def test_legacy_format_of_the_original():
     text = f"{GOOD.edit}{SEPARATOR}{GOOD.output}"
-    assert parse_legacy(BOAT, text) == parse_legacy(BOAT, f"{text}{STOP} and on", is_finished=False) == GOOD
+    assert (
+        parse_legacy_answer(BOAT, text) == parse_legacy_answer(BOAT, f"{text}{STOP} and on", is_finished=False) == GOOD
+    )
     assert (PROMPT_END, SEPARATOR, STOP) == ("\n##\n", "\n%%\n", "\nEND")
     for wrong in (GOOD.edit, f"{text}{SEPARATOR}more", f"{text}{PROMPT_END}", "a %% b"):
-        assert parse_legacy(BOAT, wrong) == Rejected("no delimiter")
+        assert parse_legacy_answer(BOAT, wrong) == Rejected("no delimiter")
 
 
 def check_result(caption: str, result: Triple | Rejected) -> None:
-    """What every result holds to, whatever was said."""
+    """The properties of every result."""
     if isinstance(result, Rejected):
         assert result.reason in REASONS
         return
     for text in result:
         assert text and text == " ".join(text.split()) and "\n" not in text
         text.encode()
-    assert fold(result.output) != fold(caption)
-    assert len(result.edit.split()) <= 30 and count_tokens(result.output) <= MAX_TOKENS
-    assert check_triple(*result) == result  # what is kept is kept again
+    assert comparable_text(result.output) != comparable_text(caption)
+    assert len(result.edit.split()) <= 30 and estimate_tokens(result.output) <= MAX_TOKENS
+    assert check_triple(*result) == result  # accepted again
 
 
 jsonlike = st.recursive(
@@ -120,34 +125,34 @@ answers = st.one_of(
 
 @settings(max_examples=500, deadline=None)
 @given(caption=texts, answer=answers, is_finished=st.booleans(), name=st.sampled_from(sorted(PARSERS)))
-def test_nothing_breaks_the_parser(caption, answer, is_finished, name):
+def test_the_parser_accepts_any_text(caption, answer, is_finished, name):
     check_result(caption, PARSERS[name](caption, answer, is_finished))
 
 
 @settings(max_examples=200, deadline=None)
 @given(edit=texts, output=texts)
-def test_what_one_format_takes_the_other_takes_too(edit, output):
-    """A triple of JSON comes back from the original's format, unless it begins with the stop word."""
-    triple = parse_json(BOAT, json.dumps({"edit": edit, "output": output}))
+def test_both_formats_accept_the_same_triples(edit, output):
+    """A triple parsed from JSON survives the legacy format, unless its output starts with the stop word."""
+    triple = parse_chat_answer(BOAT, json.dumps({"edit": edit, "output": output}))
     if isinstance(triple, Triple) and not triple.output.startswith("END"):
-        assert parse_legacy(BOAT, f"{triple.edit}{SEPARATOR}{triple.output}{STOP}") == triple
+        assert parse_legacy_answer(BOAT, f"{triple.edit}{SEPARATOR}{triple.output}{STOP}") == triple
 
 
-def test_the_examples_are_good_and_varied():
+def test_the_worked_examples_are_valid_and_varied():
     examples = read_examples()
     assert len(examples) >= 20
     assert all(check_triple(*example) == example for example in examples)
     for index in range(3):
-        assert len({fold(example[index]) for example in examples}) == len(examples)
+        assert len({comparable_text(example[index]) for example in examples}) == len(examples)
     assert len({example.edit.split()[0].lower() for example in examples}) >= 15
     assert not any(word in example.edit.split() for example in examples for word in ("left", "right"))
 
 
-def test_examples_are_drawn_by_the_seed():
+def test_the_seed_draws_the_examples():
     assert draw_examples(1, 8) == draw_examples(1, 8) != draw_examples(2, 8)
-    messages = chat_messages(Ask(BOAT, 1), 3)
+    messages = chat_messages(Question(BOAT, 1), 3)
     assert [message["role"] for message in messages] == ["system", *["user", "assistant"] * 3, "user"]
     assert messages[-1]["content"] == f"Caption: {BOAT}"
-    shown = [parse_json(BOAT, message["content"]) for message in messages if message["role"] == "assistant"]
-    assert all(isinstance(triple, Triple) for triple in shown)
-    assert plain_prompt(Ask(BOAT, 1), 0).count("Caption:") == 2  # one is shown in any case
+    examples = [parse_chat_answer(BOAT, message["content"]) for message in messages if message["role"] == "assistant"]
+    assert all(isinstance(triple, Triple) for triple in examples)
+    assert plain_prompt(Question(BOAT, 1), 0).count("Caption:") == 2  # at least one example

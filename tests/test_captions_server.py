@@ -1,21 +1,22 @@
-"""Phase one against a server that speaks OpenAI's API, over real connections, with everything that goes wrong there."""
+"""generate_captions.py with a server that has OpenAI's API, over real connections, with many kinds of failures."""
 
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from data_preparation import generate_captions
-from data_preparation.captions.client import find_url_problem, read_retry_after
-from data_preparation.captions.triples import PROMPT_END
-from tests.chat_server import Fault, chat_server, speak
+from data_preparation.captions.model_flags import find_url_problem
+from data_preparation.captions.prompts import PROMPT_END
+from data_preparation.captions.server import read_retry_after
+from tests.chat_server import Fault, chat_server, default_reply
+from tests.killing import kill_and_resume
+from tests.killing import rows_of as files_of
 from tests.runs import ENVIRONMENT, REPOSITORY
 
 CAPTIONS = [
@@ -64,7 +65,8 @@ def rows_of(data_root: Path) -> list[dict]:
     return [row for path in sorted(data_root.glob("data/*.parquet")) for row in pq.read_table(path).to_pylist()]
 
 
-def refusal(capsys: pytest.CaptureFixture, *flags: str) -> str:
+def error_message(capsys: pytest.CaptureFixture, *flags: str) -> str:
+    """Run the script with flags that fail; returns its message."""
     with pytest.raises(SystemExit) as stopped:
         generate_captions.main(list(flags))
     assert stopped.value.code == 2
@@ -74,9 +76,9 @@ def refusal(capsys: pytest.CaptureFixture, *flags: str) -> str:
 def test_rows_and_prompts(captions, server, tmp_path, capsys):
     rows = generate(captions, server, tmp_path / "out", "--price_in=0.5", "--price_out=2")
     assert sorted(row["caption"] for row in rows) == sorted(CAPTIONS)
-    assert [row["caption"] for row in rows] != CAPTIONS  # in the order that the seed draws
+    assert [row["caption"] for row in rows] != CAPTIONS  # shuffled by the seed
     for row in rows:
-        assert json.loads(speak(row["caption"], {"seed": row["seed"]})) == {
+        assert json.loads(default_reply(row["caption"], {"seed": row["seed"]})) == {
             "edit": row["edit"],
             "output": row["output"],
         }
@@ -86,37 +88,38 @@ def test_rows_and_prompts(captions, server, tmp_path, capsys):
     lines = [json.loads(line) for line in (tmp_path / "out/prompts.jsonl").read_text().splitlines()]
     assert [line["input"] for line in lines] == [line["caption"] for line in lines] == [r["caption"] for r in rows]
     assert all(line.keys() == {"caption", "input", "edit", "output", "url"} for line in lines)
-    body = server.answered()[1]
+    body = server.bodies()[1]
     assert body["response_format"]["json_schema"]["strict"] and 0 <= body["seed"] < 2**31
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     tokens = [
         sum(json.loads(line)[name] for line in (tmp_path / "out/usage.jsonl").read_text().splitlines())
         for name in ("requests", "tokens_in", "tokens_out")
     ]
     assert tokens[0] == len(server.requests) == 21
-    assert f"{tokens[1]:,} tokens in and {tokens[2]:,} out, cost {(tokens[1] * 0.5 + tokens[2] * 2) / 1e6:.4f}" in said
-    assert generate(captions, server, tmp_path / "out") == rows and len(server.requests) == 21  # nothing is asked again
+    assert (
+        f"{tokens[1]:,} tokens in and {tokens[2]:,} out, cost {(tokens[1] * 0.5 + tokens[2] * 2) / 1e6:.4f}" in output
+    )
+    assert generate(captions, server, tmp_path / "out") == rows and len(server.requests) == 21  # no further request
 
 
-def test_the_same_rows_however_they_are_asked_for(captions, server, tmp_path):
+def test_rows_do_not_depend_on_concurrency(captions, server, tmp_path):
     rows = generate(captions, server, tmp_path / "one", "--concurrency=1", "--edits_per_caption=2")
     server.delay = 0.02
-    server.most_at_once = 0
+    server.max_concurrency = 0
     assert generate(captions, server, tmp_path / "eight", "--concurrency=8", "--edits_per_caption=2") == rows
-    assert 1 < server.most_at_once <= 8
+    assert 1 < server.max_concurrency <= 8
     assert generate(captions, server, tmp_path / "other", "--edits_per_caption=2", "--seed=1") != rows
 
 
 @pytest.mark.slow
-def test_workers_and_ray_give_the_same_rows(captions, server, tmp_path):
+def test_workers_give_the_same_rows(captions, server, tmp_path):
     rows = generate(captions, server, tmp_path / "one")
     assert generate(captions, server, tmp_path / "two", "--num_workers=2") == rows
-    assert generate(captions, server, tmp_path / "ray", "--ray=local", "--num_workers=1") == rows
 
 
-def test_faults_of_every_kind_change_no_row(captions, server, tmp_path):
+def test_failures_do_not_change_the_rows(captions, server, tmp_path):
     rows = generate(captions, server, tmp_path / "calm")
-    begun = len(server.requests)
+    num_requests = len(server.requests)
     faults = [
         Fault("status", 429, {"Retry-After": "0.3"}),
         Fault("status", 500),
@@ -126,23 +129,23 @@ def test_faults_of_every_kind_change_no_row(captions, server, tmp_path):
         Fault("garbage", body=b'{"choices": [{}]}'),
         Fault("no choices"),
         Fault("cut"),
-        Fault("gone"),
+        Fault("disconnect"),
         Fault("slow", body=0.8),
         Fault("status", 429),
         Fault("garbage", body=b"[1]"),
     ]
 
-    def say(caption: str, body: dict) -> str:
-        if len(server.requests) == begun + 1:  # after the first question, which no other thread shares
+    def reply(caption: str, body: dict) -> str:
+        if len(server.requests) == num_requests + 1:  # after the first request, which is sent alone
             server.faults.extend(faults)
-        return speak(caption, body)
+        return default_reply(caption, body)
 
-    server.say = say
+    server.reply = reply
     assert generate(captions, server, tmp_path / "storm", "--timeout=0.5", "--retries=12") == rows
-    assert not server.faults and len(server.requests) - begun == 21 + len(faults)
+    assert not server.faults and len(server.requests) - num_requests == 21 + len(faults)
 
 
-def test_retry_after_holds_all_requests_back(captions, server, tmp_path):
+def test_retry_after_delays_all_requests(captions, server, tmp_path):
     server.faults.append(Fault("status", 429, {"Retry-After": "1.5"}))
     generate(captions, server, tmp_path / "out", "--num_samples=1")
     assert server.requests[1].time - server.requests[0].time >= 1.5
@@ -165,40 +168,40 @@ def test_requests_per_minute(captions, server, tmp_path):
 )
 def test_a_server_without_structured_output(captions, server, tmp_path, structures, structure):
     server.structures = structures
-    server.say = lambda caption, body: f"Here it is:\n{speak(caption, body)}"
+    server.reply = lambda caption, body: f"Here it is:\n{default_reply(caption, body)}"
     rows = generate(captions, server, tmp_path / "out")
     assert len(rows) == 20 and {json.loads(row["settings"])["structure"] for row in rows} == {structure}
-    assert len(server.requests) == 20 + (2 if structures else 3)  # found with one caption, before all others
+    assert len(server.requests) == 20 + (2 if structures else 3)  # negotiated with one request before all others
 
 
-def test_a_server_that_takes_fewer_parameters(captions, server, tmp_path):
-    server.refused = {"max_tokens", "temperature", "frequency_penalty"}
+def test_a_server_that_supports_fewer_parameters(captions, server, tmp_path):
+    server.unsupported = {"max_tokens", "temperature", "frequency_penalty"}
     rows = generate(captions, server, tmp_path / "out")
     assert json.loads(rows[0]["settings"])["left_out"] == ["frequency_penalty", "temperature"]
-    assert server.answered()[-1]["max_completion_tokens"] == 256 and "seed" in server.answered()[-1]
+    assert server.bodies()[-1]["max_completion_tokens"] == 256 and "seed" in server.bodies()[-1]
 
 
-def test_bad_answers_are_asked_again_and_counted(captions, server, tmp_path, capsys):
+def test_rejected_answers_are_retried_and_counted(captions, server, tmp_path, capsys):
     seen: dict[str, int] = {}
 
-    def say(caption: str, body: dict) -> str:
+    def reply(caption: str, body: dict) -> str:
         seen[caption] = seen.get(caption, 0) + 1
         if caption == CAPTIONS[2]:
             return "I cannot do that"
         if caption == CAPTIONS[1] and seen[caption] < 3:
             return json.dumps({"edit": "keep it", "output": f"{caption.upper()}!"})
-        return speak(caption, body)
+        return default_reply(caption, body)
 
-    server.say = say
+    server.reply = reply
     rows = generate(captions, server, tmp_path / "out")
     assert len(rows) == 19 and seen[CAPTIONS[2]] == seen[CAPTIONS[1]] == 3
     assert next(json.loads(row["settings"])["try"] for row in rows if row["caption"] == CAPTIONS[1]) == 3
     assert "rejected, no JSON: 1" in capsys.readouterr().out
 
 
-def test_legacy_as_the_original_asks(captions, server, tmp_path):
+def test_legacy_format_sends_the_request_of_the_original(captions, server, tmp_path):
     rows = generate(captions, server, tmp_path / "out", "--format=legacy")
-    body = server.answered("/v1/completions")[-1]
+    body = server.bodies("/v1/completions")[-1]
     wanted = dict(temperature=0.7, max_tokens=256, top_p=1.0, frequency_penalty=0.1, presence_penalty=0, stop=["\nEND"])
     assert len(rows) == 20 and {name: body[name] for name in wanted} == wanted
     assert body["prompt"].endswith(PROMPT_END) and body["prompt"].removesuffix(PROMPT_END) in [
@@ -207,7 +210,7 @@ def test_legacy_as_the_original_asks(captions, server, tmp_path):
     ]
     assert "messages" not in body and "response_format" not in body
     server.finish_reason = "length"
-    with pytest.raises(SystemExit):  # all cut off
+    with pytest.raises(SystemExit):  # every answer is cut off
         generate(captions, server, tmp_path / "cut", "--format=legacy", "--tries=1")
 
 
@@ -224,13 +227,13 @@ def test_duplicates_by_words_and_by_url(server, tmp_path, capsys):
     source = tmp_path / "captions.jsonl"
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = generate(source, server, tmp_path / "out", "--caption_column=TEXT")
-    said = capsys.readouterr().out
+    output = capsys.readouterr().out
     assert len(made) == 3 and sum(row["url"] is not None for row in made) == 2
     for reason, count in (("a duplicate", 2), ("empty", 1), ("too long", 1)):
-        assert f"rejected, caption {reason}: {count}" in said
+        assert f"rejected, caption {reason}: {count}" in output
 
 
-def test_captions_from_every_kind_of_source(server, tmp_path):
+def test_captions_from_all_kinds_of_sources(server, tmp_path):
     import datasets
 
     rows = datasets.Dataset.from_dict({"TEXT": CAPTIONS[:3], "note": ["x"] * 3, "URL": ["a", "b", "c"]})
@@ -244,7 +247,7 @@ def test_captions_from_every_kind_of_source(server, tmp_path):
 
 
 def test_num_samples_counts_triples(captions, server, tmp_path):
-    server.say = lambda caption, body: speak(caption, body) if "boat" not in caption else "no"
+    server.reply = lambda caption, body: default_reply(caption, body) if "boat" not in caption else "no"
     every = generate(captions, server, tmp_path / "all")
     some = generate(captions, server, tmp_path / "some", "--num_samples=6")
     assert len(every) == 15 and some == every[:6]
@@ -263,66 +266,73 @@ def test_moderation_by_words_function_and_server(captions, server, tmp_path, cap
     found = [generate(captions, server, tmp_path / kind[:6], f"--moderation={kind}") for kind in kinds]
     assert found[0] == found[1] == found[2] and 0 < len(found[0]) < 15
     assert not any(word in f"{row['caption']} {row['output']}" for row in found[0] for word in ("cat", "snow"))
-    said = capsys.readouterr().out
-    assert said.count("rejected, caption refused by moderation: 5") == 3 and "rejected, refused by moderation:" in said
+    output = capsys.readouterr().out
+    assert (
+        output.count("rejected, caption refused by moderation: 5") == 3 and "rejected, refused by moderation:" in output
+    )
 
 
-def test_the_key_is_sent_and_nowhere_else(captions, server, tmp_path, monkeypatch, capsys):
+def test_the_key_is_sent_but_never_printed_or_written(captions, server, tmp_path, monkeypatch, capsys):
     server.key = KEY
     monkeypatch.setenv("MY_KEY", KEY)
     generate(captions, server, tmp_path / "out", "--api_key_env=MY_KEY")
     assert {request.authorization for request in server.requests} == {f"Bearer {KEY}"}
     monkeypatch.setenv("MY_KEY", "sk-wrong-0123456789abcdefghij")
     flags = flags_of(captions, server.url, tmp_path / "wrong", "--api_key_env=MY_KEY")
-    message = refusal(capsys, *flags)  # though the server repeats it
-    assert "does not accept the key in MY_KEY" in message and "sk-wrong" not in message
+    message = error_message(capsys, *flags)  # the server's message contains the key
+    assert "--api_key_env MY_KEY" in message and "rejects the key" in message and "sk-wrong" not in message
     monkeypatch.delenv("MY_KEY")
-    assert "no key (MY_KEY)" in refusal(capsys, *flags)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)  # not read, because --api_key_env names another variable
+    assert "needs a key, and the variable is not set" in error_message(capsys, *flags)
+    assert server.requests[-1].authorization is None
+    monkeypatch.setenv("MY_KEY", f"{KEY}\u00e4")
+    message = error_message(capsys, *flags)
+    assert "--api_key_env MY_KEY: the key contains characters" in message and KEY not in message
     written = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
     assert KEY.encode() not in written and b"sk-wrong" not in written
 
 
-def test_a_server_that_goes_away_loses_nothing(captions, server, tmp_path, capsys):
+def test_resume_after_the_server_was_lost(captions, server, tmp_path, capsys):
     rows = generate(captions, server, tmp_path / "calm")
-    begun = len(server.requests)
+    num_requests = len(server.requests)
     count = 0
 
-    def say(caption: str, body: dict) -> str:
+    def reply(caption: str, body: dict) -> str:
         nonlocal count
         count += 1
         if count == 10:
             server.faults.extend([Fault("status", 502)] * 1000)
-        return speak(caption, body)
+        return default_reply(caption, body)
 
-    server.say = say
+    server.reply = reply
     flags = flags_of(captions, server.url, tmp_path / "out", "--retries=2", "--concurrency=1")
-    message = refusal(capsys, *flags)
-    assert "did not answer, 3 times in a row" in message and "502" in message and "goes on" in message
+    message = error_message(capsys, *flags)
+    assert "no answer after 3 attempts" in message and "502" in message and "to resume" in message
     shards = sorted((tmp_path / "out/.making").glob("shard-*"))
     assert len(shards) == 2
     server.faults.clear()
-    server.say = None
+    server.reply = None
     assert generate_captions.main(flags) == 0 and rows_of(tmp_path / "out") == rows
-    assert len(server.requests) - begun == (10 + 3) + (1 + 12)  # the finished shards were not asked for again
+    assert len(server.requests) - num_requests == (10 + 3) + (1 + 12)  # none for the finished shards
 
 
-def test_what_cannot_pass_is_told_at_once(captions, server, tmp_path, capsys):
+def test_permanent_errors_end_the_run(captions, server, tmp_path, capsys):
     flags = flags_of(captions, server.url, tmp_path / "out")
-    message = refusal(capsys, *flags, "--model=unknown")
+    message = error_message(capsys, *flags, "--model=unknown")
     assert "--model unknown" in message and "does not exist" in message
     quota = {"error": {"message": "You exceeded your quota", "code": "insufficient_quota"}}
     server.faults.append(Fault("status", 429, body=quota))
-    assert "exceeded your quota" in refusal(capsys, *flags)
+    assert "exceeded your quota" in error_message(capsys, *flags)
     nowhere = flags_of(captions, "http://127.0.0.1:9/v1", tmp_path / "out", "--retries=1")
-    assert "did not answer, 2 times" in refusal(capsys, *nowhere)
-    server.say = lambda caption, body: "no"
-    assert "no rows were generated (no JSON: 20)" in refusal(capsys, *flags)
-    server.say = lambda caption, body: speak(caption, body)
-    assert "different settings" in refusal(capsys, *flags, "--seed=1")
+    assert "no answer after 2 attempts" in error_message(capsys, *nowhere)
+    server.reply = lambda caption, body: "no"
+    assert "no rows were generated (no JSON: 20)" in error_message(capsys, *flags)
+    server.reply = lambda caption, body: default_reply(caption, body)
+    assert "different settings" in error_message(capsys, *flags, "--seed=1")
 
 
-def test_all_mistakes_in_the_flags_at_once(tmp_path, capsys):
-    message = refusal(
+def test_all_invalid_flags_are_reported_together(tmp_path, capsys):
+    message = error_message(
         capsys,
         "--captions=./nowhere.txt",
         f"--data_root={tmp_path}/out",
@@ -341,7 +351,7 @@ def test_all_mistakes_in_the_flags_at_once(tmp_path, capsys):
         "ftp://x",
         "--num_samples 0",
         "--temperature nan",
-        "--batch_size is for a model on",
+        "--batch_size works only without --base_url",
         "--moderation python:x",
         "--concurrency 0",
         "--structure json_object",
@@ -350,19 +360,19 @@ def test_all_mistakes_in_the_flags_at_once(tmp_path, capsys):
     assert not (tmp_path / "out").exists()
     secret = find_url_problem("https://user:secret@host/v1")
     assert "environment" in secret and "secret" not in secret
-    assert "--moderation server" in refusal(
+    assert "--moderation server" in error_message(
         capsys, "--captions=x", f"--data_root={tmp_path}/out", "--model=m", "--moderation=server", "--timeout=3"
     )
 
 
-def test_other_settings_are_refused(captions, server, tmp_path, capsys):
+def test_another_sampling_is_refused(captions, server, tmp_path, capsys):
     generate(captions, server, tmp_path / "out")
-    message = refusal(capsys, *flags_of(captions, server.url, tmp_path / "out", "--temperature=1"))
+    message = error_message(capsys, *flags_of(captions, server.url, tmp_path / "out", "--temperature=1"))
     assert "different settings" in message and "sampling" in message
 
 
-def test_as_a_process_without_anything_heavy(captions, server, tmp_path):
-    """The way to a server needs neither torch nor transformers."""
+def test_no_heavy_imports_for_a_server(captions, server, tmp_path):
+    """A run with a server imports neither torch nor transformers."""
     code = (
         "import runpy, sys; sys.argv = sys.argv[1:]\n"
         "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
@@ -375,35 +385,14 @@ def test_as_a_process_without_anything_heavy(captions, server, tmp_path):
 
 
 @pytest.mark.slow
-def test_killed_twenty_times(captions, server, tmp_path):
-    rows = generate(captions, server, tmp_path / "calm", "--items_per_shard=1", "--edits_per_caption=3")
+def test_killed_runs_resume_with_the_same_rows(captions, server, tmp_path):
     server.delay = 0.03
-    flags = flags_of(captions, server.url, tmp_path / "out", "--items_per_shard=1", "--edits_per_caption=3")
-    command = [sys.executable, SCRIPT, *flags, "--concurrency=1"]
-    kills, state = 0, 7
-    while kills < 20:
-        process = subprocess.Popen(
-            command, cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        begun = len(server.requests)
-        while len(server.requests) == begun and process.poll() is None:
-            time.sleep(0.005)
-        state = state * 1103515245 + 12345 & 0x7FFFFFFF
-        time.sleep(state / 0x7FFFFFFF * 0.35)  # some shards' time
-        if process.poll() is not None:  # it was done before: from the beginning
-            assert process.returncode == 0 and rows_of(tmp_path / "out") == rows
-            subprocess.run(["rm", "-r", str(tmp_path / "out")], check=True)
-            continue
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        kills += 1
-    subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, check=True, capture_output=True)
-    assert rows_of(tmp_path / "out") == rows
-    lines = (tmp_path / "out/prompts.jsonl").read_text().splitlines()
-    assert [json.loads(line)["edit"] for line in lines] == [row["edit"] for row in rows]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "data",
-        "manifest.json",
-        "prompts.jsonl",
-        "usage.jsonl",
-    ]
+    flags = flags_of(captions, server.url, tmp_path, "--items_per_shard=1", "--edits_per_caption=3", "--concurrency=1")
+    flags = [flag for flag in flags if not flag.startswith("--data_root")]
+    imports = ("openai", "data_preparation.captions.triple_generation", "data_preparation.captions.server")
+    uninterrupted, outputs = kill_and_resume("data_preparation.generate_captions", flags, tmp_path, 20, imports)
+    for output in outputs:
+        assert files_of(output) == files_of(uninterrupted)
+        assert (output / "prompts.jsonl").read_bytes() == (uninterrupted / "prompts.jsonl").read_bytes()
+        names = {path.name for path in output.iterdir()}
+        assert names == {"data", "manifest.json", "prompts.jsonl", "usage.jsonl"}

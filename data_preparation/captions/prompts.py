@@ -1,18 +1,22 @@
-"""What a language model is asked.
+"""What a language model is asked about a caption, and how its answer is parsed into a triple (caption, edit, output).
 
-Instructions and worked examples for one that takes instructions; the caption alone for one that was fine-tuned on such
-triples.
+There are two formats. In "chat" an instruct model answers with a JSON object. In "legacy", the format of the original
+InstructPix2Pix, a fine-tuned model continues `caption\\n##\\n` with `edit\\n%%\\noutput\\nEND`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+import unicodedata
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
-from data_preparation.captions.triples import PROMPT_END, STOP, Triple
+from utils.checks.prompt_checks import MAX_TOKENS, estimate_tokens
+from utils.json_lines import read_json_lines
 
 EXAMPLES = Path(__file__).with_name("examples.jsonl")
 TASK = (
@@ -30,15 +34,39 @@ SCHEMA = {
     "required": ["edit", "output"],
     "additionalProperties": False,
 }
+PROMPT_END, SEPARATOR, STOP = "\n##\n", "\n%%\n", "\nEND"  # of the original's dataset_creation/prepare_for_gpt.py
+MAX_EDIT_WORDS = 30
+NUM_SEEDS = 2**31  # servers accept 32-bit seeds
+_REASONING = re.compile(r"\A\s*<think>.*?</think>", re.DOTALL)
+_CODE_FENCE = re.compile(r"\A\s*```(?:json)?\s*\n(.*?)\n?\s*```\s*\Z", re.DOTALL)
+_DECODER = json.JSONDecoder(strict=False)  # allows line breaks inside strings; `clean_text` turns them into spaces
+
+
+class Triple(NamedTuple):
+    """A caption, an edit instruction, and the caption after the edit. Each is one line of text."""
+
+    caption: str
+    edit: str
+    output: str
+
+
+class Rejected(NamedTuple):
+    """The reason why an answer is not a usable triple. Reasons are fixed texts, because they are counted."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How a model is asked. The fields are flags and decide the triples.
+class Question:
+    """One request to a model. seed: below NUM_SEEDS; determines the sampling and the worked examples."""
 
-    format: chat (a JSON object is asked for) or legacy (the original's delimiters); num_examples: worked examples shown
-    with each caption, drawn by the seed.
-    """
+    caption: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class SamplingOptions:
+    """How answers are sampled; the fields are flags. num_examples: worked examples before each caption."""
 
     format: str = "chat"
     temperature: float = 0.7
@@ -47,60 +75,122 @@ class Sampling:
     frequency_penalty: float = 0.1
     num_examples: int = 8
 
-    @property
-    def stop(self) -> list[str]:
-        return [STOP] if self.format == "legacy" else []
-
-
-@dataclass(frozen=True)
-class Ask:
-    """One question to a model. seed: 0 to 2**31 - 1, of the sampling and of the drawn examples."""
-
-    caption: str
-    seed: int
-
 
 @cache
 def read_examples() -> tuple[Triple, ...]:
-    """The worked examples, written by us."""
-    return tuple(Triple(**json.loads(line)) for line in EXAMPLES.read_text(encoding="utf-8").splitlines())
+    """The worked examples of examples.jsonl."""
+    return tuple(Triple(**row) for _, row in read_json_lines(EXAMPLES))
 
 
 def digest_prompts() -> str:
-    """Changes with the words of the task and with the examples."""
+    """A digest of the task and the worked examples, which determine the answers."""
     words = json.dumps([TASK, read_examples()], ensure_ascii=False)
     return hashlib.blake2b(words.encode(), digest_size=8).hexdigest()
 
 
 def draw_examples(seed: int, count: int) -> list[Triple]:
-    """Other examples in another order for each seed: a model repeats what it is shown, and so repeats itself less."""
+    """`count` worked examples in an order that depends on the seed; models imitate them, so variety helps."""
     from data_preparation.photographs import seeded_rng
 
     examples = read_examples()
     return [examples[index] for index in seeded_rng(seed, 0).permutation(len(examples))[:count]]
 
 
-def chat_messages(ask: Ask, num_examples: int) -> list[dict[str, str]]:
-    """For a model with roles: the task, the examples as turns that have been, and the caption."""
+def chat_messages(question: Question, num_examples: int) -> list[dict[str, str]]:
+    """The messages for a chat model: the task, the worked examples as earlier turns, and the caption."""
     messages = [{"role": "system", "content": TASK}]
-    for example in draw_examples(ask.seed, num_examples):
-        messages += [
-            {"role": "user", "content": f"Caption: {example.caption}"},
-            {"role": "assistant", "content": _answer(example)},
-        ]
-    return [*messages, {"role": "user", "content": f"Caption: {ask.caption}"}]
+    for example in draw_examples(question.seed, num_examples):
+        messages += example_messages(example)
+    return [*messages, {"role": "user", "content": f"Caption: {question.caption}"}]
 
 
-def plain_prompt(ask: Ask, num_examples: int) -> str:
-    """The same for a model that only continues a text. Its answer ends where the next caption begins."""
-    examples = draw_examples(ask.seed, max(num_examples, 1))  # without any it could not know what to do
-    shown = "".join(f"Caption: {example.caption}\nAnswer: {_answer(example)}\n\n" for example in examples)
-    return f"{TASK}\n\n{shown}Caption: {ask.caption}\nAnswer:"
+def example_messages(example: Triple) -> list[dict[str, str]]:
+    """A worked example as a turn of the user and a turn of the assistant."""
+    user = {"role": "user", "content": f"Caption: {example.caption}"}
+    return [user, {"role": "assistant", "content": _chat_answer(example)}]
 
 
-def legacy_prompt(ask: Ask) -> str:
-    return f"{ask.caption}{PROMPT_END}"
+def plain_prompt(question: Question, num_examples: int) -> str:
+    """The same as plain text, for a model without a chat template. The answer ends where the next caption begins."""
+    examples = draw_examples(question.seed, max(num_examples, 1))  # a base model needs at least one
+    turns = "".join(f"Caption: {example.caption}\nAnswer: {_chat_answer(example)}\n\n" for example in examples)
+    return f"{TASK}\n\n{turns}Caption: {question.caption}\nAnswer:"
 
 
-def _answer(example: Triple) -> str:
+def legacy_prompt(caption: str) -> str:
+    """The prompt of the original InstructPix2Pix."""
+    return f"{caption}{PROMPT_END}"
+
+
+def legacy_completion(triple: Triple) -> str:
+    """The answer that a model fine-tuned on the original's format gives to `legacy_prompt`."""
+    return f"{triple.edit}{SEPARATOR}{triple.output}{STOP}"
+
+
+def _chat_answer(example: Triple) -> str:
     return json.dumps({"edit": example.edit, "output": example.output}, ensure_ascii=False)
+
+
+def parse_chat_answer(caption: str, text: str, is_finished: bool = True) -> Triple | Rejected:
+    """Parse `{"edit": ..., "output": ...}`. Reasoning before it, a code fence and text around it are ignored."""
+    text = _REASONING.sub("", text)
+    fenced = _CODE_FENCE.match(text)
+    text = fenced.group(1) if fenced else text
+    if not text.strip():
+        return Rejected("empty")
+    try:
+        answer, _ = _DECODER.raw_decode(text, text.index("{"))
+    except (ValueError, RecursionError):
+        return Rejected("no JSON" if is_finished else "cut off")
+    if not all(key in answer for key in ("edit", "output")):
+        return Rejected("missing key")
+    if not all(isinstance(answer[key], str) for key in ("edit", "output")):
+        return Rejected("not text")
+    return check_triple(caption, answer["edit"], answer["output"])
+
+
+def parse_legacy_answer(caption: str, text: str, is_finished: bool = True) -> Triple | Rejected:
+    """Parse `edit\\n%%\\noutput`, up to the stop word if the text still contains it."""
+    text, stop, _ = text.partition(STOP)
+    if not text.strip():
+        return Rejected("empty")
+    if not (stop or is_finished):
+        return Rejected("cut off")
+    parts = text.split(SEPARATOR)
+    if len(parts) != 2 or PROMPT_END in text:
+        return Rejected("no delimiter")
+    return check_triple(caption, *parts)
+
+
+PARSERS = {"chat": parse_chat_answer, "legacy": parse_legacy_answer}
+
+
+def check_triple(caption: str, edit: str, output: str) -> Triple | Rejected:
+    """The triple with normalized white space, or the reason why it is rejected."""
+    try:
+        caption, edit, output = map(clean_text, (caption, edit, output))
+    except UnicodeError:
+        return Rejected("not text")
+    if not (caption and comparable_text(edit) and comparable_text(output)):
+        return Rejected("empty")
+    if comparable_text(output) == comparable_text(caption):
+        return Rejected("output equal to caption")
+    if len(edit.split()) > MAX_EDIT_WORDS or estimate_tokens(edit) > MAX_TOKENS:
+        return Rejected("edit too long")
+    if estimate_tokens(output) > MAX_TOKENS:
+        return Rejected("output too long")
+    return Triple(caption, edit, output)
+
+
+def clean_text(text: str) -> str:
+    """One line without control characters. Raises UnicodeError for a lone surrogate, which UTF-8 cannot encode."""
+    text.encode()
+    text = "".join(" " if unicodedata.category(letter) in ("Cc", "Zl", "Zp") else letter for letter in text)
+    return " ".join(text.split())
+
+
+def comparable_text(text: str) -> str:
+    """The letters, digits and symbols of a text, case-folded and NFKC-normalized, for comparisons."""
+    text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    kept = (letter if unicodedata.category(letter)[0] in "LMNS" else " " for letter in text)
+    return " ".join("".join(kept).split())

@@ -1,154 +1,312 @@
-"""A language model behind a server with OpenAI's API, with whatever part of that API the server knows."""
+"""A language model behind a server with OpenAI's API (OpenAI, vLLM, llama.cpp, ...), through the `openai` package."""
 
 from __future__ import annotations
 
-import copy
+import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+import os
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
 
-from data_preparation.captions.backend import Answer, Usage
-from data_preparation.captions.client import Client, Refusal, Server
-from data_preparation.captions.prompts import SCHEMA, Ask, Sampling, chat_messages, legacy_prompt
+import openai
+
+from data_preparation.captions.backends import Answer, ServerOptions, UsageCounter
+from data_preparation.captions.prompts import SCHEMA, STOP, Question, SamplingOptions, chat_messages, legacy_prompt
 from utils.errors import InputError
+from utils.hub import redact
 
-STRUCTURES = ("json_schema", "json_object", "text")  # from the strictest on
-OPTIONAL = ("seed", "frequency_penalty", "temperature", "top_p")  # what some servers and models do not take
-MAX_REFUSALS = 20  # of the first requests: then it is not the captions
+STRUCTURES = ("json_schema", "json_object", "text")  # strictest first
+OPTIONAL_FIELDS = ("seed", "frequency_penalty", "temperature", "top_p")  # not supported by every server and model
+MAX_REFUSALS = 20  # if all of the first requests are refused, the captions are not the reason
+TEXTS_PER_REQUEST = 32  # of /v1/moderations
+MAX_WAIT = 60.0  # seconds between two attempts
+MAX_RETRY_AFTER = 600.0  # seconds
+TEMPORARY = (408, 409, 425, 429)  # and every 5xx
+PERMANENT_CODES = {"insufficient_quota", "billing_hard_limit_reached", "account_deactivated"}  # sent with 429
 
-Given, Gained = TypeVar("Given"), TypeVar("Gained")
+
+class RequestRefused(Exception):
+    """The server refused this one request (400, 413, 422)."""
+
+
+class ServerClient:
+    """Sends requests, with retries; thread-safe.
+
+    The retries of the `openai` package are off: they repeat a request after an exceeded quota, ignore a Retry-After
+    above two minutes, and their waits cannot be set (--retry_wait, --requests_per_minute).
+    """
+
+    def __init__(self, options: ServerOptions) -> None:
+        self._options, self._pacer = options, RequestPacer(options.requests_per_minute)
+        self._key = os.environ.get(options.api_key_env, "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise InputError(f"--api_key_env {options.api_key_env}: the key contains characters that keys cannot have")
+        try:
+            self.openai = openai.OpenAI(
+                base_url=api_url(options.base_url),
+                api_key=self._key or "none",  # without an argument the package reads OPENAI_API_KEY
+                timeout=openai.Timeout(options.timeout, connect=min(10.0, options.timeout)),
+                max_retries=0,
+            )
+        except Exception as error:  # an invalid address or proxy: its HTTP library has several types
+            reason = redact(f"{type(error).__name__}: {error}", self._key)
+            raise InputError(f"--base_url {options.base_url} cannot be used: {reason}") from error
+
+    def request(
+        self,
+        send: Callable[..., Any],
+        body: dict[str, Any],
+        read: Callable[[Any], Any],
+        cancelled: threading.Event | None = None,
+    ) -> Any:
+        """`read(send(**body))`, repeated after temporary errors and after a ValueError of `read`.
+
+        Raises RequestRefused; InputError if no request can succeed, or when `cancelled` is set.
+        """
+        cancelled, retries = cancelled or threading.Event(), self._options.retries
+        headers = {} if self._key else {"Authorization": openai.omit}
+        for attempt in range(retries + 1):
+            self._pacer.wait_for_turn(cancelled)
+            retry_after = None
+            try:
+                return read(send(**body, extra_headers=headers))
+            except openai.APIConnectionError as error:  # includes time-outs
+                cause = error.__cause__ or error
+                reason = f"{type(cause).__name__}: {cause}"[:300]
+            except openai.APIStatusError as error:
+                reason = self._temporary_reason(error, body)
+                retry_after = read_retry_after(error.response.headers.get("Retry-After"))
+            except (ValueError, RecursionError) as error:  # also invalid JSON
+                reason = f"incomplete answer ({error})"
+            if attempt < retries and retry_after is not None:
+                self._pacer.hold_all(retry_after)
+            elif attempt < retries:  # jitter, so that the threads do not all return at once
+                wait = min(MAX_WAIT, self._options.retry_wait * 2**attempt) * random.uniform(0.5, 1.0)
+                _sleep(wait, cancelled)
+        raise InputError(
+            f"--base_url {self._options.base_url}: no answer after {retries + 1} attempts; last error: "
+            f"{redact(reason, self._key)}. Finished shards are kept: run the same command again to resume. If the "
+            "server is slow, use a higher --retries or --timeout, or a lower --concurrency"
+        )
+
+    def _temporary_reason(self, error: openai.APIStatusError, body: dict) -> str:
+        """The error as text if another attempt can help. Otherwise raises RequestRefused or InputError."""
+        status, options = error.status_code, self._options
+        reason = f"{status} {redact(_error_message(error), self._key)}"
+        if status >= 500 or (status in TEMPORARY and (error.code or error.type) not in PERMANENT_CODES):
+            return reason
+        if status in (401, 403):
+            problem = "rejects the key" if self._key else "needs a key, and the variable is not set"
+            raise InputError(f"--api_key_env {options.api_key_env}: {options.base_url} {problem}: {reason}")
+        if status in (400, 413, 422):
+            raise RequestRefused(reason)
+        model = f", --model {body['model']}" if "model" in body else ""
+        raise InputError(f"--base_url {options.base_url}{model}: the server refused the request: {reason}")
+
+
+class RequestPacer:
+    """Decides when each request of all threads may start."""
+
+    def __init__(self, requests_per_minute: float | None) -> None:
+        self._interval = 60 / requests_per_minute if requests_per_minute else 0.0
+        self._lock, self._not_before = threading.Lock(), 0.0
+
+    def wait_for_turn(self, cancelled: threading.Event) -> None:
+        """Space the requests evenly. Raises InputError when `cancelled` is set."""
+        with self._lock:
+            start = max(time.monotonic(), self._not_before)
+            self._not_before = start + self._interval
+        _sleep(start - time.monotonic(), cancelled)
+
+    def hold_all(self, seconds: float) -> None:
+        """Start no request for so long: a Retry-After concerns all threads."""
+        with self._lock:
+            self._not_before = max(self._not_before, time.monotonic() + seconds)
 
 
 @dataclass(frozen=True)
-class Dialect:
-    """What a server takes: how the answer's form is asked for, what the limit is called, what is left out."""
+class RequestFormat:
+    """What the server supports. structure: how JSON is requested; limit_name: the field that holds --max_tokens."""
 
-    structure: str = "json_schema"
+    structure: str
     limit_name: str = "max_tokens"
-    left_out: tuple[str, ...] = ()
+    omitted: tuple[str, ...] = ()
 
 
-class ServedModel:
-    """A `Backend`. structure: "auto" asks for what the server takes, from a JSON schema down to plain text.
+class ServerBackend:
+    """A `Backend`. Creating it sends one request, so that a wrong address, key or model name fails early."""
 
-    Opening it asks one question, so that a wrong address, key or name of a model is told before any work.
-    """
-
-    def __init__(self, server: Server, model: str, sampling: Sampling, structure: str = "auto") -> None:
-        self.usage, self.client = Usage(), Client(server)
-        self._name, self._sampling, self._concurrency = model, sampling, server.concurrency
-        self._is_legacy = sampling.format == "legacy"
-        fixed = "text" if self._is_legacy else None if structure == "auto" else structure
-        self.dialect, said = self._negotiate(fixed)
-        # Servers take a name such as gpt-4o-mini for whatever it stands for today, and say which that was.
-        said = said.get("model")
-        self.model = {"id": model, "revision": said if isinstance(said, str) and said != model else None}
-        self.style = {"structure": self.dialect.structure, "left_out": list(self.dialect.left_out)}
+    def __init__(self, options: ServerOptions, sampling: SamplingOptions) -> None:
+        self.usage, self._client = UsageCounter(), ServerClient(options)
+        self._options, self._is_legacy = options, sampling.format == "legacy"
         self._answered = self._refused = 0
+        answered_by = self._negotiate(sampling)
+        # A name such as gpt-4o-mini stands for different versions over time; servers return the exact one.
+        revision = answered_by if isinstance(answered_by, str) and answered_by != options.model else None
+        self.model = {"id": options.model, "revision": revision}
+        self.style = {"structure": self._format.structure, "left_out": list(self._format.omitted)}
 
-    def with_sampling(self, sampling: Sampling) -> ServedModel:
-        """The same model, asked in another way; of the same format."""
-        other = copy.copy(self)
-        other._sampling = sampling
-        return other
+    def answer(self, questions: Sequence[Question], sampling: SamplingOptions) -> list[Answer]:
+        """Sends up to `concurrency` requests at a time. The first error cancels the others."""
+        cancelled, errors = threading.Event(), []
 
-    def answer(self, asks: Sequence[Ask]) -> list[Answer]:
-        return list(self.map(self._answer, asks))
+        def answer_one(question: Question) -> Answer:
+            try:
+                return self._answer(question, sampling, cancelled)
+            except InputError as error:
+                errors.append(error)
+                cancelled.set()
+                raise errors[0] from None
 
-    def map(self, function: Callable[[Given], Gained], values: Iterable[Given]) -> list[Gained]:
-        """As many at once as --concurrency says. The first error ends them all."""
-        pool = ThreadPoolExecutor(self._concurrency)
+        pool = ThreadPoolExecutor(self._options.concurrency)
         try:
-            return list(pool.map(function, values))
-        except BaseException:
-            self.client.stop()
-            raise
-        finally:
+            return list(pool.map(answer_one, questions))
+        finally:  # also after Ctrl-C
+            cancelled.set()
             pool.shutdown(cancel_futures=True)
-            self.client.start()
 
-    def _answer(self, ask: Ask) -> Answer:
+    def moderate(self, texts: Sequence[str]) -> list[bool]:
+        """Whether the server's moderation endpoint flags each text."""
+        flagged: list[bool] = []
+        for start in range(0, len(texts), TEXTS_PER_REQUEST):
+            part = list(texts[start : start + TEXTS_PER_REQUEST])
+            send, read = self._client.openai.moderations.create, partial(_read_flags, count=len(part))
+            try:
+                flagged += self._client.request(send, {"input": part}, read)
+            except RequestRefused as refusal:
+                raise InputError(f"--moderation server: the server refused {len(part)} texts: {refusal}") from refusal
+        return flagged
+
+    def _negotiate(self, sampling: SamplingOptions) -> Any:
+        """Find out with one caption which request format the server supports. Returns the name of its model."""
+        structure = "text" if self._is_legacy else self._options.structure
+        self._format = RequestFormat(STRUCTURES[0] if structure == "auto" else structure)
+        while True:
+            try:
+                return self._send(Question("a boat on a lake", 0), sampling, None)[1]
+            except RequestRefused as refusal:
+                simpler = simplify_format(self._format, str(refusal), keeps_structure=structure != "auto")
+                if simpler is None:
+                    problem = f"the server refused a simple request: {refusal}"
+                    raise InputError(f"--base_url {self._options.base_url}: {problem}") from None
+                self._format = simpler
+
+    def _answer(self, question: Question, sampling: SamplingOptions, cancelled: threading.Event) -> Answer:
         try:
-            said = self._post(ask, self.dialect)
-        except Refusal as refusal:
+            answer, _ = self._send(question, sampling, cancelled)
+        except RequestRefused as refusal:
             self._refused += 1
             if self._refused >= MAX_REFUSALS and not self._answered:
-                raise InputError(f"the server refused the first {self._refused} captions: {refusal}") from None
+                problem = f"the server refused the first {self._refused} captions: {refusal}"
+                raise InputError(f"--base_url {self._options.base_url}: {problem}") from None
             return Answer(refusal=str(refusal))
         self._answered += 1
-        self.usage.add(*count_usage(said))
-        choice = said["choices"][0]
-        if not self._is_legacy and choice["message"].get("refusal"):
-            return Answer(refusal=str(choice["message"]["refusal"]))
-        text = choice["text"] if self._is_legacy else choice["message"].get("content") or ""
-        return Answer(text, choice.get("finish_reason") in ("stop", None))
+        return answer
 
-    def _post(self, ask: Ask, dialect: Dialect) -> dict:
-        kind = "completions" if self._is_legacy else "chat/completions"
-        return self.client.post(kind, self._body(ask, dialect), self._find_fault)
+    def _send(
+        self, question: Question, sampling: SamplingOptions, cancelled: threading.Event | None
+    ) -> tuple[Answer, Any]:
+        """(answer, name of the model that gave it)."""
+        endpoint = self._client.openai.completions if self._is_legacy else self._client.openai.chat.completions
+        return self._client.request(endpoint.create, self._body(question, sampling), self._read, cancelled)
 
-    def _body(self, ask: Ask, dialect: Dialect) -> dict[str, Any]:
-        sampling = self._sampling
+    def _body(self, question: Question, sampling: SamplingOptions) -> dict[str, Any]:
+        """Arguments of the `openai` package's `create`."""
         body = {
-            "model": self._name,
-            "seed": ask.seed,
-            dialect.limit_name: sampling.max_tokens,
+            "model": self._options.model,
+            "seed": question.seed,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "frequency_penalty": sampling.frequency_penalty,
+            "extra_body": {self._format.limit_name: sampling.max_tokens},
         }
         if self._is_legacy:
-            body |= {"prompt": legacy_prompt(ask), "stop": sampling.stop, "presence_penalty": 0}
+            body |= {"prompt": legacy_prompt(question.caption), "stop": [STOP], "presence_penalty": 0}
         else:
-            body["messages"] = chat_messages(ask, sampling.num_examples)
-        if dialect.structure == "json_schema":
+            body["messages"] = chat_messages(question, sampling.num_examples)
+        if self._format.structure == "json_schema":
             schema = {"name": "edited_caption", "strict": True, "schema": SCHEMA}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        elif dialect.structure == "json_object":
+        elif self._format.structure == "json_object":
             body["response_format"] = {"type": "json_object"}
-        return {name: value for name, value in body.items() if name not in dialect.left_out}
+        return {name: value for name, value in body.items() if name not in self._format.omitted}
 
-    def _find_fault(self, said: dict) -> str | None:
-        choices = said.get("choices")
-        if not (isinstance(choices, list) and choices and isinstance(choices[0], dict)):
-            return "no choices"
-        if self._is_legacy:
-            return None if isinstance(choices[0].get("text"), str) else "a choice without text"
-        message = choices[0].get("message")
-        is_text = isinstance(message, dict) and isinstance(message.get("content"), str | None)
-        return None if is_text else "a choice without message"
-
-    def _negotiate(self, structure: str | None) -> tuple[Dialect, dict]:
-        """What the server takes, found with one caption, and its answer to that."""
-        dialect = Dialect(structure or STRUCTURES[0])
-        while True:
-            try:
-                said = self._post(Ask("a boat on a lake", 0), dialect)
-                self.usage.add(*count_usage(said))
-                return dialect, said
-            except Refusal as refusal:
-                simpler = simplify(dialect, str(refusal), structure is not None)
-                if simpler is None:
-                    raise InputError(f"the server refused a simple request: {refusal}") from None
-                dialect = simpler
+    def _read(self, completion: Any) -> tuple[Answer, Any]:
+        """As `_send`. Raises ValueError: the `openai` package does not validate what servers send."""
+        try:
+            choice = completion.choices[0]
+            text = choice.text if self._is_legacy else choice.message.content or ""
+            refusal = None if self._is_legacy else choice.message.refusal
+        except (AttributeError, LookupError, TypeError):
+            raise ValueError("no choices") from None
+        if not isinstance(text, str):
+            raise ValueError("no text")
+        usage = getattr(completion, "usage", None)
+        counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
+        is_number = [isinstance(count, (int, float)) and math.isfinite(count) for count in counts]
+        self.usage.add(*(int(count) if is_valid else 0 for count, is_valid in zip(counts, is_number, strict=True)))
+        is_finished = getattr(choice, "finish_reason", None) in ("stop", None)
+        answer = Answer(refusal=str(refusal)) if refusal else Answer(text, is_finished)
+        return answer, getattr(completion, "model", None)
 
 
-def simplify(dialect: Dialect, refusal: str, keeps_structure: bool) -> Dialect | None:
-    """The dialect without what the server named in its refusal, else with a looser form of answer; None: at the end."""
-    if "max_completion_tokens" in refusal and dialect.limit_name != "max_completion_tokens":
-        return replace(dialect, limit_name="max_completion_tokens")
-    for name in OPTIONAL:
-        if name in refusal and name not in dialect.left_out:
-            return replace(dialect, left_out=(*dialect.left_out, name))
-    if keeps_structure or dialect.structure == STRUCTURES[-1]:
+def simplify_format(request_format: RequestFormat, refusal: str, keeps_structure: bool) -> RequestFormat | None:
+    """Without the field that the refusal names, or else with a looser structure. None: nothing is left to change."""
+    if "max_completion_tokens" in refusal and request_format.limit_name != "max_completion_tokens":
+        return replace(request_format, limit_name="max_completion_tokens")
+    for name in OPTIONAL_FIELDS:
+        if name in refusal and name not in request_format.omitted:
+            return replace(request_format, omitted=(*request_format.omitted, name))
+    if keeps_structure or request_format.structure == STRUCTURES[-1]:
         return None
-    return replace(dialect, structure=STRUCTURES[STRUCTURES.index(dialect.structure) + 1])
+    return replace(request_format, structure=STRUCTURES[STRUCTURES.index(request_format.structure) + 1])
 
 
-def count_usage(said: dict) -> tuple[int, int]:
-    """Tokens (in, out) that an answer has cost; 0 where the server does not say."""
-    usage = said.get("usage") if isinstance(said.get("usage"), dict) else {}
-    counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
-    return tuple(int(count) if isinstance(count, (int, float)) and math.isfinite(count) else 0 for count in counts)
+def api_url(base_url: str) -> str:
+    """`base_url`, with /v1 if it has no path."""
+    bare = base_url.rstrip("/")
+    return bare if urlsplit(bare).path else f"{bare}/v1"
+
+
+def read_retry_after(value: str | None) -> float | None:
+    """The seconds of a Retry-After header, which holds a number or a date; None if it is missing or invalid."""
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        try:
+            seconds = (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds()
+        except (TypeError, ValueError, AttributeError):
+            return None
+    return None if math.isnan(seconds) else min(max(seconds, 0.0), MAX_RETRY_AFTER)
+
+
+def _sleep(seconds: float, cancelled: threading.Event) -> None:
+    if cancelled.wait(max(0.0, seconds)):
+        raise InputError("cancelled, because another request failed")
+
+
+def _error_message(error: openai.APIStatusError) -> str:
+    """The message of an error response, in any of the forms that servers use."""
+    body = error.body
+    if isinstance(body, dict):
+        body = body.get("message") or body.get("detail") or json.dumps(body)
+    return str(body or error.response.reason_phrase)[:300]
+
+
+def _read_flags(response: Any, count: int) -> list[bool]:
+    try:
+        flags = [bool(result.flagged) for result in response.results]
+    except (AttributeError, TypeError):
+        flags = []
+    if len(flags) != count:
+        raise ValueError("no result for each text")
+    return flags
