@@ -1,4 +1,4 @@
-"""Offline by default; tiny models made once per session."""
+"""Fixtures that several test files share: tiny models, datasets, a local Hub. Offline by default."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # two threads that wait for one busy core are slower than one
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # with one core per test process, more threads are slower
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("WANDB_MODE", "offline")
 
@@ -28,8 +28,8 @@ from utils.editing.loading import load_editor  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
-def leave_no_run_behind() -> Iterator[None]:
-    """Scripts that run in this process leave accelerate's state and signal handlers as they found them."""
+def restore_process_state() -> Iterator[None]:
+    """Restore accelerate's state and the signal handlers after scripts that run in this process."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -47,7 +47,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 
 @pytest.fixture
 def client(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    """This process's client, turned to the server, with no token anywhere and no pauses."""
+    """The local Hub as the endpoint of this process, with no saved token and no pauses between retries."""
     turn_client(monkeypatch, hub.url, tmp_path)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     yield hub
@@ -80,7 +80,7 @@ def tiny_sdxl_editor(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def loaded_editors(tiny_editor: Path, tiny_sdxl_editor: Path) -> dict[str, Editor]:
-    """The tiny editors in memory, "sd" and "sdxl"; to be changed in a copy alone."""
+    """The tiny editors in memory, "sd" and "sdxl"; copy one before changing it."""
     pipelines = {"sd": load_editor(tiny_editor), "sdxl": load_editor(tiny_sdxl_editor)}
     for pipeline in pipelines.values():
         pipeline.set_progress_bar_config(disable=True)
@@ -89,13 +89,13 @@ def loaded_editors(tiny_editor: Path, tiny_sdxl_editor: Path) -> dict[str, Edito
 
 @pytest.fixture
 def editor(loaded_editors: dict[str, Editor]) -> Editor:
-    """The tiny editor in memory, whose scheduler and switches a test may change; the weights are shared."""
+    """A copy of the tiny editor: a test may change its scheduler and settings, but not the shared weights."""
     return copy.copy(loaded_editors["sd"])
 
 
 @pytest.fixture
 def photos() -> list[Image.Image]:
-    """Two pictures, 40 pixels wide and 24 high."""
+    """Two images, 40 pixels wide and 24 high."""
     return [make_noise(seed=seed) for seed in (0, 1)]
 
 
@@ -109,7 +109,7 @@ def four_pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def flags(tiny_base: Path, four_pairs: Path, tmp_path: Path) -> list[str]:
-    """Flags of two good steps, into a folder where an editor of a former run stands."""
+    """Flags that train two steps, into the output folder of an earlier run."""
     output_dir = tmp_path / "out"
     (output_dir / "unet").mkdir(parents=True)
     for name in ("model_index.json", "unet/weights", "args.json", "training_curve.png", "README.md", "my notes.txt"):

@@ -14,14 +14,14 @@ from utils.data.sources import Source
 
 
 def make_image(index: int, size: tuple[int, int] = (40, 48)) -> Image.Image:
-    """A picture of `size` (h, w) that differs for each index: smooth colours with a bright corner."""
+    """An image of `size` (h, w) with smooth colours that depend on the index."""
     y, x = np.mgrid[0 : size[0], 0 : size[1]]
     channels = [(x * 5 + index * 37) % 256, (y * 6 + index * 11) % 256, np.full_like(x, index * 23 % 256)]
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
 
 
 def make_noise(size: tuple[int, int] = (24, 40), seed: int = 0) -> Image.Image:
-    """A picture of `size` (h, w) of random pixels: whatever an edit loses of it shows."""
+    """An image of `size` (h, w) with random pixels, in which any lost detail shows."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
@@ -33,7 +33,7 @@ def encode(image: Image.Image, file_format: str = "PNG", **options: object) -> b
 
 
 def make_rows(num_rows: int, first: int = 0) -> dict[str, list]:
-    """Columns of our own schema; the edited image is the original's negative."""
+    """Rows in our own columns; the edited image is the negative of the original."""
     images = [make_image(first + index) for index in range(num_rows)]
     return dict(
         original_image=[{"bytes": encode(image), "path": None} for image in images],
@@ -51,7 +51,7 @@ def make_dataset(
 
 
 def make_source(num_rows: int, weight: float = 1.0, name: str = "train", **replaced: dict) -> Source:
-    """A source of `num_rows` good rows; `replaced` is column={row: value}, to spoil some."""
+    """A source of `num_rows` good rows, some of them replaced by column={row: value}."""
     rows = make_rows(num_rows)
     for column, changes in replaced.items():
         for row, value in changes.items():
@@ -63,7 +63,7 @@ def make_source(num_rows: int, weight: float = 1.0, name: str = "train", **repla
 
 
 def write_image_folder(folder: Path, num_rows: int) -> dict[str, list]:
-    """Write `num_rows` pairs as PNG files below `folder`; the paths and prompts by column, relative to it."""
+    """Write `num_rows` pairs as PNG files into `folder`; returns columns of prompts and relative paths."""
     rows = make_rows(num_rows)
     paths: dict[str, list] = dict(edit_prompt=rows["edit_prompt"])
     for column in ("original_image", "edited_image"):

@@ -1,4 +1,4 @@
-"""Column names and types: known datasets need no flag, and nothing is guessed by position."""
+"""Column names and types: known datasets need no flags, and no column is guessed by position."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ def test_published_datasets_need_no_flag(name: str, is_local_copy: bool) -> None
     assert resolve_columns("copies/of-it" if is_local_copy else name, features) == KNOWN_COLUMNS[name]
 
 
-def test_our_own_schema_is_recognised() -> None:
+def test_our_own_columns_are_known() -> None:
     features = datasets.Features(original_image=IMAGE, edit_prompt=TEXT, edited_image=IMAGE, task=TEXT)
     assert resolve_columns("demo-output/pairs", features) == Columns("original_image", "edit_prompt", "edited_image")
 
 
-def test_flags_win_one_by_one() -> None:
+def test_each_flag_overrides_a_known_column() -> None:
     features = datasets.Features(**PUBLISHED["UCSC-VLAA/HQ-Edit"])
     columns = resolve_columns("UCSC-VLAA/HQ-Edit", features, prompt="inverse_edit")
     assert columns == Columns("input_image", "inverse_edit", "output_image")
@@ -81,6 +81,6 @@ def test_a_known_dataset_with_other_columns_is_refused() -> None:
         resolve_columns("osunlp/MagicBrush", datasets.Features(a=IMAGE, instruction=TEXT, target_img=IMAGE))
 
 
-def test_img_edit_says_what_to_do() -> None:
+def test_img_edit_is_refused_with_advice() -> None:
     with pytest.raises(InputError, match="unpack the archives"):
         resolve_columns("sysuyy/ImgEdit", datasets.Features(input_images=datasets.List(TEXT), prompt=TEXT))

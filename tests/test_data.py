@@ -1,4 +1,4 @@
-"""The endless stream of micro-batches: its equalities, its randomness, and what bad rows do to it."""
+"""The endless stream of micro-batches: reproducibility, randomness and bad rows."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def stream_of(rows: dict[str, list]) -> Source:
 
 
 def assert_equal(left: list[dict], right: list[dict]) -> None:
-    """The same batches to the bit."""
+    """The batches are bit-identical."""
     assert len(left) == len(right)
     for one, other in zip(left, right, strict=True):
         assert one.keys() == other.keys()
@@ -78,7 +78,7 @@ def geometry_of(kind: str) -> Geometry:
     return Geometry(32, "bucket", random_flip=True) if kind == "bucket" else GEOMETRY
 
 
-# ---- equalities -----------------------------------------------------------------------------------------------------
+# ---- reproducibility ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", SOURCES)
@@ -88,14 +88,14 @@ def test_the_number_of_workers_does_not_matter(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", SOURCES)
-@pytest.mark.parametrize("start", [1, 5])  # within the first epoch, and behind it
-def test_resuming_is_starting_later(kind: str, start: int) -> None:
+@pytest.mark.parametrize("start", [1, 5])  # within the first epoch, and after it
+def test_resuming_equals_an_uninterrupted_run(kind: str, start: int) -> None:
     whole = batches(SOURCES[kind](), 9, geometry_of(kind))
     assert_equal(whole[start:], batches(SOURCES[kind](), 9 - start, geometry_of(kind), start_batch=start))
 
 
 @pytest.mark.parametrize("kind", ["map", "mix", "stream"])
-def test_two_processes_see_what_one_sees_with_accumulation_two(kind: str) -> None:
+def test_two_processes_equal_one_with_two_accumulation_steps(kind: str) -> None:
     one = batches(SOURCES[kind](), 8)
     first, second = (batches(SOURCES[kind](), 4, rank=rank, world_size=2) for rank in range(2))
     for index in range(4):
@@ -112,7 +112,7 @@ def test_two_processes_see_what_one_sees_with_accumulation_two(kind: str) -> Non
 
 
 @pytest.mark.parametrize("kind", ["map", "stream"])
-def test_every_row_once_in_each_epoch(kind: str) -> None:
+def test_each_epoch_visits_every_row_once(kind: str) -> None:
     """Ten rows in batches of three: no batch is partial, and the thirtieth draw ends the third epoch."""
     source = make_source(10) if kind == "map" else stream_of(make_rows(10))
     drawn = [prompt for batch in batches([source], 10) for prompt in batch["prompts"]]
@@ -127,10 +127,10 @@ def test_a_dataset_smaller_than_a_batch() -> None:
     (batch,) = batches([make_source(2)], 1, batch_size=5)
     assert batch["original_pixels"].shape == (5, 3, 32, 32)
     assert set(Counter(batch["rows"]).values()) <= {2, 3}
-    assert len(batch["noise"].unique(dim=0)) == 5  # the same row again has other noise
+    assert len(batch["noise"].unique(dim=0)) == 5  # the same row has different noise
 
 
-def test_buckets_hold_one_shape_a_batch_and_lose_no_row() -> None:
+def test_buckets_give_one_shape_per_batch_and_drop_no_row() -> None:
     made = batches([mixed_sizes()], 40, Geometry(32, "bucket"), vae_scale_factor=2)
     shapes = Counter(tuple(batch["original_pixels"].shape[2:]) for batch in made)
     assert set(shapes) == {(32, 32), (24, 40), (40, 24)}
@@ -140,7 +140,7 @@ def test_buckets_hold_one_shape_a_batch_and_lose_no_row() -> None:
         assert (batch["target_sizes"] == torch.tensor([height, width])).all()
     counts = Counter(row for batch in made for row in batch["rows"])
     assert len(counts) == 12
-    assert set(counts.values()) <= {9, 10, 11}  # 120 draws: at most two of a shape still wait, or came early
+    assert set(counts.values()) <= {9, 10, 11}  # 120 draws: at most two of a shape are still queued, or came early
 
 
 def test_buckets_of_unreadable_rows() -> None:
@@ -148,7 +148,7 @@ def test_buckets_of_unreadable_rows() -> None:
     assert {row for batch in made for row, _ in batch["bad_rows"]} == {"train[0]", "train[3]"}
 
 
-def test_another_seed_is_another_stream() -> None:
+def test_another_seed_gives_another_stream() -> None:
     one, other = batches([make_source(10)], 4), batches([make_source(10)], 4, seed=8)
     assert [batch["rows"] for batch in one] != [batch["rows"] for batch in other]
     assert not torch.equal(one[0]["noise"], other[0]["noise"])
@@ -156,7 +156,7 @@ def test_another_seed_is_another_stream() -> None:
         batches([make_source(2)], 1, seed=-1)
 
 
-def test_torchs_own_generator_is_left_alone() -> None:
+def test_the_global_torch_generator_is_not_used() -> None:
     state = torch.get_rng_state()
     batches([make_source(4)], 2)
     assert torch.equal(torch.get_rng_state(), state)
@@ -178,8 +178,8 @@ print(sum(len(next(batches)["rows"]) for _ in range(20)))
 """
 
 
-def test_workers_outlive_a_launchers_signals_and_leave_with_their_parent() -> None:
-    """A launcher signals the whole process group; the step in hand must still get its batch. Then nothing lingers."""
+def test_workers_survive_signals_to_the_process_group_and_exit_with_their_parent() -> None:
+    """A launcher signals the whole process group; the current step still needs its batch. No process remains."""
     run = subprocess.Popen(
         [sys.executable, "-c", STOPPED_RUN],
         stdin=subprocess.PIPE,
@@ -212,7 +212,7 @@ def test_batch_contents() -> None:
     assert batch["original_sizes"].tolist() == [[40, 48]] * 3
     assert batch["crop_top_lefts"].tolist() == [[0, 3]] * 3
     assert batch["bad_rows"] == []
-    # The edited image is the negative of the original: after the same geometry it still is.
+    # The edited image is the negative of the original, also after resizing and cropping.
     assert ((batch["original_pixels"].int() + batch["edited_pixels"].int()) - 255).abs().max() <= 1
     for row, prompt in zip(batch["rows"], batch["prompts"], strict=True):
         assert prompt == f"edit number {row[6:-1]}"
@@ -244,7 +244,7 @@ def test_draws_are_uniform_and_normal() -> None:
     assert abs(np.corrcoef(noise.ravel(), posterior.ravel())[0, 1]) < 0.02
 
 
-def test_another_latent_shape_leaves_the_small_draws() -> None:
+def test_scalar_draws_do_not_depend_on_the_latent_shape() -> None:
     small, large = sample_draws(3, 5, (4, 8, 8), 1000), sample_draws(3, 5, (4, 64, 64), 1000)
     for name in ("u_flip", "u_dropout", "u_prompt", "timestep"):
         assert small[name] == large[name]
@@ -254,7 +254,7 @@ def test_another_latent_shape_leaves_the_small_draws() -> None:
     assert largest_seed["u_flip"] != small["u_flip"]
 
 
-def test_left_and_right_are_not_mirrored() -> None:
+def test_prompts_with_left_or_right_are_not_mirrored() -> None:
     prompts = {row: "the man on the left" if row % 2 else "make it red" for row in range(8)}
     made = batches([make_source(8, edit_prompt=prompts)], 16, Geometry(32, center_crop=True, random_flip=True))
     upright = {
@@ -272,7 +272,7 @@ def test_left_and_right_are_not_mirrored() -> None:
     assert 0.2 < np.mean(flips["make it red"]) < 0.8
 
 
-def test_one_prompt_of_a_list() -> None:
+def test_one_prompt_of_a_list_is_drawn() -> None:
     assert choose_prompt(["a", "b"], 0.49) == "a"
     assert choose_prompt(["a", "b"], 0.5) == "b"
     assert choose_prompt([None, " ", "c"], 0.1) == "c"
@@ -294,12 +294,12 @@ def test_mix_weights_hold_exactly() -> None:
     for draw in range(700):
         source, row = order.locate(draw)
         visits[source].append(row)
-    for source, length in ((0, 90), (1, 10)):  # every row before any again
+    for source, length in ((0, 90), (1, 10)):  # every row once before any twice
         for start in range(0, len(visits[source]) - length + 1, length):
             assert sorted(visits[source][start : start + length]) == list(range(length))
 
 
-def test_order_needs_no_past() -> None:
+def test_order_does_not_depend_on_earlier_draws() -> None:
     one, other = DrawOrder([7, 30], [2.0, 1.0], seed=5), DrawOrder([7, 30], [2.0, 1.0], seed=5)
     late = [one.locate(draw) for draw in range(370, 400)]
     assert [other.locate(draw) for draw in range(400)][370:] == late
@@ -323,7 +323,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_a_bad_row_is_replaced_by_the_next_with_the_draw_unchanged(case: str) -> None:
+def test_the_next_row_replaces_a_bad_one_under_the_same_draw(case: str) -> None:
     column, value, reason = BAD[case]
     good, spoilt = batches([make_source(6)], 4), batches([make_source(6, **{column: {5: value}})], 4)
     num_bad = 0
@@ -336,7 +336,7 @@ def test_a_bad_row_is_replaced_by_the_next_with_the_draw_unchanged(case: str) ->
     assert num_bad == 2
 
 
-def test_a_bad_row_of_a_stream_is_replaced_by_the_next() -> None:
+def test_the_next_row_of_a_stream_replaces_a_bad_one() -> None:
     prompts = [None if index in (3, 4) else str(index) for index in range(9)]
     good = [prompt for batch in batches([stream_of(make_rows(9))], 3) for prompt in batch["prompts"]]
     made = batches([stream_of(make_rows(9) | dict(edit_prompt=prompts))], 3)
@@ -349,7 +349,7 @@ def test_a_bad_row_of_a_stream_is_replaced_by_the_next() -> None:
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("kind", ["map", "stream", "many"])
-def test_rows_that_are_all_bad_stop_the_run_with_one_message(kind: str, num_workers: int) -> None:
+def test_only_bad_rows_stop_the_run_with_one_message(kind: str, num_workers: int) -> None:
     num_rows = 150 if kind == "many" else 4
     rows = make_rows(1)
     rows = {name: values * num_rows for name, values in rows.items()} | dict(edit_prompt=[None] * (num_rows - 1) + [""])
@@ -361,7 +361,7 @@ def test_rows_that_are_all_bad_stop_the_run_with_one_message(kind: str, num_work
     assert "Traceback" not in str(caught.value)
 
 
-def test_streams_refuse_what_they_cannot_know() -> None:
+def test_options_that_streams_do_not_support() -> None:
     with pytest.raises(InputError, match="(?s)--streaming reads one dataset.*--resize_mode bucket"):
         make_loader(
             [stream_of(make_rows(2))] * 2, Geometry(32, "bucket"), seed=0, batch_size=1, num_train_timesteps=1000

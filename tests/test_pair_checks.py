@@ -1,4 +1,4 @@
-"""What is measured on a pair: exact where it can be, silent on good pairs, and not fooled by style."""
+"""Checks of pairs: exact where possible, no false alarms on good pairs, independent of style."""
 
 import io
 from pathlib import Path
@@ -20,7 +20,7 @@ NAMES = ("coffee", "city_1", "garden_2", "quay_3", "cat", "lobby_1", "rocket", "
 
 
 def photograph(name: str, size: tuple[int, int] = (128, 128), top_left: tuple[int, int] = (0, 0)) -> np.ndarray:
-    """A part (h, w) of a photograph, the whole of which is 176 pixels high."""
+    """A crop of `size` (h, w) of a photograph resized to 176 pixels high."""
     image = Image.open(PHOTOS / f"{name}.jpg").convert("RGB")
     image = image.resize((round(image.width * 176 / image.height), 176), Image.Resampling.LANCZOS)
     (top, left), (height, width) = top_left, size
@@ -39,14 +39,14 @@ def kinds_of(original: np.ndarray, edited: np.ndarray, prompt: str = "change it"
 
 @pytest.mark.parametrize("task", EDITS)
 @pytest.mark.parametrize("size", [(64, 64), (128, 120)])
-def test_no_exact_edit_raises_a_false_alarm(task, size):
+def test_no_false_alarms_on_exact_edits(task, size):
     for name in NAMES:
         image = photograph(name, size)
         assert kinds_of(image, EDITS[task](image)) == [], name
 
 
 @pytest.mark.parametrize("task", DEGRADATIONS)
-def test_no_degradation_raises_a_false_alarm(task):
+def test_no_false_alarms_on_degradations(task):
     for seed, name in enumerate(NAMES):
         clean = photograph(name)
         degraded = DEGRADATIONS[task](clean, np.random.default_rng(seed))[0]
@@ -54,7 +54,7 @@ def test_no_degradation_raises_a_false_alarm(task):
 
 
 @pytest.mark.parametrize("task", RESTORATION_RULES)
-def test_a_restoring_pair_the_wrong_way_round_is_found(task):
+def test_swapped_restoration_pairs_are_found(task):
     found = 0
     for seed, name in enumerate(NAMES):
         clean = photograph(name)
@@ -65,21 +65,21 @@ def test_a_restoring_pair_the_wrong_way_round_is_found(task):
 
 @pytest.mark.parametrize("task", ["grayscale", "negative", "night", "thermal", "fog", "cartoonize", "sketch"])
 @pytest.mark.parametrize("shift", [(5, 0), (-3, 4), (12, -9)])
-def test_shifts_are_found_to_the_pixel_whatever_the_style(task, shift):
+def test_shifts_are_found_to_the_pixel_in_all_styles(task, shift):
     x, y = shift
     found = 0
     for name in NAMES:
         original = photograph(name, (128, 128), (20, 20))
         edited = EDITS[task](photograph(name, (128, 128), (20 - y, 20 - x)))
-        place = measures.find_shift(measures.to_gray(original), measures.to_gray(edited))
+        shift_found = measures.find_shift(measures.to_gray(original), measures.to_gray(edited))
         is_found = "misaligned" in kinds_of(original, edited)
-        assert not is_found or max(abs(place.x - x), abs(place.y - y)) <= 1, (name, place)
+        assert not is_found or max(abs(shift_found.x - x), abs(shift_found.y - y)) <= 1, (name, shift_found)
         found += is_found
-    # Some pictures do not tell one place from another along an edge, and strong ink hides others: then it is silent.
+    # Along straight edges, and under strong ink lines, a shift cannot be determined and is not reported.
     assert found >= len(NAMES) - (4 if task in ("cartoonize", "sketch") else 2)
 
 
-def test_shifts_of_large_pictures_are_told_in_their_own_pixels():
+def test_shifts_of_large_images_are_reported_in_stored_pixels():
     big = np.asarray(Image.fromarray(photograph("coffee", (176, 176))).resize((900, 900), Image.Resampling.LANCZOS))
     findings = inspect_row(encoded(big[50:850, 50:850]), encoded(255 - big[50:850, 29:829]), "negative").findings
     assert [kind for kind, _ in findings] == ["misaligned"]
@@ -87,12 +87,12 @@ def test_shifts_of_large_pictures_are_told_in_their_own_pixels():
     assert abs(int(findings[0].detail.split()[-5]) - 21) <= 1
 
 
-def test_pictures_of_unlike_content_have_no_shift():
+def test_unrelated_images_have_no_shift():
     for one, other in zip(NAMES, NAMES[1:], strict=False):
         assert kinds_of(photograph(one), photograph(other)) == []
 
 
-def test_nothing_edited_is_found_through_compression_and_not_in_a_small_edit():
+def test_unedited_pairs_are_found_despite_compression_and_small_edits_are_not():
     image = photograph("coffee")
     assert kinds_of(image, image) == ["identical"]
     assert kinds_of(image, image, task="identity") == []
@@ -104,7 +104,7 @@ def test_nothing_edited_is_found_through_compression_and_not_in_a_small_edit():
     assert kinds_of(image, small_edit) == []
 
 
-def test_pictures_that_cannot_be_used_say_why():
+def test_unusable_images():
     good = encoded(photograph("coffee"))
     cut = {"bytes": good["bytes"][:2000], "path": None}
     cases = {
@@ -121,7 +121,7 @@ def test_pictures_that_cannot_be_used_say_why():
 
 
 @pytest.mark.parametrize("size", [(8, 8), (9, 900), (1500, 20), (16, 17), (50, 1000), (23, 24)])
-def test_odd_sizes_are_looked_at_without_a_warning(size, recwarn):
+def test_extreme_sizes_are_checked_without_warnings(size, recwarn):
     noise = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
     for task in (None, *RESTORATION_RULES):
         assert "unreadable" not in kinds_of(noise, 255 - noise, task=task)
@@ -144,7 +144,7 @@ def test_instructions():
     assert guess_task("add noise") is None and guess_task("make it rain") is None
 
 
-def test_hashes_survive_what_publishing_does_to_a_picture():
+def test_hashes_survive_resizing_and_compression():
     grays = {name: measures.to_gray(photograph(name, (176, 240))) for name in NAMES}
     hashes = {name: measures.perceptual_hash(gray) for name, gray in grays.items()}
     for name, value in hashes.items():
@@ -156,7 +156,7 @@ def test_hashes_survive_what_publishing_does_to_a_picture():
     assert measures.perceptual_hash(np.full((64, 64), 80, np.float32)) == 0
 
 
-def test_findings_keep_every_row_and_the_worst_reason():
+def test_findings_keep_all_rows_and_the_worst_kind():
     findings = Findings()
     for kind, row in (("tiny", 3), ("identical", 1), ("tiny", 3), ("swapped", 1), ("swapped", 2)):
         findings.add(kind, row, f"words on {row}")
@@ -167,7 +167,7 @@ def test_findings_keep_every_row_and_the_worst_reason():
     assert all(kind.severity in ("error", "warning", "info") for kind in KINDS.values())
 
 
-def test_the_quick_check_names_rows_and_is_silent_on_hints():
+def test_quick_check_names_rows_and_reports_no_infos():
     rows = make_rows(6)
     source = make_source(6, edited_image={4: rows["original_image"][4]}, edit_prompt={1: "left", 2: ""})
     lines = quick_check([source], seed=0)

@@ -1,4 +1,4 @@
-"""Images of every kind and condition, and the one geometry that both images of a pair get."""
+"""Decoding of images in all formats and conditions, and the geometry of a pair."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ GREY = np.tile(np.arange(48, dtype=np.uint8) * 5, (40, 1))  # (40, 48), a ramp f
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG file that claims a size and holds no pixels."""
+    """A PNG file with a header of this size and no pixels."""
     header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     return b"\x89PNG\r\n\x1a\n" + chunk + b"\0\0\0\0IDAT\x35\xaf\x06\x1e\0\0\0\0IEND\xaeB\x60\x82"
@@ -57,7 +57,7 @@ def animated_gif() -> bytes:
         lambda: encode(Image.fromarray(GREY), "BMP"),
     ],
 )
-def test_every_mode_gives_the_same_picture(make: Callable[[], object]) -> None:
+def test_all_modes_decode_to_the_same_image(make: Callable[[], object]) -> None:
     image = decode_image(make())
     assert image.mode == "RGB"
     np.testing.assert_array_equal(np.asarray(image), np.repeat(GREY[..., None], 3, axis=-1))
@@ -113,12 +113,12 @@ def test_exif_orientation(orientation: int, file_format: str) -> None:
     np.testing.assert_array_equal(np.asarray(image), upright(np.asarray(unturned)))
 
 
-def test_damaged_exif_is_no_reason_to_lose_a_photograph() -> None:
+def test_an_image_with_damaged_exif_is_used() -> None:
     stored = encode(make_image(0), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12")
     assert decode_image(stored).size == (48, 40)
 
 
-def test_jpeg_is_decoded_small_enough_but_not_too_small() -> None:
+def test_jpeg_is_decoded_at_a_reduced_size() -> None:
     stored = encode(make_image(0, (800, 1200)), "JPEG", quality=95)
     assert decode_image(stored, shorter_side=64).size == (300, 200)  # a quarter; an eighth would be under twice 64
     assert decode_image(stored, shorter_side=512).size == (1200, 800)
@@ -142,7 +142,7 @@ def test_files(tmp_path: Path) -> None:
         assert peek_size(value) == (40, 48)
 
 
-# ---- images that cannot ---------------------------------------------------------------------------------------------
+# ---- bad images -----------------------------------------------------------------------------------------------------
 
 BAD_IMAGES = {
     "nothing": (lambda: None, "no image"),
@@ -168,7 +168,7 @@ BAD_PIXELS = {
 
 
 @pytest.mark.parametrize("case", [*BAD_IMAGES, *BAD_PIXELS])
-def test_bad_images_say_why(case: str) -> None:
+def test_bad_images_give_a_reason(case: str) -> None:
     make, reason = (BAD_IMAGES | BAD_PIXELS)[case]
     with pytest.raises(BadRow, match=reason):
         decode_image(make())
@@ -187,8 +187,8 @@ def test_max_pixels() -> None:
 # ---- geometry -------------------------------------------------------------------------------------------------------
 
 
-def test_crop_is_the_resized_image_cut() -> None:
-    """Resampling only the box equals resizing the whole and cutting, to one grey level."""
+def test_crop_equals_resizing_then_cropping() -> None:
+    """Resampling only the crop equals resizing everything and cropping, to one grey level."""
     image = make_image(1, (333, 517))
     whole = np.asarray(image.resize((99, 64), Image.Resampling.LANCZOS)).astype(int)
     for u_x in (0.0, 0.31, 0.999):
@@ -212,7 +212,7 @@ def test_center_crop_and_squash() -> None:
     np.testing.assert_array_equal(squashed.original, expected)
 
 
-def test_edited_image_of_another_size_is_brought_to_the_original() -> None:
+def test_an_edited_image_of_another_size_is_aligned_with_the_original() -> None:
     """As in cartoonization: only the edited image was resized, and cropped to multiples of 8."""
     original = make_image(1, (500, 1003))
     edited = original.resize((720, 360), Image.Resampling.LANCZOS)
@@ -233,7 +233,7 @@ def test_mirroring() -> None:
     assert mirrored.is_flipped
     np.testing.assert_array_equal(mirrored.original, plain.original[:, :, ::-1])
     np.testing.assert_array_equal(mirrored.edited, plain.edited[:, :, ::-1])
-    # The crop's place is that in the mirrored image, which is what the model is shown.
+    # The crop is that of the mirrored image, which the model sees.
     assert mirrored.crop_top_left == (0, 32 - plain.crop_top_left[1])
     assert not prepare_pair(image, edited, Geometry(64), u_flip=0.0).is_flipped
     assert not prepare_pair(image, edited, geometry, u_flip=0.0, prompt="the dog on the LEFT").is_flipped
@@ -257,7 +257,7 @@ def test_direction_words(prompt: str) -> None:
 
 
 @pytest.mark.parametrize("prompt", ["make it bright", "copyright sign", "cleft chin", "add an upright piano", ""])
-def test_other_words(prompt: str) -> None:
+def test_words_without_direction(prompt: str) -> None:
     assert not mentions_direction(prompt)
 
 
@@ -286,6 +286,6 @@ def test_bucket_geometry_covers_the_bucket() -> None:
     assert prepare_pair(image, image, Geometry(256, "bucket"), bucket=(384, 128)).original.shape == (3, 384, 128)
 
 
-def test_geometry_refuses_what_it_does_not_know() -> None:
+def test_unknown_resize_mode() -> None:
     with pytest.raises(ValueError, match="--resize_mode is 'stretch'; use one of crop, squash, bucket"):
         Geometry(64, "stretch")

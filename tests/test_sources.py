@@ -1,4 +1,4 @@
-"""Every place that pairs may come from, mixes, held-out rows and the digest."""
+"""Sources of pairs: the formats, mixes, held-out rows, the digest, and names of datasets."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import pytest
 from tests.pairs import make_dataset, make_image, make_rows, make_source, write_image_folder
 from utils.data.sources import Source, hold_out, open_mix, open_source, sources_digest
 from utils.errors import InputError
+from utils.hub_names import looks_like_path, public_name
 from utils.pixels import decode_image
 
 
@@ -33,7 +34,7 @@ def parquet_folder(tmp_path: Path) -> Path:
 
 
 def check_rows(source: Source, num_rows: int) -> None:
-    """The rows are those of `make_rows`, in order, undecoded."""
+    """The rows are those of `make_rows`, in order, with images not decoded."""
     rows = list(source.rows)
     assert [row["edit_prompt"] for row in rows] == [f"edit number {index}" for index in range(num_rows)]
     for index, row in enumerate(rows):
@@ -66,7 +67,7 @@ def test_saved_to_disk(tmp_path: Path, is_dict: bool, streaming: bool) -> None:
 
 
 def test_parquet_of_plain_bytes(tmp_path: Path) -> None:
-    """A parquet file that pyarrow or pandas wrote says nothing of images: structs of bytes, or bytes."""
+    """A parquet file of pyarrow or pandas has no image type: only structs of bytes, or bytes."""
     rows = make_rows(3)
     rows["edited_image"] = [image["bytes"] for image in rows["edited_image"]]
     (tmp_path / "plain").mkdir()
@@ -90,7 +91,7 @@ def write_metadata(folder: Path, columns: dict[str, list], kind: str) -> None:
     "names", [("original_image", "edited_image"), ("original_image_file_name", "edited_image_file_name")]
 )
 @pytest.mark.parametrize("subfolder", ["", "train"])
-def test_folder_of_two_images_a_row(
+def test_folder_with_two_images_per_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, names: tuple[str, str], subfolder: str
 ) -> None:
     """huggingface/diffusers#3878, #6039, #8824; and paths are relative to the metadata, not to the current folder."""
@@ -164,7 +165,7 @@ def test_images_without_metadata_are_refused(tmp_path: Path) -> None:
         (dict(dataset_name="x", max_train_samples=0), "--max_train_samples is 0"),
     ],
 )
-def test_what_is_not_there(arguments: dict, message: str) -> None:
+def test_missing_dataset(arguments: dict, message: str) -> None:
     with pytest.raises(InputError, match=message):
         open_source(**arguments)
 
@@ -211,6 +212,22 @@ def test_max_train_samples_is_a_random_subset_with_its_row_numbers(parquet_folde
     assert len(list(open_source(str(parquet_folder), max_train_samples=3, streaming=True).rows)) == 3
 
 
+@pytest.mark.parametrize("name", ["gpt2", "owner/name", "owner/name.v1-2_x", "Owner/1B"])
+def test_hub_ids(name: str) -> None:
+    assert not looks_like_path(name) and public_name(name) == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["/a/b", "./b", "../b", "~/b", "a/b/", "a//b", "a/b/c", "my pairs", "a/my pairs", "C:\\b", "C:/b", "existing", ""],
+)
+def test_paths(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Anything that exists on this machine, or that does not have the form of a Hub id."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "existing").touch()
+    assert looks_like_path(name) and "/" not in public_name(name)
+
+
 # ---- mixes ----------------------------------------------------------------------------------------------------------
 
 
@@ -228,7 +245,7 @@ def test_mix(parquet_folder: Path, tmp_path: Path) -> None:
     assert (second.weight, second.name, second.columns.original) == (1.0, "mine:train", "before")
 
 
-def test_problems_of_a_mix_come_together(tmp_path: Path) -> None:
+def test_all_problems_of_a_mix_are_reported(tmp_path: Path) -> None:
     (tmp_path / "mix.yaml").write_text(
         "datasets:\n  - {name: a, wieght: 2}\n  - {split: train, weight: -1}\n  - {name: b, weight: true}\n  - text\n"
     )
@@ -265,7 +282,7 @@ def test_hold_out(num_rows: int, fraction: float, expected: int) -> None:
     np.testing.assert_array_equal(again[1][0].row_numbers, held_out[0].row_numbers)
 
 
-def test_hold_out_refusals(parquet_folder: Path) -> None:
+def test_hold_out_errors(parquet_folder: Path) -> None:
     with pytest.raises(InputError, match="--validation_split is 1"):
         hold_out([make_source(3)], 1, seed=0)
     with pytest.raises(InputError, match="--streaming"):
@@ -294,7 +311,7 @@ def test_digest_is_the_same_in_another_process(parquet_folder: Path, tmp_path: P
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
     here = [sources_digest([open_source(folder, streaming=s)]) for folder in folders for s in (False, True)]
     assert output == here
-    assert here[0] == here[2] == here[4]  # the same rows, however they are stored
+    assert here[0] == here[2] == here[4]  # the same rows in different formats
 
 
 def test_digest_of_a_moved_folder(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Tiny random models for tests: real classes, real files, loaded by the real loading code."""
+"""Tiny models with random weights: real classes and files, loaded by the real loading code."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 
 def make_tokenizer(folder: Path) -> CLIPTokenizer:
-    """A byte-level CLIP tokenizer without merges: every character is one token, `model_max_length` is 77."""
+    """A byte-level CLIP tokenizer without merges: each character is one token; `model_max_length` is 77."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     alphabet = sorted(ByteLevel.alphabet())
@@ -31,23 +31,13 @@ def make_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def text_config(tokenizer: CLIPTokenizer, **changes: int) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        **dict(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=37,
-            num_attention_heads=4,
-            num_hidden_layers=2,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=1,
-        )
-        | changes
-    )
+    special = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=1)
+    sizes = dict(hidden_size=32, intermediate_size=37, num_attention_heads=4, num_hidden_layers=2)
+    return CLIPTextConfig(**special | sizes | dict(vocab_size=len(tokenizer)) | changes)
 
 
 def make_vae(**changes: float) -> AutoencoderKL:
-    """Random autoencoder: images of 32 pixels are latents (4, 16, 16)."""
+    """A random autoencoder: 32x32 pixels <-> latents (4, 16, 16)."""
     vae = AutoencoderKL(
         block_out_channels=[16, 32],
         in_channels=3,
@@ -74,29 +64,31 @@ def make_scheduler(prediction_type: str = "epsilon") -> DDIMScheduler:
     )
 
 
+def make_unet(in_channels: int, **changes: object) -> UNet2DConditionModel:
+    """A random UNet of latents (in_channels, 16, 16) and text width 32."""
+    sizes = dict(
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        sample_size=16,
+        cross_attention_dim=32,
+        attention_head_dim=2,
+        norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    )
+    return UNet2DConditionModel(**sizes | dict(in_channels=in_channels, out_channels=4) | changes).eval()
+
+
 def make_components(scratch: Path, in_channels: int = 4, prediction_type: str = "epsilon", seed: int = 0) -> dict:
     """Components of a Stable Diffusion with random weights: 32x32 pixels, latents (4, 16, 16), text width 32."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(scratch / "tokenizer-source")
-    text_encoder = CLIPTextModel(text_config(tokenizer))
-    vae = make_vae()
-    unet = UNet2DConditionModel(
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        sample_size=16,
-        in_channels=in_channels,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=2,
-        norm_num_groups=8,
-    )
+    text_encoder = CLIPTextModel(text_config(tokenizer)).eval()
     return dict(
-        vae=vae.eval(),
-        text_encoder=text_encoder.eval(),
+        vae=make_vae(),
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
-        unet=unet.eval(),
+        unet=make_unet(in_channels),
         scheduler=make_scheduler(prediction_type),
         safety_checker=None,
         feature_extractor=None,
@@ -104,30 +96,15 @@ def make_components(scratch: Path, in_channels: int = 4, prediction_type: str = 
     )
 
 
-def make_tiny_sd(folder: Path, in_channels: int = 4, prediction_type: str = "epsilon", seed: int = 0) -> Path:
-    """Save a tiny text-to-image pipeline (4 input channels) or a tiny editor (8) and return its folder."""
-    components = make_components(folder.parent / f"{folder.name}-scratch", in_channels, prediction_type, seed)
-    pipeline_class = StableDiffusionPipeline if in_channels == 4 else StableDiffusionInstructPix2PixPipeline
-    pipeline_class(**components).save_pretrained(folder)
-    return folder
-
-
 def make_sdxl_components(scratch: Path, in_channels: int = 4, prediction_type: str = "epsilon", seed: int = 0) -> dict:
     """Components of an SDXL with random weights: two text encoders of widths 32 and 64, latents (4, 16, 16)."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(scratch / "tokenizer-source")
     second = text_config(tokenizer, hidden_size=64, intermediate_size=67, num_hidden_layers=3, projection_dim=48)
-    unet = UNet2DConditionModel(
-        block_out_channels=(16, 32),
-        layers_per_block=1,
-        sample_size=16,
-        in_channels=in_channels,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+    unet = make_unet(
+        in_channels,
         cross_attention_dim=96,
         attention_head_dim=(2, 4),
-        norm_num_groups=8,
         use_linear_projection=True,
         transformer_layers_per_block=(1, 2),
         addition_embed_type="text_time",
@@ -140,10 +117,18 @@ def make_sdxl_components(scratch: Path, in_channels: int = 4, prediction_type: s
         tokenizer=tokenizer,
         text_encoder_2=CLIPTextModelWithProjection(second).eval(),
         tokenizer_2=tokenizer,
-        unet=unet.eval(),
+        unet=unet,
         scheduler=make_scheduler(prediction_type),
         add_watermarker=False,
     )
+
+
+def make_tiny_sd(folder: Path, in_channels: int = 4, prediction_type: str = "epsilon", seed: int = 0) -> Path:
+    """Save a tiny text-to-image pipeline (4 input channels) or a tiny editor (8) and return its folder."""
+    components = make_components(folder.parent / f"{folder.name}-scratch", in_channels, prediction_type, seed)
+    pipeline_class = StableDiffusionPipeline if in_channels == 4 else StableDiffusionInstructPix2PixPipeline
+    pipeline_class(**components).save_pretrained(folder)
+    return folder
 
 
 def make_tiny_sdxl(folder: Path, in_channels: int = 4, prediction_type: str = "epsilon", seed: int = 0) -> Path:
