@@ -1,4 +1,4 @@
-"""Published editing datasets made small: their columns, types, splits and quirks (notes, section 1), two rows each."""
+"""Small copies of published editing datasets, with their columns, types, splits and peculiarities."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from tests.pairs import encode
 
 IMAGE, TEXT, NULL = datasets.Image(), datasets.Value("string"), datasets.Value("null")
 FLOAT, INT = datasets.Value("float64"), datasets.Value("int64")
-RED, BLUE = (200, 20, 10), (10, 30, 220)  # every original picture, and every edited one
+RED, BLUE = (200, 20, 10), (10, 30, 220)  # of all original and of all edited images
 Size = tuple[int, int]  # (h, w)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """features: in the dataset's own order. sizes: (h, w) of both pictures, where they differ or are unusual."""
+    """features: in the order of the dataset. sizes: (h, w) of the original and the edited image."""
 
     features: dict[str, Any]
     original: str
@@ -141,7 +141,7 @@ SHAPES = {
         "edited_file",
         other_splits=("validation",),
     ),
-    "AILab-CVC/SEED-Data-Edit-Part2-3": Shape(  # where somebody has made a dataset of its archives
+    "AILab-CVC/SEED-Data-Edit-Part2-3": Shape(  # as a dataset, after unpacking its archives
         dict(source_image=IMAGE, instruction=TEXT, target_image=IMAGE), "source_image", "instruction", "target_image"
     ),
     "BryanW/HumanEdit": Shape(
@@ -166,7 +166,7 @@ SHAPES = {
 
 
 def save_shape(folder: Path, shape: Shape, num_rows: int = 4) -> Path:
-    """Parquet files as the Hub has them: data/<split>-00000-of-00001.parquet, for the split and the others."""
+    """Write data/<split>-00000-of-00001.parquet, as on the Hub, for each split."""
     rows = [_row(shape, index) for index in range(num_rows)]
     table = datasets.Dataset.from_list(rows, features=datasets.Features(shape.features))
     (folder / "data").mkdir(parents=True)
@@ -178,7 +178,7 @@ def save_shape(folder: Path, shape: Shape, num_rows: int = 4) -> Path:
 def _row(shape: Shape, index: int) -> dict[str, Any]:
     row = {name: _value(name, feature, index) for name, feature in shape.features.items()}
     for name, colour, size in zip((shape.original, shape.edited), (RED, BLUE), shape.sizes, strict=True):
-        row[name] = _picture(colour, size, shape.file_format)
+        row[name] = _image(colour, size, shape.file_format)
     if "visual_input" in row:
         row["visual_input"] = None
     return row
@@ -186,11 +186,11 @@ def _row(shape: Shape, index: int) -> dict[str, Any]:
 
 def _value(name: str, feature: Any, index: int) -> Any:
     if feature == IMAGE:
-        return _picture((0, 255, 0), (30, 30), "PNG")  # a mask: green, so that it would show
+        return _image((0, 255, 0), (30, 30), "PNG")  # a mask in another colour than all images
     if isinstance(feature, datasets.List):
         return [f"{name} {index}", f"{name} {index} again"]
     return {"string": f"{name} {index}", "null": None, "float64": 0.25}.get(feature.dtype, index)
 
 
-def _picture(colour: tuple[int, int, int], size: Size, file_format: str) -> dict[str, Any]:
+def _image(colour: tuple[int, int, int], size: Size, file_format: str) -> dict[str, Any]:
     return {"bytes": encode(Image.new("RGB", size[::-1], colour), file_format), "path": None}

@@ -1,4 +1,4 @@
-"""Photographs and captions of a Hub dataset: the scripts as processes against the local Hub server."""
+"""Photographs and captions from a dataset on the Hub: the scripts as processes against the local Hub server."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from tests.chat_server import chat_server
 from tests.hub_server import Hub, hub_server
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -34,11 +35,10 @@ api.upload_folder(repo_id="user/park", repo_type="dataset", folder_path=sys.argv
 """
 
 
-@pytest.fixture
-def hub(tmp_path: Path):
-    """A Hub with user/park: three photographs with captions under "photo" and "words", by cc-by-4.0."""
-    folder = tmp_path / "park"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory):
+    """A Hub with user/park: three photographs in column "photo", captions in column "words", licence cc-by-4.0."""
+    folder = tmp_path_factory.mktemp("park")
     rows = {
         "photo": [Image.new("RGB", (96, 72), colour) for colour in ("red", "green", "blue")],
         "words": ["a red bench", "a green bench", "a blue bench"],
@@ -46,83 +46,63 @@ def hub(tmp_path: Path):
     }
     datasets.Dataset.from_dict(rows).cast_column("photo", datasets.Image()).to_parquet(str(folder / "train.parquet"))
     (folder / "README.md").write_text(CARD)
-    with hub_server(tmp_path / "hub") as served:
-        environment = served.environment(tmp_path / "push-cache", token="write-token")
+    with hub_server(tmp_path_factory.mktemp("hub")) as served:
+        environment = served.environment(tmp_path_factory.mktemp("push-cache"), token="write-token")
         subprocess.run([sys.executable, "-c", PUSH, str(folder)], env=environment, check=True, capture_output=True)
         yield served
 
 
-def run(hub: Hub, tmp_path: Path, script: str, *flags: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(REPOSITORY / "data_preparation" / script), "--data_root", str(tmp_path / "made")]
-    environment = hub.environment(tmp_path / "cache")
-    return subprocess.run([*command, *flags], env=environment, cwd=tmp_path, capture_output=True, text=True)
+def run(hub: Hub, tmp_path: Path, script: str, *flags: str, token: str | None = None) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(REPOSITORY / "data_preparation" / script), *flags]
+    environment = hub.environment(tmp_path / "cache", token=token)
+    return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
 
 
-def rows_of(tmp_path: Path) -> list[dict]:
-    return [
-        row for file in sorted((tmp_path / "made/data").glob("*.parquet")) for row in pq.read_table(file).to_pylist()
-    ]
+def read(data_root: Path) -> list[dict]:
+    return pq.read_table(data_root / "data").to_pylist()
 
 
-def test_photographs_of_a_hub_dataset(hub: Hub, tmp_path: Path):
-    result = run(
-        hub, tmp_path, "generate_dataset.py", "--dataset_id", "user/park", "--task", "jpeg", "--num_workers", "2"
-    )
+def test_photographs_at_a_commit(hub: Hub, tmp_path: Path):
+    commit = next(repo for repo in hub.repos.values() if repo.id == "user/park").commits[-1][0]
+    flags = ["--dataset_id", "user/park", "--revision", commit, "--task", "jpeg", "--num_workers", "2"]
+    result = run(hub, tmp_path, "generate_dataset.py", *flags, "--data_root", "pairs")
     assert result.returncode == 0, result.stderr
-    rows = rows_of(tmp_path)
+    rows = read(tmp_path / "pairs")
     assert sorted(row["source"] for row in rows) == ["b", "g", "r"]
     assert {(row["source_dataset"], row["source_license"]) for row in rows} == {("user/park", "cc-by-4.0")}
 
 
-def test_a_commit_of_a_hub_dataset_is_taken_and_an_absent_one_told(hub: Hub, tmp_path: Path):
-    commit = next(repo for repo in hub.repos.values() if repo.id == "user/park").commits[-1][0]
-    flags = ["--dataset_id", "user/park", "--task", "colorize", "--max_num_samples", "1"]
-    assert run(hub, tmp_path, "generate_dataset.py", *flags, "--revision", commit).returncode == 0
-    refused = run(hub, tmp_path, "generate_dataset.py", *flags, "--revision", "nowhere", "--overwrite")
-    assert refused.returncode == 2 and "nowhere" in refused.stderr and "Traceback" not in refused.stderr
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [(["--dataset_id=user/park", "--revision=nowhere"], "nowhere"), (["--dataset_id=user/nothing"], "user/nothing")],
+    ids=["revision", "id"],
+)
+def test_missing_revision_or_dataset(flags: list[str], word: str, hub: Hub, tmp_path: Path):
+    result = run(hub, tmp_path, "generate_dataset.py", *flags, "--task=jpeg", "--data_root=pairs")
+    assert result.returncode == 2 and word in result.stderr and "Traceback" not in result.stderr
+    assert not (tmp_path / "pairs").exists()
 
 
-def test_captions_of_a_hub_dataset(hub: Hub, tmp_path: Path):
-    from tests.chat_server import chat_server
-
+def test_captions(hub: Hub, tmp_path: Path):
     with chat_server() as served:
-        result = run(
-            hub,
-            tmp_path,
-            "generate_captions.py",
-            "--captions",
-            "user/park",
-            "--caption_column",
-            "words",
-            "--base_url",
-            served.url,
-            "--model",
-            "echo",
-        )
+        flags = ["--captions=user/park", "--caption_column=words", f"--base_url={served.url}", "--model=echo"]
+        result = run(hub, tmp_path, "generate_captions.py", *flags, "--data_root=triples")
     assert result.returncode == 0, result.stderr
-    rows = rows_of(tmp_path)
+    rows = read(tmp_path / "triples")
     assert sorted(row["caption"] for row in rows) == ["a blue bench", "a green bench", "a red bench"]
     assert {(row["source_dataset"], row["source_license"]) for row in rows} == {("user/park", "cc-by-4.0")}
     assert {json.loads(row["model"])["id"] for row in rows} == {"echo"}
 
 
-def test_an_id_that_does_not_exist(hub: Hub, tmp_path: Path):
-    result = run(hub, tmp_path, "generate_dataset.py", "--dataset_id", "user/nothing", "--task", "jpeg")
-    assert result.returncode == 2 and "user/nothing" in result.stderr and "Traceback" not in result.stderr
-    assert not (tmp_path / "made").exists()
-
-
-def test_the_commands_of_instruction_tuned_sd_run_as_they_stand(hub: Hub, tmp_path: Path):
-    """Without a flag Imagenette is taken and cartoonized into cartoonizer-dataset, which the export takes."""
+def test_commands_of_instruction_tuned_sd_without_flags(hub: Hub, tmp_path: Path):
+    """The defaults cartoonize Imagenette into cartoonizer-dataset and push it."""
     kind, park = next((key.split("/")[0], repo) for key, repo in hub.repos.items() if repo.id == "user/park")
     hub.repos[f"{kind}/frgfm/imagenette"] = replace(park, id="frgfm/imagenette")
-    environment = hub.environment(tmp_path / "cache", token="write-token")
     for script in ("generate_dataset.py", "export_to_hub.py"):
-        command = [sys.executable, str(REPOSITORY / "data_preparation" / script)]
-        result = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+        result = run(hub, tmp_path, script, token="write-token")
         assert result.returncode == 0, result.stderr
     files = next(repo for repo in hub.repos.values() if repo.id == "user/cartoonizer-dataset").files
     assert "README.md" in files and any(name.startswith("data/train-") for name in files)
-    rows = pq.read_table(tmp_path / "cartoonizer-dataset/data").to_pylist()
+    rows = read(tmp_path / "cartoonizer-dataset")
     assert [row["task"] for row in rows] == ["cartoonize"] * 3
     assert {row["source_dataset"] for row in rows} == {"frgfm/imagenette"}

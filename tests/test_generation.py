@@ -24,6 +24,7 @@ from PIL import Image
 from data_preparation.generation.dataset_folder import DatasetFolder
 from data_preparation.generation.generation_flags import IMAGE_FORMATS
 from data_preparation.generation.pair_rows import encode_image, make_pair, pair_features
+from data_preparation.generation.processes import ray_cluster
 from data_preparation.generation.runner import GeneratedRows, GenerationSummary, WorkerSettings, run_generation
 from data_preparation.photographs import seeded_rng
 from tests.killing import rows_of
@@ -247,23 +248,22 @@ def test_a_full_disk_is_one_message(tmp_path):
 
 
 @pytest.mark.slow
-def test_ray_gives_the_same_bytes_after_an_actor_is_killed(uninterrupted, tmp_path):
+def test_ray_gives_the_same_bytes_after_errors_and_killed_actors(uninterrupted, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed")
-    generator = NumberGenerator(100, killed_marker=str(tmp_path / "killed"), pauses=0.05)
-    generate(generator, tmp_path / "pairs", workers=WorkerSettings(2, ray="local"))
-    assert (tmp_path / "killed").exists() and rows_of(tmp_path / "pairs") == rows_of(uninterrupted)
-
-
-@pytest.mark.slow
-def test_ray_reports_errors_of_actors_and_unreachable_clusters(tmp_path):
-    pytest.importorskip("ray", reason="Ray is not installed")
-    with pytest.raises(InputError, match="the server is down"):
-        generate(NumberGenerator(100, is_failing=True), tmp_path / "a", workers=WorkerSettings(1, ray="local"))
     with pytest.raises(InputError, match="--ray auto: no cluster can be reached"):
-        generate(NumberGenerator(100), tmp_path / "b", workers=WorkerSettings(ray="auto"))
+        generate(NumberGenerator(100), tmp_path / "pairs", workers=WorkerSettings(ray="auto"))
+    marker, workers = tmp_path / "killed", WorkerSettings(2, ray="local")
+    with ray_cluster("local"):  # both runs use it: starting one takes long
+        with pytest.raises(InputError, match="the server is down"):
+            generate(NumberGenerator(100, is_failing=True), tmp_path / "pairs", workers=workers)
+        generator = NumberGenerator(100, killed_marker=str(marker), pauses=0.05)
+        generate(generator, tmp_path / "pairs", workers=workers)
+    assert marker.exists() and rows_of(tmp_path / "pairs") == rows_of(uninterrupted)
 
 
-def test_ctrl_c_prints_how_to_resume(tmp_path, capsys):
+def test_ctrl_c_prints_how_to_resume(tmp_path, capsys, request):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores the signal
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     threading.Timer(0.4, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     with pytest.raises(SystemExit) as error:
         generate(NumberGenerator(1000, pauses=0.1), tmp_path / "pairs")

@@ -1,4 +1,4 @@
-"""Datasets in the shapes of the published ones train with no column flag, and are imported into our schema."""
+"""Copies of published datasets train without column flags, and can be imported."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ import train_instruct_pix2pix_sdxl
 from data_preparation import import_pairs
 from tests.published import BLUE, RED, SHAPES, TEXT, save_shape
 from tests.runs import losses_of, training_flags
-from utils.data.batches import check_first_rows, make_loader
+from utils.data.batches import make_loader
 from utils.data.columns import Columns
 from utils.data.geometry import Geometry
+from utils.data.samples import check_first_rows
 from utils.data.sources import open_source
 from utils.errors import InputError
 from utils.pixels import decode_image
@@ -33,48 +34,57 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with each dataset of the table under its own name."""
+    """A folder with a small copy of each dataset under its own name."""
     folder = tmp_path_factory.mktemp("published")
     for name, shape in SHAPES.items():
         save_shape(folder / name, shape)
     return folder
 
 
-def is_about(pixels: np.ndarray, colour: tuple[int, int, int]) -> bool:
-    """Whether all of (H, W, 3) or (B, 3, H, W) has a colour, but for JPEG's small change."""
+def has_colour(pixels: np.ndarray, colour: tuple[int, int, int]) -> bool:
+    """Whether (H, W, 3) or (B, 3, H, W) has one colour, apart from JPEG artefacts."""
     axes = (0, 1) if pixels.ndim == 3 else (0, 2, 3)
     return np.abs(pixels.mean(axis=axes) - np.array(colour)).max() < 4
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["stored", "streamed"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_first_batch_has_the_right_columns(name, streaming, published):
+def test_columns_and_first_batch(name, streaming, published):
     shape = SHAPES[name]
     source = open_source(str(published / name), split=shape.split, streaming=streaming)
     assert source.columns == Columns(shape.original, shape.prompt, shape.edited)
     assert check_first_rows([source], Geometry(32)) == []
-    if streaming and name != "BleachNick/UltraEdit":  # datasets sleeps five seconds at the end of each shuffled stream
+    if streaming and name != "BleachNick/UltraEdit":  # datasets waits five seconds at the end of each shuffled stream
         return
     batch = next(iter(make_loader([source], Geometry(32), seed=0, batch_size=3, num_train_timesteps=1000)))
-    assert is_about(batch["original_pixels"].numpy(), RED) and is_about(batch["edited_pixels"].numpy(), BLUE)
+    assert has_colour(batch["original_pixels"].numpy(), RED) and has_colour(batch["edited_pixels"].numpy(), BLUE)
     assert all(prompt.startswith(f"{shape.prompt} ") for prompt in batch["prompts"]) and batch["bad_rows"] == []
 
 
-@pytest.mark.parametrize("name", SHAPES)
-def test_it_trains_with_no_column_flag(name, published, tiny_base, tiny_editor, tiny_sdxl, tmp_path):
-    """One real step each, by the three scripts in turn."""
-    index = list(SHAPES).index(name) % len(SCRIPTS)
+@pytest.mark.parametrize(
+    ("index", "name"),
+    [
+        (0, "timbrooks/instructpix2pix-clip-filtered"),
+        (0, "BleachNick/UltraEdit"),  # no split "train", columns without values
+        (0, "osunlp/MagicBrush"),  # a mask
+        (1, "instruction-tuning-sd/cartoonization"),  # two sizes
+        (1, "TIGER-Lab/OmniEdit-Filtered-1.2M"),  # lists of prompts
+        (2, "Bin1117/AnyEdit"),  # a third image
+    ],
+)
+def test_training_without_column_flags(index, name, published, tiny_base, tiny_editor, tiny_sdxl, tmp_path):
+    """One step with each script; `test_columns_and_first_batch` covers the other datasets."""
     base = (tiny_base, tiny_editor, tiny_sdxl)[index]
     flags = training_flags(base, published / name, tmp_path / "out", "--max_train_steps=1", "--report_to=none")
     flags += ["--max_bad_rows=0", "--streaming"] if "OmniEdit" in name else ["--max_bad_rows=0"]
-    if SHAPES[name].split != "train":  # UltraEdit has no split of that name
+    if SHAPES[name].split != "train":
         flags.append(f"--dataset_split={SHAPES[name].split}")
     SCRIPTS[index].main(flags)
     assert len(losses_of(tmp_path / "out")) == 1
 
 
 @pytest.mark.parametrize("name", SHAPES)
-def test_it_is_imported_into_our_schema(name, published, tmp_path):
+def test_import(name, published, tmp_path):
     shape = SHAPES[name]
     flags = ["--source", str(published / name), "--data_root", str(tmp_path / "pairs"), "--dataset_split", shape.split]
     import_pairs.main(flags)
@@ -84,7 +94,7 @@ def test_it_is_imported_into_our_schema(name, published, tmp_path):
     assert len(rows) == len(stored) == 4
     for row, before in zip(rows, stored, strict=True):
         assert row["edited_image"]["bytes"] == before[shape.edited]["bytes"]
-        assert is_about(np.asarray(decode_image(row["original_image"])), RED)
+        assert has_colour(np.asarray(decode_image(row["original_image"])), RED)
         assert row["edit_prompt"] in before[shape.prompt] and row["source_dataset"] == name.split("/")[1]
     captions = [
         name
@@ -109,10 +119,10 @@ def test_it_is_imported_into_our_schema(name, published, tmp_path):
         ("sysuyy/ImgEdit", ["lists of paths", "import_pairs.py"]),
         ("AILab-CVC/SEED-Data-Edit-Part1-Openimages", ["split tar.gz archives", "import_pairs.py"]),
         ("AILab-CVC/SEED-Data-Edit-Part1-Unsplash", ["split tar.gz archives", "import_pairs.py"]),
-        ("apple/pico-banana-400k", ["jsonl of addresses", "import_pairs.py"]),
+        ("apple/pico-banana-400k", ["jsonl of URLs", "import_pairs.py"]),
     ],
 )
-def test_what_cannot_be_read_is_refused_before_it_is_downloaded(name, words, tiny_base, tmp_path, capsys):
+def test_archives_are_refused_before_the_download(name, words, tiny_base, tmp_path, capsys):
     with pytest.raises(InputError) as caught:
         open_source(name)
     assert all(word in str(caught.value) for word in words)
@@ -121,8 +131,8 @@ def test_what_cannot_be_read_is_refused_before_it_is_downloaded(name, words, tin
     assert words[0] in capsys.readouterr().err
 
 
-def test_columns_that_nobody_has_verified_are_asked_for(tmp_path):
-    """UCSC-VLAA/GPT-Image-Edit-1.5M: its columns are not known here, and are not guessed by their position."""
+def test_unknown_columns_need_flags(tmp_path):
+    """UCSC-VLAA/GPT-Image-Edit-1.5M: columns that are not known are not guessed by their position."""
     features = dict(picture=datasets.Image(), words=TEXT, result=datasets.Image())
     values = dict(picture=[None], words=["x"], result=[None])
     rows = datasets.Dataset.from_dict(values, features=datasets.Features(features))

@@ -1,7 +1,4 @@
-"""Jobs in parallel, in processes of this machine or on a Ray cluster. Lost workers are replaced.
-
-Processes of this machine end with their parent. Ray is optional (requirements-ray.txt).
-"""
+"""Runs jobs in processes of this machine, or on a Ray cluster (requirements-ray.txt). Lost workers are replaced."""
 
 from __future__ import annotations
 
@@ -108,21 +105,18 @@ def _run_job(job: Any) -> Any:
 
 
 def run_on_ray(
-    open_worker: Callable[[int], Work],
-    jobs: Mapping[int, range],
-    address: str,
-    num_workers: int,
-    gpus_per_worker: float,
+    open_worker: Callable[[int], Work], jobs: Mapping[int, range], address: str, num_workers: int, num_gpus: float
 ) -> Iterator[tuple[int, bytes]]:
     """(key, result) of every job, in the order in which they finish, from the actors of a Ray cluster.
 
     address: of the cluster, "auto", or "local" for one on this machine. num_workers: actors, 0 for as many as fit.
+    num_gpus: per actor, may be a fraction.
     The results come back to this process, so that the cluster needs no shared disk. Raises InputError.
     """
-    with _ray_cluster(address):
+    with ray_cluster(address):
         left = dict(jobs)
         for _ in range(MAX_RAY_ROUNDS):
-            for key, result in _run_ray_round(open_worker, left, num_workers, gpus_per_worker):
+            for key, result in _run_ray_round(open_worker, left, num_workers, num_gpus):
                 if left.pop(key, None) is not None:
                     yield key, result
             if not left:
@@ -149,20 +143,20 @@ class _RayWorker:
 
 
 def _run_ray_round(
-    open_worker: Callable, jobs: dict[int, range], num_workers: int, gpus_per_worker: float
+    open_worker: Callable, jobs: dict[int, range], num_workers: int, num_gpus: float
 ) -> Iterator[tuple[int, bytes]]:
     import ray
 
     items = [{"key": key, "start": items.start, "stop": items.stop} for key, items in jobs.items()]
     resources = ray.cluster_resources()
-    capacity = resources.get("GPU", 0) / gpus_per_worker if gpus_per_worker else resources.get("CPU", 1)
+    capacity = resources.get("GPU", 0) / num_gpus if num_gpus else resources.get("CPU", 1)
     max_size = max(1, min(num_workers or int(capacity), len(items)))
     rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _RayWorker,
         fn_constructor_args=(open_worker,),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=max_size),
-        **({"num_gpus": gpus_per_worker} if gpus_per_worker else {"num_cpus": 1}),
+        **({"num_gpus": num_gpus} if num_gpus else {"num_cpus": 1}),
     )
     for row in rows.iter_rows():
         if row["error"]:
@@ -171,7 +165,8 @@ def _run_ray_round(
 
 
 @contextmanager
-def _ray_cluster(address: str) -> Iterator[None]:
+def ray_cluster(address: str) -> Iterator[None]:
+    """Connect to a cluster, or start one for "local". An existing connection is used, and kept open."""
     try:
         # Set before the import, against a warning for each actor without a GPU and one about restarts.
         os.environ |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
