@@ -19,7 +19,7 @@ import huggingface_hub  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from tests.hub_server import Hub, hub_server, turn_client  # noqa: E402
+from tests.hub_server import Hub, connect_client, hub_server  # noqa: E402
 from tests.pairs import make_dataset, make_noise, make_rows  # noqa: E402
 from tests.runs import training_flags  # noqa: E402
 from tests.tiny import make_tiny_sd, make_tiny_sdxl  # noqa: E402
@@ -48,7 +48,7 @@ def hub(tmp_path: Path) -> Iterator[Hub]:
 @pytest.fixture
 def client(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The local Hub as the endpoint of this process, with no saved token and no pauses between retries."""
-    turn_client(monkeypatch, hub.url, tmp_path)
+    connect_client(monkeypatch, hub.url, tmp_path)
     monkeypatch.setattr("time.sleep", lambda seconds: None)
     yield hub
     huggingface_hub.close_session()

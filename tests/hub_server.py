@@ -1,12 +1,11 @@
-"""A small Hugging Face Hub on localhost, for the real client: repositories, git-like commits, LFS, rights, faults.
+"""A small Hugging Face Hub on localhost for the real client: repositories, commits, LFS, access rights, failures.
 
     with hub_server(folder) as hub:
         subprocess.run(command, env=hub.environment(cache, token="write-token"))
         hub.repos["models/user/editor"].read("README.md")
 
-Of Xet storage uploads are spoken (tests/xet_storage.py). Downloads go by plain HTTP, and so do uploads where
-`HF_HUB_DISABLE_XET=1` is set, as `environment` does by default.
-By hand: `python -m tests.hub_server --port 8000`.
+Uploads use Xet storage (tests/xet_storage.py), or plain HTTP with `HF_HUB_DISABLE_XET=1`, which `environment` sets by
+default. Downloads use plain HTTP. To start it by hand: `python -m tests.hub_server --port 8000`.
 """
 
 from __future__ import annotations
@@ -37,12 +36,12 @@ from tests import xet_storage
 TOKENS = {"write-token": ("user", "write"), "read-token": ("user", "read"), "other-token": ("other", "write")}
 ORGANIZATIONS = {"user": ["team"], "other": []}
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt", ".png", ".jpg", ".parquet", ".arrow", ".zip", ".tar")
-XET_TOKEN = "token-of-the-storage"
+XET_TOKEN = "storage-token"
 DATE = "2026-01-01T00:00:00.000Z"
 
 
 class Request(NamedTuple):
-    """One request that the server answered, or dropped (status 0)."""
+    """A request that the server answered; status 0 if it closed the connection instead."""
 
     method: str
     path: str
@@ -51,7 +50,7 @@ class Request(NamedTuple):
 
 
 class Refused(Exception):
-    """Ends a request with a status, and with the error code by which the client chooses its exception."""
+    """Ends a request with a status, and with the error code that selects the client's exception."""
 
     def __init__(self, status: int, message: str, code: str | None = None, body: dict | None = None):
         super().__init__(message)
@@ -59,7 +58,7 @@ class Refused(Exception):
 
 
 class File(NamedTuple):
-    """One file of one commit; its bytes lie in the server's folder under their SHA-256."""
+    """A file of a commit; its bytes are in the server's folder, named by their SHA-256."""
 
     sha256: str
     size: int
@@ -71,14 +70,14 @@ class File(NamedTuple):
         return self.sha256 if self.is_lfs else self.blob_id
 
     def describe(self) -> dict:
-        """The fields that every listing of the Hub shares."""
+        """The fields that all listings of the Hub have."""
         lfs = {"oid": self.sha256, "sha256": self.sha256, "size": self.size, "pointerSize": 130}
         return {"size": self.size, "oid": self.blob_id, **({"lfs": lfs} if self.is_lfs else {})}
 
 
 @dataclass
 class Repo:
-    """A repository: its commits, oldest first, each with its whole tree."""
+    """A repository. commits: (sha, message, all files), oldest first."""
 
     kind: str
     id: str
@@ -111,7 +110,7 @@ class Repo:
 
 
 class Hub:
-    """The state of the server. `hook(method, path)` may raise: `Refused` answers so, `ConnectionError` hangs up."""
+    """The server. `hook(method, path)` may raise `Refused`, or `ConnectionError` to close the connection."""
 
     def __init__(self, folder: Path, port: int = 0):
         self.blobs = Path(folder) / "blobs"
@@ -129,20 +128,20 @@ class Hub:
         return f"http://127.0.0.1:{self.port}"
 
     def start(self) -> None:
-        """Listen, on the same port as before if there was one."""
+        """Listen, after a stop on the same port."""
         self.server = ThreadingHTTPServer(("127.0.0.1", self.port), type("BoundHandler", (Handler,), {"hub": self}))
         self.port = self.server.server_address[1]
         threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
 
     def stop(self) -> None:
-        """Die: new connections are refused, and those still open hang up at their next request."""
+        """Refuse new connections, and close open ones at their next request."""
         if self.server is not None:
             server, self.server = self.server, None
             server.shutdown()
             server.server_close()
 
     def environment(self, cache: Path, token: str | None = None, xet: bool = False) -> dict[str, str]:
-        """This process's environment, with the Hub's client turned to this server and to a cache of its own."""
+        """Environment variables of this process, with which the Hub's client uses this server and another cache."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         ours = {"HF_ENDPOINT": self.url, "HF_HOME": str(cache), "HF_HUB_OFFLINE": "0"}
         ours |= {} if xet else {"HF_HUB_DISABLE_XET": "1"}
@@ -163,7 +162,7 @@ class Hub:
         return File(sha256, len(content), blob_id, is_lfs)
 
     def find(self, kind: str, repo_id: str, token: str | None, write: bool = False) -> Repo:
-        """The repository, if the token may see it, and may write into it where that is asked for."""
+        """The repository. Raises `Refused` if the token may not read it, or with `write` may not write to it."""
         repo = self.repos.get(f"{kind}/{repo_id}")
         account, role = TOKENS.get(token, (None, None))
         namespaces = {account, *ORGANIZATIONS.get(account, [])}
@@ -171,15 +170,15 @@ class Hub:
         if repo is None or (repo.private and not is_member):
             raise Refused(404, "Repository not found", "RepoNotFound")
         if write and not (is_member and role == "write"):
-            raise Refused(403 if account else 401, "This token has no right to write into this repository")
+            raise Refused(403 if account else 401, "This token may not write to this repository")
         return repo
 
 
-# --- the endpoints: each takes (hub, call, parts of its path) and returns what is answered as JSON -----------------
+# --- endpoints: functions of (hub, call, parts of the path) that return the JSON of the answer -----------------------
 
 
 class Call(NamedTuple):
-    """What an endpoint may read of its request."""
+    """The parts of a request that endpoints read."""
 
     token: str | None
     query: dict[str, list[str]]
@@ -216,7 +215,7 @@ def create(hub: Hub, call: Call) -> dict:
 
 
 def validate_yaml(hub: Hub, call: Call) -> dict:
-    """As the Hub does: the front matter parses, and ids look like ids, not like paths."""
+    """Check, as the Hub does, that the front matter is valid and that ids are not paths."""
     match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", call.json["content"], re.DOTALL)
     errors = []
     try:
@@ -287,7 +286,7 @@ def xet_xorb(hub: Hub, call: Call, name: str) -> dict:
 
 
 def xet_shard(hub: Hub, call: Call) -> dict:
-    """Put together the files that the shard describes, for commits to name them by their SHA-256."""
+    """Assemble the files that the shard describes; commits name them by their SHA-256."""
     require_xet_token(call)
     for segments in xet_storage.read_files(call.body):
         parts = [chunk for segment in segments for chunk in hub.xorbs[segment.xorb][segment.first : segment.end]]
@@ -297,7 +296,7 @@ def xet_shard(hub: Hub, call: Call) -> dict:
 
 def require_xet_token(call: Call) -> None:
     if call.token != XET_TOKEN:
-        raise Refused(401, "This is not a token of the storage")
+        raise Refused(401, "This is not a token of the Xet storage")
 
 
 def commit(hub: Hub, call: Call, kind: str, repo_id: str, revision: str) -> dict:
@@ -343,7 +342,7 @@ def tree(hub: Hub, call: Call, kind: str, repo_id: str, revision: str, folder: s
 
 
 def describe_paths(files: dict[str, File], prefix: str, is_deep: bool) -> list[dict]:
-    """Files and folders below `prefix`; only the first level unless `is_deep`."""
+    """Files and folders below `prefix`, only of the first level unless `is_deep`."""
     folders = {parent.as_posix() for path in files for parent in Path(path).parents if parent != Path()}
     last = {"id": "0" * 40, "title": "commit", "date": DATE}
     entries = [
@@ -391,7 +390,7 @@ RESOLVE = re.compile(r"/(?:(datasets)/)?([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)")
 
 
 class Handler(BaseHTTPRequestHandler):
-    """HTTP/1.1 with connections kept open, as the client expects of the Hub."""
+    """HTTP/1.1 with persistent connections, as on the Hub."""
 
     hub: Hub
     protocol_version = "HTTP/1.1"
@@ -420,7 +419,7 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = handle_any
 
     def answer(self, path: str, call: Call) -> None:
-        # A revision such as refs%2Fheads%2Fmain is one part of the path: decoded after the match, not before.
+        # Decoded after the match, because a revision such as refs%2Fheads%2Fmain is one part of the path.
         if match := RESOLVE.fullmatch(path):
             return self.send_file(call, *(part and unquote(part) for part in match.groups()))
         for method, pattern, endpoint in ENDPOINTS:
@@ -431,7 +430,7 @@ class Handler(BaseHTTPRequestHandler):
         raise Refused(404, f"{self.command} {path} is not an endpoint of this server")
 
     def send_file(self, call: Call, prefix: str | None, repo_id: str, revision: str, path: str) -> None:
-        """A file, whole or in the range that is asked for, with the headers by which the client fills its cache."""
+        """Send a file or the requested range of it, with the headers that the client's cache needs."""
         sha, files = self.hub.find(prefix or "models", repo_id, call.token).at(revision)
         if path not in files:
             raise Refused(404, "Entry not found", "EntryNotFound")
@@ -447,7 +446,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send(status, content, {"Content-Type": "application/octet-stream", **headers})
 
     def send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
-        self.record(status)  # before the answer leaves, so that whoever got the answer finds the record
+        self.record(status)  # before the answer, so that a client with an answer finds the record
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **headers}.items():
             self.send_header(name, value)
@@ -466,11 +465,11 @@ class Handler(BaseHTTPRequestHandler):
         return b"".join(chunks)
 
     def log_message(self, *_: object) -> None:
-        """Silent: the tests read `hub.requests`."""
+        """Print nothing; tests read `hub.requests`."""
 
 
-def turn_client(monkeypatch: object, url: str, folder: Path) -> None:
-    """Turn this process's Hub client to the server at `url`, with no token anywhere."""
+def connect_client(monkeypatch: object, url: str, folder: Path) -> None:
+    """Make the Hub client of this process use the server at `url`, without any token."""
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(folder / "no-login"))
@@ -481,7 +480,7 @@ def turn_client(monkeypatch: object, url: str, folder: Path) -> None:
 
 @contextmanager
 def hub_server(folder: Path, port: int = 0) -> Iterator[Hub]:
-    """A Hub that lives as long as the context, with its files in `folder`."""
+    """A running Hub with its files in `folder`; it stops at the end of the context."""
     hub = Hub(folder, port)
     try:
         yield hub

@@ -1,6 +1,6 @@
-"""The part of Xet storage that an upload speaks: xorbs (blocks of chunks) and shards (which chunks make a file).
+"""Read what a client uploads to Xet storage: xorbs (blocks of chunks) and shards (the chunks of each file).
 
-The layout of both is that of the Xet protocol's specification (huggingface.co/docs/xet).
+Both layouts are specified by the Xet protocol (huggingface.co/docs/xet).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import pyarrow as pa
 
 HAS_VERIFICATION, HAS_METADATA = 1 << 31, 1 << 30
-ENTRY = 48  # bytes of every header and entry of a shard
+ENTRY = 48  # bytes of each header and entry of a shard
 LAST = b"\xff" * 32
 
 
@@ -26,7 +26,7 @@ class Segment(NamedTuple):
 
 def read_files(shard: bytes) -> Iterator[list[Segment]]:
     """The files that a shard describes."""
-    place = ENTRY  # after the shard's own header
+    place = ENTRY  # after the header of the shard
     while shard[place : place + 32] != LAST:
         flags, count = struct.unpack_from("<II", shard, place + 32)
         place += ENTRY
@@ -36,7 +36,7 @@ def read_files(shard: bytes) -> Iterator[list[Segment]]:
 
 
 def read_chunks(xorb: bytes) -> list[bytes]:
-    """The chunks of a xorb, unpacked."""
+    """The decompressed chunks of a xorb."""
     chunks, place = [], 0
     while place + 8 <= len(xorb) and xorb[place] == 0:
         packed, scheme = int.from_bytes(xorb[place + 1 : place + 4], "little"), xorb[place + 4]
@@ -47,7 +47,7 @@ def read_chunks(xorb: bytes) -> list[bytes]:
 
 
 def unpack(content: bytes, scheme: int, size: int) -> bytes:
-    """scheme: 0 as it is, 1 LZ4 frame, 2 the same of bytes grouped by their place in four."""
+    """Decompress a chunk. scheme: 0 none, 1 LZ4 frame, 2 LZ4 frame of bytes grouped by their index modulo 4."""
     if scheme == 0:
         return content
     plain = pa.decompress(content, decompressed_size=size, codec="lz4", asbytes=True)
@@ -62,5 +62,5 @@ def unpack(content: bytes, scheme: int, size: int) -> bytes:
 
 
 def hash_name(content: bytes) -> str:
-    """A hash as addresses write it: four little-endian numbers."""
+    """The name of a hash in URLs: four little-endian numbers in hexadecimal."""
     return "".join(f"{number:016x}" for number in struct.unpack("<4Q", content))

@@ -154,7 +154,7 @@ def write_cleaned_copy(
     path = Path(name).expanduser()
     # A worker may have another working directory.
     dataset = replace(diagnosis.dataset, dataset_name=str(path.resolve()) if path.is_dir() else name)
-    copy = CleanedCopy(dataset, diagnosis.num_rows, dropped, frozenset(swapped), frozenset(shifted))
+    copy = CleanedCopy(dataset, len(diagnosis.records), dropped, frozenset(swapped), frozenset(shifted))
     changes = json.dumps([sorted(dropped.items()), sorted(swapped), sorted(shifted)]).encode()
     settings = {
         "generator": "check_dataset --fix",

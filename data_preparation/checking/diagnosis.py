@@ -38,10 +38,6 @@ class Diagnosis:
     compared_with: dict[str, int]
     seconds: float
 
-    @property
-    def num_rows(self) -> int:
-        return len(self.records)
-
 
 def diagnose(
     dataset: DatasetToCheck, against: list[DatasetToCheck], num_workers: int = 0, tokenizer: str | None = None

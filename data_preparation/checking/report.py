@@ -41,7 +41,7 @@ def describe(diagnosis: Diagnosis) -> str:
     """The lines for the terminal: of each finding the number of rows, some row names, an example and what to do."""
     columns, findings, row_name = diagnosis.source.columns, diagnosis.findings, diagnosis.source.row_name
     lines = [
-        f"{diagnosis.dataset.dataset_name}, split {diagnosis.dataset.split}: {count_rows(diagnosis.num_rows)} with "
+        f"{diagnosis.dataset.dataset_name}, split {diagnosis.dataset.split}: {count_rows(len(diagnosis.records))} with "
         f"{diagnosis.num_originals:,} different originals, checked in {diagnosis.seconds:.1f} s",
         f"  columns: {columns.original} / {columns.prompt} / {columns.edited}",
     ]
@@ -84,20 +84,20 @@ def verdict(diagnosis: Diagnosis) -> str:
 def write_reports(diagnosis: Diagnosis, folder: Path) -> None:
     """Write report.html and report.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.html").write_text(make_page(diagnosis), encoding="utf-8")
-    report = json.dumps(make_json(diagnosis), indent=1, ensure_ascii=False)
-    (folder / "report.json").write_text(f"{report}\n", encoding="utf-8")
+    report = make_report(diagnosis)
+    (folder / "report.html").write_text(make_page(diagnosis, report), encoding="utf-8")
+    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def make_json(diagnosis: Diagnosis) -> dict[str, Any]:
+def make_report(diagnosis: Diagnosis) -> dict[str, Any]:
     """The content of report.json: all row numbers of every finding, and details on the first thousand rows."""
     findings, numbers = diagnosis.findings, diagnosis.source.row_numbers
-    numbers = list(range(diagnosis.num_rows)) if numbers is None else numbers.tolist()  # in the whole dataset
+    numbers = list(range(len(diagnosis.records))) if numbers is None else numbers.tolist()  # in the whole dataset
     return {
         "dataset": diagnosis.dataset.dataset_name,
         "split": diagnosis.dataset.split,
         "columns": vars(diagnosis.source.columns),
-        "rows": diagnosis.num_rows,
+        "rows": len(diagnosis.records),
         "different_originals": diagnosis.num_originals,
         "compared_with": diagnosis.compared_with,
         "seconds": round(diagnosis.seconds, 1),
@@ -124,7 +124,7 @@ def make_histograms(diagnosis: Diagnosis) -> dict[str, dict]:
     tokens = records["tokens"][records["tokens"] > 0]
     tasks = diagnosis.tasks.most_common(MAX_TASKS)
     if len(diagnosis.tasks) > MAX_TASKS:
-        tasks.append(("(others)", diagnosis.num_rows - sum(count for _, count in tasks)))
+        tasks.append(("(others)", len(diagnosis.records) - sum(count for _, count in tasks)))
 
     def histogram(title: str, edges: list[int], series: dict[str, np.ndarray]) -> dict:
         ranges = zip(edges, edges[1:], strict=False)
@@ -149,32 +149,22 @@ def make_histograms(diagnosis: Diagnosis) -> dict[str, dict]:
     }
 
 
-def make_page(diagnosis: Diagnosis) -> str:
+def make_page(diagnosis: Diagnosis, report: dict[str, Any]) -> str:
     """The HTML page: no scripts, nothing loaded from elsewhere, every text of the dataset escaped."""
-    histograms = make_histograms(diagnosis)
-    if histograms["tasks"]["labels"] == [NO_TASK]:
-        del histograms["tasks"]
-    findings = [
-        {
-            **KINDS[kind]._asdict(),
-            "kind": kind,
-            "count": diagnosis.findings.count(kind),
-            "row_names": list_rows(diagnosis, kind, PAGE_ROWS),
-            "examples": [make_example(diagnosis, kind, row) for row in diagnosis.findings.rows[kind][:MAX_EXAMPLES]],
-        }
-        for kind in diagnosis.findings.kinds()
-    ]
+    charts = [histogram for histogram in report["histograms"].values() if histogram["labels"] != [NO_TASK]]
+    examples = {
+        kind: [make_example(diagnosis, kind, row) for row in diagnosis.findings.rows[kind][:MAX_EXAMPLES]]
+        for kind in report["findings"]
+    }
     template = Template(TEMPLATE.read_text("utf-8"), autoescape=True, trim_blocks=True, undefined=StrictUndefined)
     return template.render(
-        diagnosis=diagnosis,
-        dataset=diagnosis.dataset,
-        columns=" / ".join(vars(diagnosis.source.columns).values()),
-        verdict=verdict(diagnosis),
-        verdict_text=VERDICTS[verdict(diagnosis)],
+        report=report,
+        verdict_text=VERDICTS[report["verdict"]],
         counts=count_findings(diagnosis),
         count_rows=count_rows,
-        findings=findings,
-        charts=[(histogram, make_bars(histogram)) for histogram in histograms.values()],
+        row_names={kind: list_rows(diagnosis, kind, PAGE_ROWS) for kind in report["findings"]},
+        examples=examples,
+        charts=[(histogram, make_bars(histogram)) for histogram in charts],
     )
 
 

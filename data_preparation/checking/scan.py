@@ -22,18 +22,9 @@ from utils.errors import InputError
 from utils.pixels import BadRow, decode_image
 
 ROWS_PER_JOB = 32
-IMAGE_RECORD = [
-    ("height", "i4"),
-    ("width", "i4"),
-    ("bytes", "i8"),
-    ("hash", "u8"),
-    ("pixels", "u8"),
-    ("brightness", "f4"),
-    ("colourfulness", "f4"),
-]
-ROW_RECORD = np.dtype(  # 92 bytes
-    [("original", IMAGE_RECORD), ("edited", IMAGE_RECORD), ("tokens", "i4"), ("prompt", "u8")]
-)
+IMAGE_FIELDS = ["height", "width", "bytes", "hash", "pixels", "brightness", "colourfulness"]
+IMAGE_RECORD = np.dtype({"names": IMAGE_FIELDS, "formats": ["i4", "i4", "i8", "u8", "u8", "f4", "f4"]})
+ROW_RECORD = np.dtype([("original", IMAGE_RECORD), ("edited", IMAGE_RECORD), ("tokens", "i4"), ("prompt", "u8")])
 TASK_COLUMNS = ("task", "edit_type")
 
 
@@ -121,7 +112,7 @@ def make_record(inspection: Inspection) -> tuple:
     images = [
         (*image.size, image.num_bytes, image.hash, image.pixels, image.brightness, image.colourfulness)
         if image
-        else (0,) * len(IMAGE_RECORD)
+        else (0,) * len(IMAGE_FIELDS)
         for image in (inspection.original, inspection.edited)
     ]
     return (*images, inspection.num_tokens, inspection.prompt_digest)
@@ -161,14 +152,9 @@ def run_jobs(
     """(rows, result) of every job, in the order of the rows. num_workers: 0 for this process."""
     starts = range(0, num_rows, ROWS_PER_JOB)
     jobs = {number: range(start, min(start + ROWS_PER_JOB, num_rows)) for number, start in enumerate(starts)}
-    if num_workers:
-        results = run_in_processes(open_worker, jobs, num_workers)
-    else:
-        work = open_worker(0)
-        results = ((number, work(rows)) for number, rows in jobs.items())
     early, following = {}, 0  # workers finish in any order
     with tqdm(total=num_rows, desc=label, unit=" rows") as progress:
-        for number, result in results:
+        for number, result in run_in_processes(open_worker, jobs, num_workers):
             early[number] = result
             progress.update(len(jobs[number]))
             while following in early:

@@ -153,14 +153,9 @@ def write_shards(
     rows: ExportInput, shards: Sequence[ExportShard], folder: Path, num_workers: int
 ) -> Iterator[ExportShard]:
     """Write the files, and yield each shard when its file is complete. num_workers: 0 for this process."""
-    if num_workers and len(shards) > 1:
-        jobs = dict(enumerate(shards))
-        for number, _ in run_in_processes(partial(_open_writer, rows, folder), jobs, num_workers):
-            yield shards[number]
-        return
-    for shard in shards:
-        write_shard(rows, folder, shard)
-        yield shard
+    jobs, num_workers = dict(enumerate(shards)), num_workers if len(shards) > 1 else 0
+    for number, _ in run_in_processes(partial(_open_writer, rows, folder), jobs, num_workers):
+        yield shards[number]
 
 
 def _open_writer(rows: ExportInput, folder: Path, rank: int) -> Callable[[ExportShard], None]:

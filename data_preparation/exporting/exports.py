@@ -80,8 +80,8 @@ def _plan_export(options: ExportOptions) -> tuple[ExportInput, RowKeys, np.ndarr
     rows = open_input(options.data_root, options.dataset_split)
     if not rows.rows_of.sum():
         raise InputError(f"--data_root {options.data_root}: has no rows")
-    if rows.left_out:
-        print(f"columns that are not exported: {', '.join(rows.left_out)}", file=sys.stderr)
+    if rows.skipped_columns:
+        print(f"columns that are not exported: {', '.join(rows.skipped_columns)}", file=sys.stderr)
     keys = read_keys(rows)
     sources, models = source_licences(keys.origins), model_licences(keys.models, options.hub_token)
     choice = choose_licence(sources, models, options.license, options.accept_unknown_license)

@@ -49,7 +49,7 @@ class ExportOptions:
 class ExportInput:
     """The rows of a dataset of pairs; picklable, so that every worker reads for itself. Subclasses define `_read`.
 
-    features: exported columns, which are those of `pair_features` that the input has. left_out: its other columns.
+    features: the exported columns: those of `pair_features` that the input has. skipped_columns: its other columns.
     rows_of: int64, rows of each chunk; bytes_of: float64, approximate bytes per row of each chunk.
     settings, rejected: of the generation, from the manifest; empty for other datasets.
     """
@@ -71,7 +71,7 @@ class ExportInput:
         if not isinstance(found[columns.prompt], datasets.Value):
             exported["edit_prompt"] = found[columns.prompt]  # a list of instructions: training draws one of them
         self.features = datasets.Features(exported)
-        self.left_out = [name for name in found if name not in {self._input_names[name] for name in exported}]
+        self.skipped_columns = [name for name in found if name not in {self._input_names[name] for name in exported}]
 
     def read(self, chunk: int, names: list[str]) -> pa.Table:
         """Columns of a chunk, under our names; images with their bytes and without paths."""
