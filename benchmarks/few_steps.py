@@ -1,10 +1,10 @@
-"""Does the delta of a few-step student make the demo's editor edit in four steps? The toy world answers.
+"""Whether the delta of a few-step student makes the demo's editor edit in four steps.
 
     make demo && python assets/distill_toy_sd.py --output demo-output/toy-lcm && python benchmarks/few_steps.py
 
-adapt_distill.py adds w (student - base) to the demo editor for some weights w. Every editor edits the photographs that
-no training has seen by the ten instructions, in few steps and in many; each edit is compared with its exact result.
-Prints a table in Markdown, good or bad, and draws few-steps.png: a row for each way, the first photograph.
+adapt_distill.py adds w (student - base) to the demo's editor for some weights w. Every editor edits the held-out
+photographs with the ten instructions, in few and in many steps; each edit is compared with its exact result. Prints a
+Markdown table and draws few-steps.png: the first photograph, one row per configuration.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ sys.path.insert(0, str(REPOSITORY))
 from benchmarks.toy_editing import adapt, edit_photographs, read_photographs, save_sheet  # noqa: E402
 
 WEIGHTS, FEW = (0.5, 1.0), (1, 2, 4)
-GUIDANCE = {"plain": (2.0, 1.3), "one branch": (1.0, 1.0)}
+GUIDANCE = {"plain": (2.0, 1.3), "one branch": (1.0, 1.0)}  # (text, image) guidance scales
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, default=REPOSITORY / "demo-output", help="what `make demo` has left")
+    parser.add_argument("--demo", type=Path, default=REPOSITORY / "demo-output", help="output folder of `make demo`")
     parser.add_argument("--student", type=Path, default=REPOSITORY / "demo-output/toy-lcm")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "demo-output/few-steps")
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     editor = args.demo / "editor"
-    ways = [("the editor", editor, "DDIM", 20), ("the editor", editor, "DDIM", 4)]
-    ways += [("the editor", editor, "LCM", steps) for steps in FEW]
+    configurations = [("the editor", editor, "DDIM", 20), ("the editor", editor, "DDIM", 4)]
+    configurations += [("the editor", editor, "LCM", steps) for steps in FEW]
     for weight in WEIGHTS:
         folder = adapt(editor, args.student, weight, args.output / f"weight-{weight}")
-        ways += [(f"w = {weight}", folder, "LCM", steps) for steps in FEW]
-    rows, pictures, photographs = [], [], read_photographs(args.demo)
-    for name, folder, scheduler, steps in ways:
+        configurations += [(f"w = {weight}", folder, "LCM", steps) for steps in FEW]
+    sheet, labels, photographs = [], [], read_photographs(args.demo)
+    for name, folder, scheduler, steps in configurations:
         for guidance in GUIDANCE:
             score, edits = measure(photographs, folder, scheduler, steps, GUIDANCE[guidance])
-            rows.append((name, scheduler, steps, guidance, score))
-            pictures.append((f"{name}, {scheduler} {steps}, {guidance}", edits))
-            print_row(*rows[-1])
-    save_sheet([edits for _, edits in pictures], [name for name, _ in pictures], args.output / "few-steps.png")
+            print_row(name, scheduler, steps, guidance, score)
+            sheet.append(edits)
+            labels.append(f"{name}, {scheduler} {steps}, {guidance}")
+    save_sheet(sheet, labels, args.output / "few-steps.png")
 
 
 def measure(photographs: list, folder: Path, scheduler: str, steps: int, scales: tuple[float, float]) -> tuple:
-    """(mean scores, the edits of the first photograph) of one editor in one way of sampling."""
+    """(mean scores, the edits of the first photograph) of one editor, scheduler and number of steps."""
     import diffusers
     import numpy as np
 

@@ -1,10 +1,10 @@
-"""One new instruction for the demo's editor: full fine-tuning, LoRA and LoRA on a 4-bit base, side by side.
+"""One new instruction for the demo's editor: full fine-tuning, LoRA, and LoRA on a 4-bit base.
 
     make demo && .venv/bin/python benchmarks/finetuning.py
 
-The editor of demo-output/ knows ten instructions. It is taught an eleventh, a night-vision camera, by
-finetune_instruct_pix2pix.py in each way, and edits photographs that were never trained on by the new instruction (in
-phrasings kept out of training too) and by the ten old ones, which may be forgotten. Prints a table in Markdown.
+The editor of demo-output/ has been trained on ten instructions. finetune_instruct_pix2pix.py teaches it an eleventh, a
+night-vision camera, with each method. It then edits held-out photographs with the new instruction (also in held-out
+phrasings) and with the ten old ones, which it may have forgotten. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PHRASINGS = [
 ]
 NUM_HELDOUT = 3
 ADAPTER = {"--lora_rank": 16, "--learning_rate": 3e-3, "--lora_target": "all"}
-WAYS = {
+METHODS = {
     "full": {"--learning_rate": 3e-4},
     "LoRA, rank 16, attention": ADAPTER | {"--lora_target": "attention"},
     "LoRA, rank 16, all layers": ADAPTER,
@@ -63,24 +63,24 @@ EDITING = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, default=REPOSITORY / "demo-output", help="what `make demo` has left")
+    parser.add_argument("--demo", type=Path, default=REPOSITORY / "demo-output", help="output folder of `make demo`")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "demo-output/finetuning")
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each way")
+    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each method")
     parser.add_argument("--pairs", type=int, default=400, help="pairs of the new instruction")
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     make_pairs(args.output / "pairs", args.pairs)
     rows = {"before": {"trained": 0, "stored_mb": 0.0, "minutes": 0.0} | score(args, {})}
-    for number, (name, flags) in enumerate(WAYS.items()):
-        folder = args.output / f"way-{number}"
+    for number, (name, flags) in enumerate(METHODS.items()):
+        folder = args.output / f"method-{number}"
         rows[name] = train(args, folder, flags) | score(args, flags, folder)
     (args.output / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
     print_table(rows)
 
 
 def night_vision(image):
-    """uint8 RGB (H, W, 3) -> the green, grainless picture of an image intensifier, brighter than the scene."""
+    """uint8 RGB (H, W, 3) -> the green image of an image intensifier, brighter than the scene and without grain."""
     import numpy as np
 
     gray = (image.astype(np.float32) @ np.array([0.299, 0.587, 0.114], np.float32) / 255) ** 0.6
@@ -89,7 +89,7 @@ def night_vision(image):
 
 
 def make_pairs(folder: Path, count: int) -> None:
-    """A folder of images with a metadata.jsonl, as a user with two pictures a row would have it."""
+    """Write an image folder with a metadata.jsonl that names two images per row."""
     from PIL import Image
 
     from data_preparation.photographs import list_photographs, random_square, read_photograph, seeded_rng
@@ -110,7 +110,7 @@ def make_pairs(folder: Path, count: int) -> None:
 
 
 def train(args: argparse.Namespace, folder: Path, flags: dict) -> dict:
-    """Fine-tune in one way -> parameters trained, size of what was published in MB, minutes."""
+    """Fine-tune with one method: number of trained parameters, size of the published weights in MB, minutes."""
     shutil.rmtree(folder, ignore_errors=True)
     started = time.monotonic()
     run(
@@ -125,7 +125,7 @@ def train(args: argparse.Namespace, folder: Path, flags: dict) -> dict:
         args.steps,
         "--cache_latents",
         "--center_crop",
-        *words_of(TRAINING | flags),
+        *to_words(TRAINING | flags),
     )
     minutes = (time.monotonic() - started) / 60
     adapter = folder / "pytorch_lora_weights.safetensors"
@@ -134,7 +134,7 @@ def train(args: argparse.Namespace, folder: Path, flags: dict) -> dict:
 
 
 def count_trained(file: Path) -> int:
-    """Numbers in the file of what was trained, without the fixed half of an adapter's first convolution."""
+    """Number of trained values in the file, without the frozen matrix of an adapter's conv_in."""
     from safetensors import safe_open
 
     with safe_open(file, framework="np") as stored:
@@ -143,13 +143,13 @@ def count_trained(file: Path) -> int:
 
 
 def score(args: argparse.Namespace, flags: dict, folder: Path | None = None) -> dict:
-    """Accuracy and PSNR on the new instruction, in phrasings trained on and kept out, and accuracy on the old ten."""
+    """Scores on the new instruction, in a trained and a held-out phrasing, and on the ten old instructions."""
     from data_preparation.instructions import read_phrasings
     from data_preparation.toy_edits import EDITS, exact_results
     from evaluation.exact_edits import mean_scores, read_rgb, score_edit
 
     prompts = {task: read_phrasings(f"toy/{task}")[0][0] for task in EDITS}
-    new = {"new": PHRASINGS[0], "new, kept out": PHRASINGS[-1]}
+    new = {"new": PHRASINGS[0], "new, held out": PHRASINGS[-1]}
     scores = {name: [] for name in ("old", *new)}
     for name, prompt in (prompts | new).items():
         edits = edit(args, flags, folder, name, prompt)
@@ -157,7 +157,9 @@ def score(args: argparse.Namespace, flags: dict, folder: Path | None = None) -> 
             original = read_rgb(path)
             results = exact_results(original) | {TASK: night_vision(original)}
             task = TASK if name in new else name
-            scores[name if name in new else "old"].append(score_edit(read_rgb(edits / path.name), original, results, task))
+            scores[name if name in new else "old"].append(
+                score_edit(read_rgb(edits / path.name), original, results, task)
+            )
     return {name: mean_scores(values) for name, values in scores.items()}
 
 
@@ -177,31 +179,31 @@ def edit(args: argparse.Namespace, flags: dict, folder: Path | None, name: str, 
         target,
         "--edit",
         prompt,
-        *words_of(EDITING),
+        *to_words(EDITING),
     )
     return target
 
 
 def run(*command: object) -> None:
-    """Run a script as its users do; a failure has said why already."""
+    """Run a script; exit with its code if it fails."""
     words = [sys.executable, *map(str, command)]
     if code := subprocess.run(words, cwd=REPOSITORY, stdout=subprocess.DEVNULL).returncode:
         raise SystemExit(code)
 
 
-def words_of(flags: dict) -> list[object]:
+def to_words(flags: dict) -> list[object]:
     return [word for flag, value in flags.items() for word in (flag, value)]
 
 
 def print_table(rows: dict[str, dict]) -> None:
     print(
-        "| way | parameters trained | stored | minutes | new instruction: accuracy, PSNR | in phrasings kept out | "
-        "the ten old ones: accuracy |\n|---|---|---|---|---|---|---|"
+        "| method | trained parameters | stored | minutes | new instruction: accuracy, PSNR | in a held-out phrasing | "
+        "ten old instructions: accuracy |\n|---|---|---|---|---|---|---|"
     )
     for name, row in rows.items():
-        new, kept_out = (f"{row[key]['accuracy']:.2f}, {row[key]['psnr']:.1f} dB" for key in ("new", "new, kept out"))
+        new, held_out = (f"{row[key]['accuracy']:.2f}, {row[key]['psnr']:.1f} dB" for key in ("new", "new, held out"))
         cost = f"{row['trained']:,} | {row['stored_mb']:.1f} MB | {row['minutes']:.1f}"
-        print(f"| {name} | {cost} | {new} | {kept_out} | {row['old']['accuracy']:.2f} |")
+        print(f"| {name} | {cost} | {new} | {held_out} | {row['old']['accuracy']:.2f} |")
 
 
 if __name__ == "__main__":

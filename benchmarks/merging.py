@@ -1,15 +1,15 @@
-"""Memory and time of merging three UNets: adapt_distill.py's way against loading them, on files of the real sizes.
+"""Memory and time of merging three UNets of real sizes: adapt_distill.py compared with loading whole models.
 
     python benchmarks/merging.py --family sd15
     python benchmarks/merging.py --family sdxl --repeats 1
 
-The files are made up (random values in the shapes of the real UNets) and removed afterwards; SD 1.5 takes 7 GB of disk,
-SDXL 21. Each way runs in a process of its own; what it takes beyond its imports is counted: `anonymous` is memory that
-only swapping could give back, `resident` has the mapped pages of files too, which the system takes back when it needs.
+The files have random values in the shapes of the real UNets and are removed afterwards; SD 1.5 needs 7 GB of disk
+space, SDXL 21 GB. Each method runs in its own process. Memory is counted without the imports: `anonymous` is memory
+that could only be swapped out, `resident` includes mapped pages of files, which the system can drop.
 
     naive   three `UNet2DConditionModel.from_pretrained`, a loop over the state dicts, `save_pretrained`
-    mmap    three `safetensors.torch.load_file`, which map, a loop, `save_file`
-    ours    utils/merging/editor_writer.py: rows read, added and written one after the other
+    mmap    three memory-mapped `safetensors.torch.load_file`, a loop, `save_file`
+    ours    utils/merging/editor_writer.py: reads, adds and writes a few rows at a time
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from utils.merging.weight_sources import WeightSource
 from utils.runtime import DTYPES
 from utils.weight_files import split_rows, write_safetensors
 
-# The configurations of stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0, where they differ from the defaults.
+# The configurations of stable-diffusion-v1-5 and stable-diffusion-xl-base-1.0 where they differ from the defaults.
 CONFIGS = {
     "sd15": {"cross_attention_dim": 768, "sample_size": 64},
     "sdxl": {
@@ -68,8 +68,8 @@ WEIGHT = 0.5
 
 
 def make_files(folder: Path, family: str, dtype: torch.dtype) -> None:
-    """editor/, fast/ and slow/ with a UNet each."""
-    for seed, (name, channels) in enumerate((("editor", 8), ("fast", 4), ("slow", 4))):
+    """Write editor/, distilled/ and base/ with a UNet each."""
+    for seed, (name, channels) in enumerate((("editor", 8), ("distilled", 4), ("base", 4))):
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config({**CONFIGS[family], "in_channels": channels})
         shapes = {key: tuple(value.shape) for key, value in unet.state_dict().items()}
@@ -84,7 +84,7 @@ def make_files(folder: Path, family: str, dtype: torch.dtype) -> None:
 
 
 def tile(shapes: dict[str, tuple[int, ...]], values: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """Values for tensors of these shapes, piece by piece, without holding any."""
+    """Values for tensors of these shapes, a few rows at a time."""
     for name, shape in shapes.items():
         for rows in split_rows(shape, len(values)):
             count = len(range(*rows.indices(shape[0])))
@@ -95,34 +95,33 @@ def tile(shapes: dict[str, tuple[int, ...]], values: torch.Tensor) -> Iterator[t
 def merge_naive(folder: Path, dtype: torch.dtype) -> None:
     models = [
         UNet2DConditionModel.from_pretrained(folder / name, subfolder="unet", torch_dtype=dtype)
-        for name in ("editor", "fast", "slow")
+        for name in ("editor", "distilled", "base")
     ]
-    editor, fast, slow = (model.state_dict() for model in models)
-    add_all(editor, fast, slow)
+    editor, distilled, base = (model.state_dict() for model in models)
+    add_all(editor, distilled, base)
     models[0].save_pretrained(folder / "naive", max_shard_size="100GB")
 
 
 def merge_mapped(folder: Path, dtype: torch.dtype) -> None:
-    editor, fast, slow = (load_file(folder / name / "unet" / FILE) for name in ("editor", "fast", "slow"))
-    add_all(editor, fast, slow)
+    editor, distilled, base = (load_file(folder / name / "unet" / FILE) for name in ("editor", "distilled", "base"))
+    add_all(editor, distilled, base)
     (folder / "mmap").mkdir()
     save_file({name: value.to(dtype) for name, value in editor.items()}, folder / "mmap" / FILE)
 
 
-def add_all(editor: dict, fast: dict, slow: dict) -> None:
-    """The same arithmetic for both, in float32."""
+def add_all(editor: dict, distilled: dict, base: dict) -> None:
+    """The merge in float32, in place."""
     for name, value in editor.items():
-        change = (fast[name].float() - slow[name].float()) * WEIGHT
+        delta = (distilled[name].float() - base[name].float()) * WEIGHT
         target = value[:, :4] if name == "conv_in.weight" else value
-        target.copy_(target.float() + change)
+        target.copy_(target.float() + delta)
 
 
 def merge_ours(folder: Path, dtype: torch.dtype) -> None:
-    sources = {"distilled": "fast", "base": "slow"}
     recipe = MergeRecipe(
         WeightSource("--model", str(folder / "editor")),
         folder,
-        {role: WeightSource(f"--{role}", str(folder / name)) for role, name in sources.items()},
+        {role: WeightSource(f"--{role}", str(folder / role)) for role in ("distilled", "base")},
         MergeOptions(WEIGHT),
         dtype=next(name for name, kind in DTYPES.items() if kind == dtype),
     )
@@ -130,11 +129,15 @@ def merge_ours(folder: Path, dtype: torch.dtype) -> None:
     write_unet(folder / "ours" / FILE, recipe, open_recipe(recipe), MergeReport())
 
 
-WAYS: dict[str, Callable[[Path, torch.dtype], None]] = {"naive": merge_naive, "mmap": merge_mapped, "ours": merge_ours}
+METHODS: dict[str, Callable[[Path, torch.dtype], None]] = {
+    "naive": merge_naive,
+    "mmap": merge_mapped,
+    "ours": merge_ours,
+}
 
 
-def measure(way: str, folder: Path, dtype: torch.dtype) -> dict[str, float]:
-    """Seconds, and MiB beyond what the interpreter and its imports take."""
+def measure(method: str, folder: Path, dtype: torch.dtype) -> dict[str, float]:
+    """Seconds, and MiB in addition to the interpreter and its imports."""
     before, is_done = read_memory(), threading.Event()
     peak = dict(before)
 
@@ -145,7 +148,7 @@ def measure(way: str, folder: Path, dtype: torch.dtype) -> dict[str, float]:
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     start = time.perf_counter()
-    WAYS[way](folder, dtype)
+    METHODS[method](folder, dtype)
     seconds = time.perf_counter() - start
     is_done.set()
     watcher.join()
@@ -153,18 +156,18 @@ def measure(way: str, folder: Path, dtype: torch.dtype) -> dict[str, float]:
 
 
 def read_memory() -> dict[str, int]:
-    """Bytes of this process: those that no file backs, and all that are in memory (Linux)."""
+    """Bytes of this process in memory (Linux): those without a file behind them, and all."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(lines[key].split()[0]) * 1024 for name, key in (("anonymous", "RssAnon"), ("resident", "VmRSS"))}
 
 
-def same_bytes(folder: Path, ways: list[str]) -> bool:
-    """Whether the ways wrote the same values, looked at tensor by tensor."""
+def have_same_values(folder: Path, methods: list[str]) -> bool:
+    """Whether all methods wrote the same values, compared tensor by tensor."""
     from safetensors import safe_open
 
     with safe_open(folder / "ours" / FILE, "pt") as ours:
-        for way in ways:
-            with safe_open(folder / way / FILE, "pt") as other:
+        for method in methods:
+            with safe_open(folder / method / FILE, "pt") as other:
                 if not all(torch.equal(ours.get_tensor(n), other.get_tensor(n)) for n in ours.keys()):  # noqa: SIM118
                     return False
     return True
@@ -173,11 +176,13 @@ def same_bytes(folder: Path, ways: list[str]) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=CONFIGS, default="sd15")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="of the sources and of the result")
-    parser.add_argument("--repeats", type=int, default=2, help="the quickest run counts (default 2)")
-    parser.add_argument("--folder", help="where the files are made (default: the system's place for such)")
-    parser.add_argument("--measure", choices=WAYS, help=argparse.SUPPRESS)  # in the process of one way
+    parser.add_argument("--ways", dest="methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="dtype of the sources and of the result")
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="number of runs, of which the fastest counts (default: 2)"
+    )
+    parser.add_argument("--folder", help="folder for the files (default: the temporary folder of the system)")
+    parser.add_argument("--measure", choices=METHODS, help=argparse.SUPPRESS)  # in the process of one method
     flags = parser.parse_args()
     if flags.measure:
         print(json.dumps(measure(flags.measure, Path(flags.folder), DTYPES[flags.dtype])))
@@ -186,28 +191,28 @@ def main() -> None:
         folder = Path(scratch)
         make_files(folder, flags.family, DTYPES[flags.dtype])
         results: dict[str, dict] = {}
-        for way in flags.ways * flags.repeats:
-            shutil.rmtree(folder / way, ignore_errors=True)
-            os.sync()  # what others have written is not to be paid for here
-            command = [sys.executable, __file__, "--measure", way, "--folder", scratch, "--dtype", flags.dtype]
+        for method in flags.methods * flags.repeats:
+            shutil.rmtree(folder / method, ignore_errors=True)
+            os.sync()  # so that earlier writes do not count
+            command = [sys.executable, __file__, "--measure", method, "--folder", scratch, "--dtype", flags.dtype]
             result = json.loads(subprocess.run(command, check=True, capture_output=True).stdout.splitlines()[-1])
-            best = results.setdefault(way, result)
-            results[way] = {"seconds": min(best["seconds"], result["seconds"])} | {
+            best = results.setdefault(method, result)
+            results[method] = {"seconds": min(best["seconds"], result["seconds"])} | {
                 name: max(best[name], result[name]) for name in ("anonymous", "resident")
             }
-        equal = same_bytes(folder, flags.ways) if "ours" in flags.ways else None
+        equal = have_same_values(folder, flags.methods) if "ours" in flags.methods else None
     print(
         f"{flags.family}, three {flags.dtype} files; {platform.machine()}, {os.cpu_count()} CPUs, "
         f"torch {torch.__version__}"
     )
-    for way, result in results.items():
+    for method, result in results.items():
         print(
-            f"{way:<6} {result['seconds']:7.1f} s  anonymous {result['anonymous']:7.0f} MiB  resident "
+            f"{method:<6} {result['seconds']:7.1f} s  anonymous {result['anonymous']:7.0f} MiB  resident "
             f"{result['resident']:7.0f} MiB"
         )
-    for way in set(flags.ways) - {"ours"} if "ours" in flags.ways else ():
-        ours, other = results["ours"], results[way]
-        print(f"ours / {way}: " + ", ".join(f"{name} {ours[name] / max(other[name], 1e-9):.3f}" for name in ours))
+    for method in set(flags.methods) - {"ours"} if "ours" in flags.methods else ():
+        ours, other = results["ours"], results[method]
+        print(f"ours / {method}: " + ", ".join(f"{name} {ours[name] / max(other[name], 1e-9):.3f}" for name in ours))
     print(f"the same values: {equal}")
 
 

@@ -1,10 +1,10 @@
-"""Does the delta of a style fine-tune give the demo's editor the style, and does it still edit? The toy world answers.
+"""Whether the delta of a style fine-tune gives the demo's editor the style, and whether it still edits.
 
     make demo && python assets/style_toy_sd.py --output demo-output/toy-woodcut && python benchmarks/styles.py
 
-adapt_distill.py adds w (woodcut - base) to the demo's editor. Every editor edits the photographs that no training has
-seen by the ten instructions; each edit is compared with its exact result, plain and in the style. Prints a table in
-Markdown, good or bad, and draws styles.png: a row for each weight, two photographs.
+adapt_distill.py adds w (woodcut - base) to the demo's editor. Every editor edits the held-out photographs with the ten
+instructions; each edit is compared with its exact result, plain and in the style. Prints a Markdown table and draws
+styles.png: two photographs, one row per weight.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ sys.path.insert(0, str(REPOSITORY))
 from benchmarks.toy_editing import adapt, edit_photographs, read_photographs, save_sheet  # noqa: E402
 
 WEIGHTS = (0.0, 0.5, 1.0, 1.5)
-STEPS, SCALES = 10, (2.0, 1.3)  # as the demo edits
-SHOWN = (0, 5)  # coffee, raccoon
+STEPS, SCALES = 10, (2.0, 1.3)  # the settings of the demo
+PREVIEWED = (0, 5)  # coffee, raccoon
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, default=REPOSITORY / "demo-output", help="what `make demo` has left")
+    parser.add_argument("--demo", type=Path, default=REPOSITORY / "demo-output", help="output folder of `make demo`")
     parser.add_argument("--styled", type=Path, default=REPOSITORY / "demo-output/toy-woodcut")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "demo-output/styles")
     args = parser.parse_args()
@@ -39,30 +39,33 @@ def main() -> None:
 
     photographs = read_photographs(args.demo)
     rows, labels, first = [], [], None
-    print("| editor | accuracy | PSNR to the exact edit | to it in the style | share of the style |\n|" + "---|" * 5)
+    print(
+        "| editor | accuracy | PSNR to the exact edit | PSNR to the styled edit | fraction of the style |\n|"
+        + "---|" * 5
+    )
     for weight in WEIGHTS:
         folder = adapt(args.demo / "editor", args.styled, weight, args.output / f"weight-{weight}")
         edits = edit_photographs(load_editor(folder), photographs, STEPS, SCALES)
         first = first or edits
         print_row(f"w = {weight}", score(edits, photographs))
-        for index in SHOWN:
+        for index in PREVIEWED:
             rows.append([photographs[index], *(edited[index] for edited in edits.values())])
             labels.append(f"w = {weight}")
     afterwards = {
         task: [Image.fromarray(woodcut(np.asarray(edit))) for edit in edited] for task, edited in first.items()
     }
-    print_row("w = 0, the style drawn over the edits", score(afterwards, photographs))
-    for index in SHOWN:
+    print_row("w = 0, style applied to the edits", score(afterwards, photographs))
+    for index in PREVIEWED:
         rows.append([photographs[index], *(edited[index] for edited in afterwards.values())])
-        labels.append("w = 0, the style drawn over the edits")
+        labels.append("w = 0, style applied to the edits")
     save_sheet(rows, labels, args.output / "styles.png")
 
 
 def score(edits: dict[str, list], photographs: list) -> dict[str, float]:
     """Mean scores of all edits against the exact results, plain and in the style (evaluation/exact_edits.py).
 
-    accuracy: an edit is right when what is nearest to it is its own exact result, be it plain or styled. styled_psnr:
-    to the styled one. style_share: where the edit lies between the two by least squares, 0 plain and 1 styled.
+    accuracy: an edit is correct if its own exact result, plain or styled, is the nearest. styled_psnr: to the styled
+    result. style_share: position of the edit between the two results by least squares, 0: plain, 1: styled.
     """
     import numpy as np
 

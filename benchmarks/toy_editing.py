@@ -1,4 +1,4 @@
-"""What the benchmarks of adapted toy editors share: adapting, editing the photographs kept out, and showing it."""
+"""Shared by the benchmarks of adapted toy editors: adapting, editing the held-out photographs, contact sheets."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CELL = 128
 
 
 def adapt(editor: Path, source: Path, weight: float, folder: Path) -> Path:
-    """Run adapt_distill.py as its users do: the folder of editor + weight (source - toy base)."""
+    """Run adapt_distill.py; returns the folder of editor + weight * (source - toy base)."""
     if not (folder / "model_index.json").exists():
         command = [
             sys.executable,
@@ -36,14 +36,14 @@ def adapt(editor: Path, source: Path, weight: float, folder: Path) -> Path:
 
 
 def read_photographs(demo: Path) -> list[Image.Image]:
-    """The photographs that `make demo` kept out of training, cut to the model's size."""
+    """The held-out photographs of `make demo`, in the size of the model."""
     return [Image.open(path).convert("RGB") for path in sorted((demo / "heldout").glob("*.png"))]
 
 
 def edit_photographs(
     pipeline: Any, photographs: list[Image.Image], steps: int, scales: tuple[float, float]
 ) -> dict[str, list[Image.Image]]:
-    """The edits of every photograph by each of the ten instructions (its first phrasing), seed 0, by task."""
+    """Edits of every photograph with the first phrasing of each of the ten instructions and seed 0, by task."""
     from data_preparation.instructions import read_phrasings
     from data_preparation.toy_edits import EDITS
     from utils.editing.edit_images import SamplingSettings, edit_images
@@ -62,7 +62,7 @@ def edit_photographs(
 
 
 def save_sheet(rows: list[list[Image.Image]], labels: list[str], path: Path) -> None:
-    """One labelled row of pictures for each way."""
+    """Draw rows of images with a label each."""
     from utils.contact_sheets import draw_grid
 
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import adapt_distill
 from tests.deltas import LORA, add_random_lora, load_unet, merge, save_peft_lora, weights_in
-from tests.hub_files import serve_folder, turn_downloads
+from tests.hub_files import connect_downloads, serve_folder
 from tests.hub_server import hub_server
 from tests.mistakes import read_files
 from tests.original_names import write_single_file
@@ -296,7 +296,7 @@ def test_pushing_needs_the_licences_leave(
     ]
     assert "needs a login" in fails(*flags)
     with hub_server(tmp_path / "hub") as hub:
-        turn_downloads(monkeypatch, hub.url, tmp_path)
+        connect_downloads(monkeypatch, hub.url, tmp_path)
         flags.append("--hub_token=write-token")
         message = fails(*flags)
         assert "non-commercial and no derivatives (cc-by-nc-nd-4.0)" in message and "--accept_license" in message
@@ -482,7 +482,7 @@ def test_mistakes_in_the_models(
         (("--model", tiny_sdxl_editor, "--lora", lora), "does not match the editor"),
         (("--model", tiny_sdxl_editor, "--preset", "tcd-sd1.5"), "--preset tcd-sd1.5 is for sd1.5"),
         (("--model", tiny_editor, "--preset", "turbo-sdxl"), "--preset turbo-sdxl is for sdxl"),
-        (("--model", v_editor, "--preset", "tcd-sd1.5"), "they cannot be merged"),
+        (("--model", v_editor, "--preset", "tcd-sd1.5"), "is for epsilon prediction"),
         (("--model", tiny_editor, "--lora", lora, "--block_weights", "x(=1"), "not a regular expression"),
         (("--model", tiny_editor, "--lora", lora, "--dtype=fp16", "--block_weights", "mid=1e9"), "overflow in float16"),
         (("--model", tiny_editor, "--lora", lora, "--scheduler=edm_euler"), "other noise levels"),

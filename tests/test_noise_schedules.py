@@ -45,7 +45,7 @@ def base_scheduler(scheduler_class: type[SchedulerMixin], **changes: object) -> 
 def test_the_schedule_is_that_of_stable_diffusion() -> None:
     schedule = make_noise_schedule(dict(base_scheduler(PNDMScheduler).config), ObjectiveOptions())
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    torch.testing.assert_close(schedule.alphas_cumprod.double(), (1 - betas).cumprod(0), rtol=1e-5, atol=0)
+    torch.testing.assert_close(schedule.scheduler.alphas_cumprod.double(), (1 - betas).cumprod(0), rtol=1e-5, atol=0)
     assert len(schedule) == 1000
     assert schedule.prediction_type == "epsilon"
 
@@ -60,12 +60,12 @@ def test_the_base_says_what_is_predicted_and_the_flag_overrules_it() -> None:
 def test_rescaled_betas_end_in_noise_alone() -> None:
     schedule = make_noise_schedule(dict(base_scheduler(PNDMScheduler).config), ZERO_SNR)
     plain = make_noise_schedule(dict(base_scheduler(PNDMScheduler).config), ObjectiveOptions())
-    root, last, first = (plain.alphas_cumprod.double().sqrt()[index] for index in (slice(None), -1, 0))
+    root, last, first = (plain.scheduler.alphas_cumprod.double().sqrt()[index] for index in (slice(None), -1, 0))
     expected = ((root - last) * first / (first - last)) ** 2  # 2305.08891, algorithm 1
-    torch.testing.assert_close(schedule.alphas_cumprod.double(), expected, rtol=1e-4, atol=1e-9)
-    assert schedule.alphas_cumprod[-1] == 0
+    torch.testing.assert_close(schedule.scheduler.alphas_cumprod.double(), expected, rtol=1e-4, atol=1e-9)
+    assert schedule.scheduler.alphas_cumprod[-1] == 0
     latents, noise = torch.randn(2, 4, 2, 2), torch.randn(2, 4, 2, 2)
-    assert torch.equal(schedule.add_noise(latents, noise, torch.tensor([999, 999])), noise)
+    assert torch.equal(schedule.scheduler.add_noise(latents, noise, torch.tensor([999, 999])), noise)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_target_of_each_prediction_type(prediction_type: str) -> None:
     schedule = make_noise_schedule(PUBLISHED, ObjectiveOptions(prediction_type=prediction_type))
     latents, noise = torch.randn(4, 4, 3, 3), torch.randn(4, 4, 3, 3)
     timesteps = torch.tensor([0, 17, 500, 999])
-    alpha_bar = schedule.alphas_cumprod[timesteps].double()[:, None, None, None]
+    alpha_bar = schedule.scheduler.alphas_cumprod[timesteps].double()[:, None, None, None]
     velocity = alpha_bar.sqrt() * noise.double() - (1 - alpha_bar).sqrt() * latents.double()
     expected = noise if prediction_type == "epsilon" else velocity.float()
     torch.testing.assert_close(schedule.make_target(latents, noise, timesteps), expected, rtol=1e-5, atol=1e-5)
@@ -106,7 +106,7 @@ def test_min_snr_weights() -> None:
 
 def test_min_snr_weights_of_a_whole_schedule_with_zero_terminal_snr_are_finite() -> None:
     schedule = make_noise_schedule(PUBLISHED, ZERO_SNR)
-    weights = min_snr_weights(schedule.alphas_cumprod, torch.arange(1000), 5.0, "v_prediction")
+    weights = min_snr_weights(schedule.scheduler.alphas_cumprod, torch.arange(1000), 5.0, "v_prediction")
     assert weights.isfinite().all()
     assert weights[-1] == 0
 
@@ -163,7 +163,7 @@ def test_zero_terminal_snr_is_published_with_a_scheduler_that_starts_from_noise_
     assert published.config.prediction_type == "v_prediction"
     assert published.config.timestep_spacing == "trailing"
     # Euler divides by alpha and so keeps a trace of it, 2^-24.
-    torch.testing.assert_close(published.alphas_cumprod, schedule.alphas_cumprod, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(published.alphas_cumprod, schedule.scheduler.alphas_cumprod, rtol=1e-6, atol=1e-7)
 
 
 def test_the_published_scheduler_gives_back_the_image_of_a_perfect_prediction(tmp_path) -> None:
@@ -195,7 +195,10 @@ def test_the_schedule_of_an_edm_model_is_that_of_its_scheduler() -> None:
     torch.manual_seed(0)
     timesteps = torch.tensor([0, 250, 500, 750, 999])
     latents, noise = torch.randn(2, 5, 4, 8, 8, dtype=torch.float64)
-    noisy, target = schedule.add_noise(latents, noise, timesteps), schedule.make_target(latents, noise, timesteps)
+    noisy, target = (
+        schedule.scheduler.add_noise(latents, noise, timesteps),
+        schedule.make_target(latents, noise, timesteps),
+    )
     told = schedule.unet_timesteps(timesteps)
     for index in range(5):
         sigma = torch.exp(4 * told[index].double())

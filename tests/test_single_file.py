@@ -19,7 +19,7 @@ from diffusers import (
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
-from tests.hub_files import serve_folder, turn_downloads
+from tests.hub_files import connect_downloads, serve_folder
 from tests.hub_server import hub_server
 from tests.original_names import open_clip_weights, original_weights, unet_weights, vae_weights, write_single_file
 from tests.pairs import make_noise
@@ -247,7 +247,7 @@ def test_configuration_from_the_hub(
     }
     cache = str(tmp_path / "cache")
     with hub_server(tmp_path / "hub") as hub:
-        turn_downloads(monkeypatch, hub.url, tmp_path)
+        connect_downloads(monkeypatch, hub.url, tmp_path)
         for file, (repo_id, folder, source) in files.items():
             serve_folder(hub, repo_id, folder)
             assert_same_weights(load_single_file(str(file), None, cache), source)

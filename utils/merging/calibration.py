@@ -75,9 +75,7 @@ class Calibration:
             mark = "  <- chosen" if weight == self.chosen else ""
             lines.append(f"{weight:<6g}  {latent:<15.4f}  {pixel:<14.4f}  {direction:<9.4f}  {saturation:.4f}{mark}")
         if len(self.scores) > 1 and self.chosen in (self.scores[0].weight, self.scores[-1].weight):
-            lines.append(
-                "the best weight is at the end of the grid: extend --calibrate_weights, and check the contact sheet"
-            )
+            lines.append("the best weight is at the end of the grid: extend --calibrate_weights")
         return "\n".join(lines)
 
 
@@ -191,13 +189,10 @@ def _to_image(pixels: torch.Tensor) -> Image.Image:
 
 def _plot_scores(scores: list[WeightScores], chosen: float, path: Path) -> None:
     """Plot the three scores over the weight, and the chosen weight."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.add_subplot()
-    weights = [score.weight for score in scores]
+    axis, weights = figure.subplots(), [score.weight for score in scores]
     for name in ("latent_distance", "direction", "saturation"):
         axis.plot(weights, [getattr(score, name) for score in scores], "o-", label=name.replace("_", " "))
     axis.axvline(chosen, color="tab:gray", linestyle=":", label=f"chosen: {chosen:g}")

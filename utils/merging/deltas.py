@@ -100,10 +100,9 @@ class UNetDifference:
         self.shapes = {name: shape for name, shape in distilled.shapes.items() if name != COND_PROJ}
         for name, shape in self.shapes.items():
             if shape != base.shapes.get(name, shape):
-                raise InputError(
-                    f"{distilled.flag} does not match {base.flag}: {name} has shape {shape} and {base.shapes[name]}. "
-                    "The base must be the model that the distilled model was trained from"
-                )
+                shapes = f"{name} has shape {shape} and {base.shapes[name]}"
+                advice = "--base must be the model that --distilled was trained from"
+                raise InputError(f"{distilled.flag} does not match {base.flag}: {shapes}. {advice}")
         if base.has_guidance_embedding:
             raise InputError(f"{base.flag} is distilled (it has {COND_PROJ}): give the model it was trained from")
         self._distilled, self._base, self._bias_delta = distilled, base, None

@@ -105,20 +105,13 @@ def _collect_facts(recipe: MergeRecipe, opened: OpenedRecipe) -> dict[str, Any]:
     """The content of `adapted.json`."""
     scheduler, settings = recipe.scheduler or (opened.editor.scheduler_config.get("_class_name", ""), {})
     licences = {licence.source: licence for licence in opened.licences}
-    sources = [("editor", recipe.model.name, opened.editor.revision, [])]
-    for role, found in opened.files.items():
-        sources.append((role, found.source.name, found.revision, [path.name for path in found.files]))
-    described = [
-        {
-            "role": role,
-            "name": public_name(name),
-            "revision": revision,
-            "files": files,
-            "licence": licences[name].name or None,
-            "restrictions": list(licences[name].restrictions),
-        }
-        for role, name, revision, files in sources
-    ]
+    sources = [("editor", recipe.model.name, opened.editor.revision, ())]
+    sources += [(role, found.source.name, found.revision, found.files) for role, found in opened.files.items()]
+    described = []
+    for role, name, revision, files in sources:
+        source = {"role": role, "name": public_name(name), "revision": revision, "files": [path.name for path in files]}
+        licence = {"licence": licences[name].name or None, "restrictions": list(licences[name].restrictions)}
+        described.append(source | licence)
     merge = asdict(recipe.merge) | {"block_weights": dict(recipe.merge.block_weights)}
     own = {"lcm_guidance": recipe.lcm_guidance, "dtype": recipe.dtype, "sources": described}
     recommended = recipe.recommended | {"scheduler": scheduler, "scheduler_settings": settings}

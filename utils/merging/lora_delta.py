@@ -65,10 +65,8 @@ class LoraDelta:
 
     def _refuse_other_kinds(self, keys: list[str]) -> None:
         if dora := [key for key in keys if any(mark in key for mark in _DORA)]:
-            raise InputError(
-                f"{self._flag} is a DoRA ({dora[0]}), whose delta depends on the weights it was trained on: "
-                "give a plain LoRA"
-            )
+            reason = "its delta depends on the weights it was trained on"
+            raise InputError(f"{self._flag} is a DoRA ({dora[0]}): {reason}. Give a plain LoRA")
         if others := [key for key in keys if any(mark in key for mark in _OTHER_KINDS)]:
             raise InputError(f"{self._flag} is an adapter of another kind than LoRA ({others[0]}): give a plain LoRA")
         if not any("lora" in key for key in keys):
@@ -88,9 +86,8 @@ class LoraDelta:
             elif not key.endswith(".alpha"):
                 matrices.setdefault(layer, {})[part] = value
         if unknown:
-            raise InputError(
-                f"{self._flag} does not match the editor: its UNet has no layers {shorten_list(sorted(unknown))}"
-            )
+            layers = shorten_list(sorted(unknown))
+            raise InputError(f"{self._flag} does not match the editor: its UNet has no layers {layers}")
         if incomplete := sorted(layer for layer, parts in matrices.items() if parts.keys() != {"A", "B"}):
             raise InputError(f"{self._flag} is incomplete: missing one of two matrices of {shorten_list(incomplete)}")
         return matrices
@@ -102,9 +99,8 @@ class LoraDelta:
             expected = (expected[0], LATENT_CHANNELS, *expected[2:])
         fits = len(down) >= 2 and up[0] == expected[0] and prod(up) == up[0] * down[0]
         if not fits or prod(down[1:]) != prod(expected[1:]) or down[1] != expected[1]:
-            raise InputError(
-                f"{self._flag} does not match the editor: {name} has shape {expected}, the matrices {down} and {up}"
-            )
+            shapes = f"{name} has shape {expected}, the matrices {down} and {up}"
+            raise InputError(f"{self._flag} does not match the editor: {shapes}")
         return expected
 
     def _find_scale(self, name: str) -> float:
@@ -119,11 +115,10 @@ def _kohya_names(layers: list[str], layers_per_block: int | list[int]) -> dict[s
     """kohya's layer names that diffusers converts only for one family -> the names that it always converts."""
     names = {}
     for layer, original in original_names(layers, layers_per_block).items():
-        diffusers_name, original_name = (f"lora_unet_{name.replace('.', '_')}" for name in (layer, original))
+        converted, other = (f"lora_unet_{name.replace('.', '_')}" for name in (layer, original))
         if layer.startswith("add_embedding"):
-            names[diffusers_name] = original_name
-        else:
-            names[original_name] = diffusers_name
+            converted, other = other, converted
+        names[other] = converted
     return names
 
 

@@ -16,7 +16,7 @@ import torch
 
 from utils.errors import InputError
 from utils.merging.deltas import CONV_IN, Delta, UNetWeights
-from utils.merging.unet_names import block_of
+from utils.merging.unet_names import block_of, shorten_list
 from utils.weight_files import ALL, split_rows
 
 DEFAULT_DENSITY = {"linear": 1.0, "ties": 0.2, "dare": 0.5}  # by method; TIES: the paper's 20 %
@@ -60,6 +60,10 @@ class BlockNorms:
     def relative(self) -> float:
         return math.sqrt(self.delta / self.weight) if self.weight else float("nan")
 
+    def as_json(self) -> dict[str, float]:
+        norms = {"change_norm": math.sqrt(self.delta), "weight_norm": math.sqrt(self.weight)}
+        return {"relative_change": self.relative} | norms
+
 
 @dataclass
 class MergeReport:
@@ -72,28 +76,19 @@ class MergeReport:
     conv_in: str = "unchanged: the source does not change it"
 
     def as_json(self) -> dict:
-        blocks = {
-            name: {
-                "relative_change": norms.relative,
-                "change_norm": math.sqrt(norms.delta),
-                "weight_norm": math.sqrt(norms.weight),
-            }
-            for name, norms in self.blocks.items()
+        blocks = {name: norms.as_json() for name, norms in self.blocks.items()}
+        return {"blocks": blocks} | {
+            name: getattr(self, name) for name in ("conv_in", "changed", "unchanged", "skipped")
         }
-        rest = {name: getattr(self, name) for name in ("conv_in", "changed", "unchanged", "skipped")}
-        return {"blocks": blocks} | rest
 
     def describe(self) -> str:
         """The report for the terminal."""
         lines = [f"{len(self.changed)} parameters changed, {len(self.unchanged)} unchanged"]
         lines += [f"conv_in: {self.conv_in}", "change relative to the weights, by block:"]
         lines += [f"  {name:<18} {norms.relative:.4g}" for name, norms in self.blocks.items()]
-        reasons: dict[str, list[str]] = {}
-        for key, reason in self.skipped.items():
-            reasons.setdefault(reason, []).append(key)
-        for reason, keys in reasons.items():
-            more = f" and {len(keys) - 2} more" if len(keys) > 2 else ""
-            lines.append(f"not used: {', '.join(keys[:2])}{more}: {reason}")
+        for reason in dict.fromkeys(self.skipped.values()):
+            keys = [key for key, value in self.skipped.items() if value == reason]
+            lines.append(f"not used: {shorten_list(keys, limit=2)}: {reason}")
         return "\n".join(lines)
 
 

@@ -18,7 +18,7 @@ from utils.merging.deltas import Delta, StoredDifference, UNetDifference, UNetWe
 from utils.merging.editor_folder import EditorFolder, find_editor, require_output_dir
 from utils.merging.lora_delta import LoraDelta
 from utils.merging.merge import DEFAULT_DENSITY, MergeOptions, MergeReport, Rows, check_block_weights, merge_rows
-from utils.merging.presets import PRESETS, SOURCE_FIELDS, TRAILING, Preset
+from utils.merging.presets import PRESETS, SD15, SDXL, SOURCE_FIELDS, TRAILING, Preset
 from utils.merging.weight_sources import SourceFiles, WeightSource, find_source_files
 from utils.weight_files import TensorFiles
 
@@ -33,8 +33,7 @@ class MergeRecipe:
     """What to merge.
 
     sources: by role: "distilled" with "base", "lora" or "delta"; TIES also needs "base". scheduler: (class name,
-    settings); None keeps the editor's. recommended: settings for `adapted.json`. licences: source name -> licence,
-    where it is known in advance. family: of the preset, "sd1.5" or "sdxl".
+    settings); None keeps the editor's. recommended: settings for `adapted.json`. preset: a key of `PRESETS`.
     """
 
     model: WeightSource
@@ -45,9 +44,7 @@ class MergeRecipe:
     lcm_guidance: float | None = None
     scheduler: tuple[str, dict[str, Any]] | None = None
     recommended: dict[str, Any] = field(default_factory=dict)
-    licences: dict[str, str] = field(default_factory=dict)
     preset: str | None = None
-    family: str | None = None
     cache_dir: str | None = None
 
     @property
@@ -68,7 +65,7 @@ def make_recipe(flags: Mapping[str, Any]) -> MergeRecipe:
         seed=flags["seed"],
         density=flags["density"] or DEFAULT_DENSITY[flags["method"]],
     )
-    scheduler = _choose_scheduler_settings(flags["scheduler"], flags["timestep_spacing"], preset)
+    scheduler = _choose_scheduler(flags["scheduler"], flags["timestep_spacing"], preset)
     recommended = {name: getattr(preset, name, value) for name, value in FEW_STEPS.items()} if scheduler else {}
     if flags["scheduler"] == "tcd" and not preset:
         recommended["eta"] = TCD_ETA  # the pipelines' default, 0, removes its noise
@@ -84,8 +81,6 @@ def make_recipe(flags: Mapping[str, Any]) -> MergeRecipe:
         dtype=flags["dtype"],
         cache_dir=flags["cache_dir"],
         preset=flags["preset"],
-        licences={preset.id: preset.licence} if preset and preset.licence else {},
-        family=preset.family if preset else None,
     )
 
 
@@ -104,14 +99,13 @@ def _make_sources(flags: Mapping[str, Any], preset: Preset | None) -> dict[str, 
     return sources
 
 
-def _choose_scheduler_settings(
-    name: str | None, timestep_spacing: str | None, preset: Preset | None
-) -> tuple[str, dict[str, Any]] | None:
+def _choose_scheduler(name: str | None, spacing: str | None, preset: Preset | None) -> tuple[str, dict] | None:
+    """(class name, settings) of the new editor's scheduler; None keeps the editor's."""
     if name is None:
         return (preset.scheduler, preset.scheduler_settings) if preset else None
     class_name, settings = SCHEDULERS[name]
-    if timestep_spacing:
-        return class_name, settings | {"timestep_spacing": timestep_spacing}
+    if spacing:
+        return class_name, settings | {"timestep_spacing": spacing}
     has_spacing = class_name not in OWN_TIMESTEPS and not class_name.startswith("EDM")
     return class_name, settings | (TRAILING if has_spacing else {})
 
@@ -136,8 +130,9 @@ def open_recipe(recipe: MergeRecipe, token: str | None = None, unpacked: Path | 
 
     unpacked: the folder of an editor that is one file (`unpacked_editor`).
     """
-    editor = find_editor(recipe.model, recipe.cache_dir, unpacked)
-    _refuse_preset_mismatch(recipe, editor)
+    editor, preset = find_editor(recipe.model, recipe.cache_dir, unpacked), PRESETS.get(recipe.preset)
+    if preset:
+        _refuse_preset_mismatch(recipe.preset, preset, editor)
     own = find_source_files(replace(recipe.model, name=str(editor.folder), subfolder="unet"), "unet")
     shapes, layers = TensorFiles(own.files, recipe.model.flag_and_name).shapes, editor.layers_per_block
     files = {
@@ -151,23 +146,21 @@ def open_recipe(recipe: MergeRecipe, token: str | None = None, unpacked: Path | 
         delta = StoredDifference(unets["delta"])
     else:
         # Whether a preset's UNet has a guidance embedding is not known for sure.
-        can_fold = unets["distilled"].has_guidance_embedding or not recipe.preset
+        can_fold = unets["distilled"].has_guidance_embedding or not preset
         delta = UNetDifference(unets["distilled"], unets["base"], recipe.lcm_guidance if can_fold else None)
     check_block_weights(recipe.merge, list(shapes))
-    licences = [look_up_licence(name, recipe.licences.get(name), token) for name in recipe.source_names]
+    known = {preset.id: preset.licence} if preset else {}
+    licences = [look_up_licence(name, known.get(name), token) for name in recipe.source_names]
     return OpenedRecipe(editor, UNetWeights(own, shapes, layers), delta, unets.get("base"), files, licences)
 
 
-def _refuse_preset_mismatch(recipe: MergeRecipe, editor: EditorFolder) -> None:
-    family = "sdxl" if editor.is_sdxl else "sd1.5"
-    if recipe.family and recipe.family != family:
-        raise InputError(f"--preset {recipe.preset} is for {recipe.family}, but {editor.name} is {family}")
-    prediction_type = editor.scheduler_config.get("prediction_type", "epsilon")
-    if recipe.preset and prediction_type != "epsilon":
-        raise InputError(
-            f"--preset {recipe.preset} is for epsilon prediction, but {editor.name} uses {prediction_type}: "
-            "they cannot be merged"
-        )
+def _refuse_preset_mismatch(name: str, preset: Preset, editor: EditorFolder) -> None:
+    family = SDXL if editor.is_sdxl else SD15
+    if preset.family != family:
+        raise InputError(f"--preset {name} is for {preset.family}, but {editor.name} is {family}")
+    prediction = editor.scheduler_config.get("prediction_type", "epsilon")
+    if prediction != "epsilon":
+        raise InputError(f"--preset {name} is for epsilon prediction, but {editor.name} uses {prediction}")
 
 
 def fill_defaults(recipe: MergeRecipe, opened: OpenedRecipe) -> MergeRecipe:
@@ -207,11 +200,8 @@ def prepare_output(recipe: MergeRecipe, options: PushOptions) -> str | None:
 
 def check_licences(licences: list[Licence], options: PushOptions) -> None:
     """Print restricted licences, and refuse to push without --accept_license. Raises `InputError`."""
-    restricted = [
-        f"{licence.source} is {' and '.join(licence.restrictions)} ({licence.name})"
-        for licence in licences
-        if licence.restrictions
-    ]
+    restricted = [licence for licence in licences if licence.restrictions]
+    restricted = [f"{one.source} is {' and '.join(one.restrictions)} ({one.name})" for one in restricted]
     for line in restricted:
         print(f"licence: {line}, and so is the merged editor", file=sys.stderr)
     if restricted and options.push_to_hub and not options.accept_license:

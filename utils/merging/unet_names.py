@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Sequence
 
+from diffusers.loaders.single_file_utils import DIFFUSERS_TO_LDM_MAPPING
+
 ORIGINAL_PREFIX = "model.diffusion_model."
 # How the names of other components, and of constants, begin in files of whole models.
 OTHER_PREFIXES = (
@@ -12,14 +14,10 @@ OTHER_PREFIXES = (
     *("te1_", "te2_", "alphas_", "betas", "sqrt_", "log_one_minus", "posterior_", "denoiser.", "logvar"),
     *("edm_vpred.", "v_pred", "ztsnr", "safety_checker."),
 )
-_OUTER = {
-    "conv_in": "input_blocks.0.0",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
+_LDM = DIFFUSERS_TO_LDM_MAPPING["unet"]
+_OUTER = {  # layers outside the blocks
+    name.removesuffix(".weight"): original.removesuffix(".weight")
+    for name, original in (_LDM["layers"] | _LDM["addition_embed_type"]).items()
 }
 _RESNET = {
     "norm1": "in_layers.0",

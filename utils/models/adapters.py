@@ -146,15 +146,14 @@ def read_adapter(path: Path, unet: UNet2DConditionModel) -> dict[str, torch.Tens
 
 def _find_mismatch(tensors: dict, metadata: dict, unet: UNet2DConditionModel, names: dict[str, str]) -> str | None:
     """Why stored tensors do not match the UNet's adapter, or None. names: stored name -> parameter name."""
-    parameters = _adapter_parameters(unet)
     if missing := sorted(names.keys() - tensors.keys()):
         return f"it misses {missing[0]} and {len(missing) - 1} more tensors"
     if extra := sorted(tensors.keys() - names.keys()):
         return f"it has {extra[0]} and {len(extra) - 1} more tensors that this run does not train"
     for stored_name, value in tensors.items():
-        shape = tuple(parameters[names[stored_name]].shape)
-        if tuple(value.shape) != shape:
-            return f"{stored_name} has shape {tuple(value.shape)}, expected {shape}"
+        expected = tuple(unet.get_parameter(names[stored_name]).shape)
+        if tuple(value.shape) != expected:
+            return f"{stored_name} has shape {tuple(value.shape)}, expected {expected}"
     alpha = unet.peft_config[ADAPTER].lora_alpha
     if metadata.get("unet.lora_alpha", alpha) != alpha:
         return f"its alpha is {metadata['unet.lora_alpha']}, expected {alpha}"

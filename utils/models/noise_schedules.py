@@ -47,14 +47,6 @@ class NoiseSchedule:
     def prediction_type(self) -> str:
         return self.scheduler.config.prediction_type
 
-    @property
-    def alphas_cumprod(self) -> torch.Tensor:
-        return self.scheduler.alphas_cumprod
-
-    def add_noise(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """x_t at timesteps (B,), (B, C, h, w)."""
-        return self.scheduler.add_noise(latents, noise, timesteps)
-
     def make_target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """What the UNet predicts: eps, or v = alpha_t eps - sigma_t x_0 (2202.00512, section 2.4). (B, C, h, w)."""
         if self.prediction_type == "v_prediction":
@@ -81,14 +73,11 @@ def make_noise_schedule(base_config: dict, options: ObjectiveOptions) -> NoiseSc
     schedule = NoiseSchedule(DDPMScheduler.from_config(base_config, **changes))
     if schedule.prediction_type not in ("epsilon", "v_prediction"):
         raise InputError(
-            f"--prediction_type: the base model has prediction type {schedule.prediction_type!r}, which cannot be "
-            "trained here: set --prediction_type to epsilon or v_prediction"
+            f"the base model has prediction type {schedule.prediction_type!r}, which is not supported: "
+            "set --prediction_type to epsilon or v_prediction"
         )
     if schedule.scheduler.config.rescale_betas_zero_snr and schedule.prediction_type == "epsilon":
-        raise InputError(
-            "--rescale_betas_zero_snr: zero terminal SNR cannot be trained with epsilon prediction: "
-            "set --prediction_type v_prediction, or remove --rescale_betas_zero_snr"
-        )
+        raise InputError("--rescale_betas_zero_snr needs v prediction: set --prediction_type v_prediction")
     return schedule
 
 
@@ -100,15 +89,9 @@ def _make_edm_schedule(base_config: dict, options: ObjectiveOptions) -> NoiseSch
     sigma = tan(pi u / 2) for uniform u.
     """
     if (options.prediction_type or base_config.get("prediction_type")) != "v_prediction":
-        raise InputError(
-            "--prediction_type: models with an EDM scheduler (CosXL) are trained with v_prediction only: "
-            "remove --prediction_type"
-        )
+        raise InputError("models with an EDM scheduler (CosXL) need v_prediction: remove --prediction_type")
     if options.rescale_betas_zero_snr or base_config.get("sigma_data", 1.0) != 1.0:
-        raise InputError(
-            "--rescale_betas_zero_snr: models with an EDM scheduler keep their own noise schedule (sigma_data 1): "
-            "remove --rescale_betas_zero_snr"
-        )
+        raise InputError("models with an EDM scheduler keep their noise schedule: remove --rescale_betas_zero_snr")
     ends = [math.atan(base_config.get(name, default)) for name, default in (("sigma_min", 0.002), ("sigma_max", 120.0))]
     sigmas = torch.linspace(*ends, 1000, dtype=torch.float64).tan()
     alphas_cumprod = 1 / (1 + sigmas**2)

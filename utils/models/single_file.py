@@ -34,9 +34,7 @@ CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 SIGMA_MIN, SIGMA_MAX = "edm_vpred.sigma_min", "edm_vpred.sigma_max"  # ComfyUI recognises CosXL by these
 COSXL_SIGMA_MIN = 0.002
-ADVICE = (
-    "check that --single_file_config is a pipeline of the same family, and download the file again if it is damaged"
-)
+ADVICE = "--single_file_config must be a pipeline of the same family; download a damaged file again"
 
 
 @dataclass(frozen=True)
@@ -181,10 +179,8 @@ def _refuse_mismatch(name: str, header: Header, components: dict[str, Any]) -> N
     for part, model in components.items():
         weights = model.named_parameters() if isinstance(model, torch.nn.Module) else ()
         if missing := [key for key, value in weights if value.is_meta]:
-            more = f" and {len(missing) - 1} more weights"
-            raise InputError(
-                f"{name} does not match its configuration: its {part} has no {missing[0]}{more} ({ADVICE})"
-            )
+            names = f"its {part} has no {missing[0]} and {len(missing) - 1} more"
+            raise InputError(f"{name} does not match its configuration: {names} ({ADVICE})")
     stored = sum(prod(shape) for key, shape in header.shapes.items() if key.startswith("model.diffusion_model."))
     expected = sum(value.numel() for value in components["unet"].parameters())
     if stored != expected:

@@ -243,21 +243,13 @@ def editor_class(is_sdxl: bool) -> type[DiffusionPipeline]:
 
 def make_editor(parts: StableDiffusion, scheduler: SchedulerMixin) -> DiffusionPipeline:
     """The InstructPix2Pix pipeline of these components, without a safety checker or a watermark."""
-    shared = dict(
-        vae=parts.vae, text_encoder=parts.text_encoder, tokenizer=parts.tokenizer, unet=parts.unet, scheduler=scheduler
-    )
+    names = SDXL_COMPONENTS if parts.is_sdxl else COMPONENTS
+    components = {name: getattr(parts, name) for name in names} | {"scheduler": scheduler}
     if not parts.is_sdxl:
-        return editor_class(is_sdxl=False)(
-            **shared, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
-    pipeline = editor_class(is_sdxl=True)(
-        **shared,
-        tokenizer_2=parts.tokenizer_2,
-        text_encoder_2=parts.text_encoder_2,
-        add_watermarker=False,
-        force_zeros_for_empty_prompt=parts.force_zeros_for_empty_prompt,
-        is_cosxl_edit=parts.is_cosxl_edit,
-    )
+        unused = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+        return StableDiffusionInstructPix2PixPipeline(**components, **unused)
+    settings = {name: getattr(parts, name) for name in ("force_zeros_for_empty_prompt", "is_cosxl_edit")}
+    pipeline = StableDiffusionXLInstructPix2PixPipeline(**components, **settings, add_watermarker=False)
     if parts.is_cosxl_edit:  # diffusers does not save it by itself, and the reloaded pipeline would edit wrongly
         pipeline.register_to_config(is_cosxl_edit=True)
     return pipeline
