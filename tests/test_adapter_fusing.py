@@ -13,7 +13,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from tests.adapters import DORA, EDITORS, PLAIN, load_trained
-from tests.hub_files import serve_folder, turn_downloads
+from tests.hub_files import connect_downloads, serve_folder
 from tests.hub_server import hub_server
 from tests.original_names import write_single_file
 from tests.pairs import make_noise
@@ -117,7 +117,7 @@ def test_text_encoder(editor: Path, tmp_path: Path) -> None:
 def test_from_the_hub(editor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_adapter(tmp_path / "adapter", load_trained(editor, PLAIN).unet)
     with hub_server(tmp_path / "hub") as hub:
-        turn_downloads(monkeypatch, hub.url, tmp_path)
+        connect_downloads(monkeypatch, hub.url, tmp_path)
         serve_folder(hub, "user/adapter", tmp_path / "adapter")
         fused = load_editor(editor, lora="user/adapter", cache_dir=tmp_path / "cache")
         with pytest.raises(InputError, match="adapter user/nothing cannot be loaded"):

@@ -17,7 +17,7 @@ import pytest
 from huggingface_hub import constants
 
 import finetune_instruct_pix2pix
-from tests.hub_server import Hub, Refused, hub_server, turn_client
+from tests.hub_server import Hub, Refused, connect_client, hub_server
 from tests.mistakes import copy_of, cut, fails_early, fails_late, of_model
 from tests.runs import WEIGHTS
 from utils import runtime
@@ -268,7 +268,7 @@ def closed_port() -> int:
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The client of this process uses a local server, without a token."""
     with hub_server(tmp_path / "hub") as served:
-        turn_client(monkeypatch, served.url, tmp_path)
+        connect_client(monkeypatch, served.url, tmp_path)
         yield served
     huggingface_hub.close_session()
 

@@ -12,7 +12,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from tests.deltas import load_unet, merge, weights_in
-from tests.hub_files import serve_folder, turn_downloads
+from tests.hub_files import connect_downloads, serve_folder
 from tests.hub_server import hub_server
 from tests.runs import ENVIRONMENT, REPOSITORY
 from utils.errors import InputError
@@ -90,7 +90,7 @@ def test_forms_on_the_hub(
     expected = merge(tiny_editor, MergeOptions(1.0), delta=tiny_base)
     with hub_server(tmp_path / "hub") as hub:
         serve_folder(hub, "user/fast", tmp_path / "source")
-        turn_downloads(monkeypatch, hub.url, tmp_path)
+        connect_downloads(monkeypatch, hub.url, tmp_path)
         cache = str(tmp_path / "cache")
         found = find_source_files(WeightSource("--distilled", "user/fast", **flags), "unet", cache)
         assert len(found.revision) == SHA and {path.is_file() for path in found.files} == {True}
