@@ -1,7 +1,7 @@
 """Fine-tune an InstructPix2Pix editor of Stable Diffusion 1.x/2.x or SDXL on your own pairs.
 
-Goes on from a UNet that takes 8 channels already, such as timbrooks/instruct-pix2pix. Which family it is of is read
-from the model's own files; a CosXL editor in one .safetensors file is taken too.
+The base is a UNet with 8 input channels, such as timbrooks/instruct-pix2pix. Its family is detected from the model's
+files; a CosXL editor in one .safetensors file works too.
 
     accelerate launch finetune_instruct_pix2pix.py --pretrained_model_name_or_path=timbrooks/instruct-pix2pix \\
         --dataset_name=instruction-tuning-sd/cartoonization --train_batch_size=2 --max_train_steps=15000

@@ -1,7 +1,7 @@
 """Train an InstructPix2Pix editor from a Stable Diffusion 1.x/2.x text-to-image model.
 
-The text-to-image UNet gets four more input channels for the picture to be edited, and learns from triples of original
-image, instruction and edited image (Brooks, Holynski and Efros, 2211.09800). The result is a whole
+The text-to-image UNet gets four more input channels for the image to be edited, and is trained on original images, edit
+prompts and edited images (Brooks, Holynski and Efros, 2211.09800). The result is a complete
 StableDiffusionInstructPix2PixPipeline in --output_dir.
 
     accelerate launch train_instruct_pix2pix.py \\

@@ -1,8 +1,7 @@
 """Train an InstructPix2Pix editor from a Stable Diffusion XL text-to-image model.
 
-As train_instruct_pix2pix.py does for Stable Diffusion 1.x/2.x, with SDXL's two text encoders and its conditions on the
-size and the crop of each picture (Podell et al., 2307.01952). The result is a whole
-StableDiffusionXLInstructPix2PixPipeline in --output_dir.
+Like train_instruct_pix2pix.py, with SDXL's two text encoders and its time ids, the size and crop of each image (Podell
+et al., 2307.01952). The result is a complete StableDiffusionXLInstructPix2PixPipeline in --output_dir.
 
     accelerate launch train_instruct_pix2pix_sdxl.py \\
         --pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0 \\

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +15,9 @@ from safetensors.torch import load_file
 import finetune_instruct_pix2pix
 import train_instruct_pix2pix
 import train_instruct_pix2pix_sdxl
-from tests.hub_server import hub_server
 from tests.mistakes import fails_early
 from tests.pairs import make_image, save_pairs
-from tests.runs import ADAPTER, ENVIRONMENT, REPOSITORY, WEIGHTS, training_flags, weights_of
+from tests.runs import ADAPTER, WEIGHTS, training_flags, weights_of
 
 TRAIN, TRAIN_SDXL = train_instruct_pix2pix.main, train_instruct_pix2pix_sdxl.main
 FINETUNE = finetune_instruct_pix2pix.main
@@ -118,8 +115,7 @@ def test_the_averaged_or_the_best_adapter_is_published(tiny_base, pairs, tmp_pat
     assert (tmp_path / "best/validation/step-2.png").exists()
 
 
-@pytest.mark.slow
-def test_an_adapter_is_pushed_alone(tiny_sdxl, pairs, tmp_path):
+def test_an_adapter_is_pushed_alone(tiny_sdxl, pairs, client, tmp_path):
     flags = training_flags(
         tiny_sdxl,
         pairs,
@@ -130,16 +126,12 @@ def test_an_adapter_is_pushed_alone(tiny_sdxl, pairs, tmp_path):
         "--max_train_steps=2",
         "--checkpointing_steps=1",
     )
-    with hub_server(tmp_path / "hub") as hub:
-        environment = ENVIRONMENT | hub.environment(tmp_path / "home")
-        command = [sys.executable, "train_instruct_pix2pix_sdxl.py", *flags]
-        run = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True)
-        assert run.returncode == 0, run.stderr.decode()
-        repo = hub.repos["models/user/my-lora"]
-        assert {ADAPTER, "README.md", "training_curve.png"} <= set(repo.files)
-        assert not [name for name in repo.files if "checkpoint" in name or name.startswith("unet")]
-        card = repo.read("README.md").decode()
-        assert "- lora" in card and b"write-token" not in b"".join(repo.read(name) for name in repo.files)
+    assert TRAIN_SDXL(flags) == 0
+    repo = client.repos["models/user/my-lora"]
+    assert {ADAPTER, "README.md", "training_curve.png"} <= set(repo.files)
+    assert not [name for name in repo.files if "checkpoint" in name or name.startswith("unet")]
+    card = repo.read("README.md").decode()
+    assert "- lora" in card and b"write-token" not in b"".join(repo.read(name) for name in repo.files)
 
 
 @pytest.mark.parametrize("adapter", [(), ("--lora_rank=4",)], ids=["full", "adapter"])

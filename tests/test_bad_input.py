@@ -179,6 +179,14 @@ def test_the_launchers_precision(
     fails_early(flags, *words)
 
 
+def test_several_cpu_processes_need_torchrun(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment that `accelerate launch --cpu --num_processes 2` sets without MPI."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    fails_early(flags, "accelerate launch --cpu --num_processes", "torchrun --nproc_per_node")
+
+
 def test_tracker_that_is_not_installed(flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(runtime.TRACKER_PACKAGES, "trackio", "no_such_package")
     fails_early([*flags, "--report_to=trackio"], "--report_to trackio", "pip install no_such_package")

@@ -1,4 +1,4 @@
-"""Loading and widening the UNet, and the course of the learning rate."""
+"""Loading and widening the UNet, and the learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, PNDMScheduler, UNet2DConditionModel
 
-from utils.cli import LR_SCHEDULERS
 from utils.errors import InputError
 from utils.models.stable_diffusion import (
     Configs,
@@ -24,7 +23,8 @@ from utils.models.stable_diffusion import (
     widen_conv_in,
 )
 from utils.training.checkpoints import Progress
-from utils.training.loop import LoopOptions, Trainee, fit
+from utils.training.flags import LR_SCHEDULERS
+from utils.training.loop import LoopOptions, TrainingState, fit
 from utils.training.optimizers import OptimizationOptions, make_lr_schedule, make_optimizer
 
 
@@ -35,7 +35,7 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
 # ---- widening -------------------------------------------------------------------------------------------------------
 
 
-def test_the_widened_unet_equals_the_base_for_any_image(tiny_base: Path) -> None:
+def test_widened_unet_equals_the_base_for_any_image(tiny_base: Path) -> None:
     base, widened = load_unet(tiny_base), load_unet(tiny_base)
     widen_conv_in(widened)
     noisy, text = torch.randn(3, 4, 16, 16), torch.randn(3, 77, 32)
@@ -46,17 +46,17 @@ def test_the_widened_unet_equals_the_base_for_any_image(tiny_base: Path) -> None
             assert torch.equal(widened(torch.cat([noisy, image], dim=1), timesteps, text).sample, expected)
 
 
-def test_the_bias_is_copied_and_the_image_channels_start_at_zero(tiny_base: Path) -> None:
+def test_bias_is_copied_and_image_channels_are_zero(tiny_base: Path) -> None:
     base, widened = load_unet(tiny_base), load_unet(tiny_base)
     widen_conv_in(widened)
-    assert base.conv_in.bias.abs().max() > 0.01  # else this test would show nothing
+    assert base.conv_in.bias.abs().max() > 0.01  # otherwise the next line proves nothing
     assert torch.equal(widened.conv_in.bias, base.conv_in.bias)
     assert torch.equal(widened.conv_in.weight[:, :4], base.conv_in.weight)
     assert not widened.conv_in.weight[:, 4:].any()
     assert widened.config.in_channels == 8
 
 
-def test_the_image_channels_learn_and_the_widened_unet_is_reloaded(tiny_base: Path, tmp_path: Path) -> None:
+def test_image_channels_have_gradients_and_widened_unet_is_reloaded(tiny_base: Path, tmp_path: Path) -> None:
     widened = load_unet(tiny_base)
     widen_conv_in(widened)
     widened(torch.randn(1, 8, 16, 16), 10, torch.randn(1, 77, 32)).sample.square().mean().backward()
@@ -88,7 +88,7 @@ def configs(in_channels: int, is_sdxl: bool) -> Configs:
         (require_editor, 9, False, "9 channels"),
     ],
 )
-def test_the_wrong_base_names_the_script_that_fits(check, in_channels: int, is_sdxl: bool, words: str) -> None:
+def test_wrong_base_names_the_right_script(check, in_channels: int, is_sdxl: bool, words: str) -> None:
     with pytest.raises(InputError, match=words):
         check(configs(in_channels, is_sdxl), "some/model")
 
@@ -97,11 +97,11 @@ def test_the_wrong_base_names_the_script_that_fits(check, in_channels: int, is_s
     ("check", "in_channels", "is_sdxl"),
     [(TRAIN, 4, False), (TRAIN_SDXL, 4, True), (require_editor, 8, False), (require_editor, 8, True)],
 )
-def test_the_right_base_is_taken(check, in_channels: int, is_sdxl: bool) -> None:
+def test_right_base_is_accepted(check, in_channels: int, is_sdxl: bool) -> None:
     assert check(configs(in_channels, is_sdxl), "some/model") is None
 
 
-def test_the_scheduler_is_loaded_in_its_own_class(tiny_base: Path, tmp_path: Path) -> None:
+def test_scheduler_is_loaded_in_its_class(tiny_base: Path, tmp_path: Path) -> None:
     assert type(load_stable_diffusion(ModelOptions(str(tiny_base))).scheduler) is DDIMScheduler
     other = tmp_path / "other"
     other.mkdir()
@@ -130,13 +130,13 @@ def learning_rate(name: str, step: int) -> float:
         return PEAK * (1 - progress)
     if name == "polynomial":  # of power 1, down to 1e-7
         return (PEAK - 1e-7) * (1 - progress) + 1e-7
-    return PEAK * (1 + math.cos(math.pi * progress)) / 2 if progress < 1 else 0.0  # one cycle is no restart
+    return PEAK * (1 + math.cos(math.pi * progress)) / 2 if progress < 1 else 0.0  # one cycle has no restart
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("name", LR_SCHEDULERS)
-def test_the_learning_rate_counts_optimizer_steps(name: str, accumulation: int, tmp_path: Path) -> None:
-    """Through the real loop, whose log is read, and the rates that the optimizer really used."""
+def test_learning_rate_counts_optimizer_steps(name: str, accumulation: int, tmp_path: Path) -> None:
+    """In the log of the real loop, and as used by the optimizer."""
     model = torch.nn.Linear(2, 1)
     options = OptimizationOptions(learning_rate=PEAK, lr_scheduler=name, lr_warmup_steps=WARMUP)
     optimizer = make_optimizer(list(model.parameters()), options, samples_per_step=accumulation)
@@ -147,11 +147,9 @@ def test_the_learning_rate_counts_optimizer_steps(name: str, accumulation: int, 
     prepared, prepared_optimizer = accelerator.prepare(model, optimizer)
     batch = {"rows": ["train[0]"], "x": torch.ones(1, 2)}
     fit(
-        accelerator,
-        Trainee(prepared, model, None, prepared_optimizer, schedule),
+        TrainingState(accelerator, prepared, model, None, prepared_optimizer, schedule, Progress()),
         lambda network, batch: network(batch["x"]).square().mean(dim=1),
         repeat(batch),
-        Progress(),
         LoopOptions(STEPS, accumulation, logging_steps=1, checkpointing_steps=1000),
         tmp_path,
         on_batch=lambda batch: None,
@@ -164,7 +162,7 @@ def test_the_learning_rate_counts_optimizer_steps(name: str, accumulation: int, 
     assert used == pytest.approx(expected[:-1], rel=1e-9, abs=1e-18)
 
 
-def test_scale_lr_multiplies_by_the_samples_of_a_step() -> None:
+def test_scale_lr_multiplies_by_the_samples_per_step() -> None:
     parameters = [torch.nn.Parameter(torch.zeros(1))]
     options = OptimizationOptions(learning_rate=1e-5, scale_lr=True)
     assert make_optimizer(parameters, options, samples_per_step=24).param_groups[0]["lr"] == pytest.approx(2.4e-4)

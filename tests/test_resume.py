@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import random
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ from diffusers import UNet2DConditionModel
 
 from tests.pairs import save_pairs
 from tests.runs import ACCELERATE, TORCHRUN, losses_of, run, start, training_flags, weights_of
-from utils.training import checkpoints
+from utils import atomic_files
 from utils.training.checkpoints import Progress, find_damage, list_checkpoints, save_checkpoint, save_trained
 
 SCRIPT = "train_instruct_pix2pix.py"
@@ -61,6 +63,22 @@ def flags_for(base: Path, pairs: Path, output_dir: Path, workers: int, accumulat
     )
 
 
+@pytest.fixture(scope="module")
+def references() -> dict[tuple, Path]:
+    """Output folders of uninterrupted runs, by their settings."""
+    return {}
+
+
+def uninterrupted(references: dict, script: str, base: Path, pairs: Path, accumulation: int, more: tuple = ()) -> Path:
+    """The output folder of a run in this process, which the tests share."""
+    key = (script, accumulation, more)
+    if key not in references:
+        references[key] = Path(tempfile.mkdtemp(dir=pairs.parent)) / "reference"
+        main = importlib.import_module(script.removesuffix(".py")).main
+        assert main([*flags_for(base, pairs, references[key], 0, accumulation), *more]) == 0
+    return references[key]
+
+
 def kill_when(process: subprocess.Popen, condition: Callable[[], bool], timeout: float = 120) -> bool:
     """kill -9 as soon as `condition()` is true. Returns False if the run ended before."""
     end = time.monotonic() + timeout
@@ -99,12 +117,10 @@ def assert_same_run(output_dir: Path, reference: Path) -> None:
     ids=["SD 0 1", "SD 2 1", "SD 0 3", "SD 2 3", "SDXL 2 3", "SDXL adapter", "SD small memory"],
 )
 def test_a_killed_and_resumed_run_is_bit_identical(
-    request, pairs, tmp_path, script, model, workers, accumulation, more
+    request, references, pairs, tmp_path, script, model, workers, accumulation, more
 ):
-    reference, output_dir = tmp_path / "reference", tmp_path / "killed"
-    base = request.getfixturevalue(model)
-    run(script, [*flags_for(base, pairs, reference, 0, accumulation), *more])
-
+    output_dir, base = tmp_path / "killed", request.getfixturevalue(model)
+    reference = uninterrupted(references, script, base, pairs, accumulation, more)
     flags = [*flags_for(base, pairs, output_dir, workers, accumulation), *more]
     random_moment = random.Random(f"{workers} {accumulation} {more}").uniform(0.0, 1.0)
     first = start(script, flags, log=tmp_path / "first.log")
@@ -124,11 +140,10 @@ def test_a_killed_and_resumed_run_is_bit_identical(
 
 
 @pytest.mark.slow
-def test_killed_while_a_checkpoint_is_written(tiny_base, pairs, tmp_path):
-    reference, output_dir = tmp_path / "reference", tmp_path / "killed"
-    run(SCRIPT, flags_for(tiny_base, pairs, reference, 0, 1))
+def test_killed_while_a_checkpoint_is_written(tiny_base, references, pairs, tmp_path):
+    output_dir, reference = tmp_path / "killed", uninterrupted(references, SCRIPT, tiny_base, pairs, 1)
     flags = flags_for(tiny_base, pairs, output_dir, 0, 1)
-    unfinished = output_dir / f"{checkpoints.UNFINISHED}checkpoint-{2 * CHECKPOINTING}"
+    unfinished = output_dir / f"{atomic_files.UNFINISHED}checkpoint-{2 * CHECKPOINTING}"
     for _ in range(5):  # writing takes milliseconds, which a busy machine may miss
         shutil.rmtree(output_dir, ignore_errors=True)
         if kill_when(start(SCRIPT, flags, log=tmp_path / "log"), unfinished.exists) and unfinished.exists():
@@ -137,7 +152,7 @@ def test_killed_while_a_checkpoint_is_written(tiny_base, pairs, tmp_path):
     existing = list_checkpoints(output_dir)
     assert existing and all(find_damage(checkpoint) is None for checkpoint in existing)
     run(SCRIPT, flags)
-    assert not list(output_dir.glob(f"{checkpoints.UNFINISHED}*"))
+    assert not list(output_dir.glob(f"{atomic_files.UNFINISHED}*"))
     assert_same_run(output_dir, reference)
 
 
@@ -191,7 +206,7 @@ def test_there_is_a_complete_checkpoint_at_every_moment(tiny_base, tmp_path, mon
 
     save(1)
     monkeypatch.setattr(Path, "rename", checking(Path.rename))
-    monkeypatch.setattr(checkpoints.shutil, "rmtree", checking(checkpoints.shutil.rmtree))
+    monkeypatch.setattr(atomic_files.shutil, "rmtree", checking(atomic_files.shutil.rmtree))
     for step in (2, 3):
         save(step)
     assert len(seen) >= 12 and all(seen)
@@ -220,7 +235,8 @@ def test_two_processes_equal_one_with_accumulation_two(request, pairs, tmp_path,
         *more,
     )
     flags = [*shared, "--merge_adapter"] if more else shared
-    run(script, training_flags(base, pairs, one, *flags, "--gradient_accumulation_steps=2"))
+    main = importlib.import_module(script.removesuffix(".py")).main
+    assert main(training_flags(base, pairs, one, *flags, "--gradient_accumulation_steps=2")) == 0
     run(script, training_flags(base, pairs, two, *flags), launcher=TORCHRUN)
     expected = UNet2DConditionModel.from_pretrained(one / "unet").state_dict()
     actual = UNet2DConditionModel.from_pretrained(two / "unet").state_dict()

@@ -82,9 +82,9 @@ def test_flags_and_documented_commands_of_diffusers():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers, accumulation", [(0, 1), (2, 3)])
-def test_the_script_trains_a_pipeline_that_loads(tiny_sdxl, pairs, tmp_path, workers, accumulation):
-    """Started by `accelerate launch`, with a number of rows that is not a multiple of the batch size."""
+@pytest.mark.parametrize("workers, accumulation, is_launched", [(0, 1, False), (2, 3, True)])
+def test_the_script_trains_a_pipeline_that_loads(tiny_sdxl, pairs, tmp_path, workers, accumulation, is_launched):
+    """With a number of rows that is not a multiple of the batch size; once started by `accelerate launch`."""
     image = tmp_path / "image.png"
     make_image(3).save(image)
     flags = (
@@ -97,7 +97,11 @@ def test_the_script_trains_a_pipeline_that_loads(tiny_sdxl, pairs, tmp_path, wor
         "--num_validation_images=1",
         "--random_flip",
     )
-    run("train_instruct_pix2pix_sdxl.py", training_flags(tiny_sdxl, pairs, tmp_path / "out", *flags), ACCELERATE)
+    flags = training_flags(tiny_sdxl, pairs, tmp_path / "out", *flags)
+    if is_launched:
+        run("train_instruct_pix2pix_sdxl.py", flags, ACCELERATE)
+    else:
+        assert TRAIN(flags) == 0
     assert {path.name for path in (tmp_path / "out/validation").glob("step-*")} == {"step-2.png", "step-4.png"}
     pipeline = StableDiffusionXLInstructPix2PixPipeline.from_pretrained(tmp_path / "out")
     assert pipeline.unet.config.in_channels == 8 and pipeline.config.force_zeros_for_empty_prompt
@@ -131,7 +135,7 @@ def test_the_right_script_is_named(tiny_base, tiny_sdxl, tiny_sdxl_editor, pairs
     def flags(base: Path) -> list[str]:
         return training_flags(base, pairs, tmp_path / "out", "--report_to=none")
 
-    fails_early(flags(tiny_base), "no SDXL", "train_instruct_pix2pix.py", script=TRAIN)
+    fails_early(flags(tiny_base), "not SDXL", "train_instruct_pix2pix.py", script=TRAIN)
     fails_early(flags(tiny_sdxl), "train_instruct_pix2pix_sdxl.py", script=train_instruct_pix2pix.main)
     fails_early(flags(tiny_sdxl_editor), "finetune_instruct_pix2pix.py", script=TRAIN)
     fails_early(flags(tiny_sdxl), "train_instruct_pix2pix_sdxl.py", script=FINETUNE)
@@ -227,7 +231,7 @@ def test_each_prompt_is_encoded_once_before_the_first_step(tiny_sdxl, pairs, tmp
     flags = (
         f"--val_image_url_or_path={image}",
         "--validation_prompt=red",
-        "--validation_steps=1",
+        "--validation_steps=6",
         "--num_validation_images=1",
         "--max_train_steps=12",
     )

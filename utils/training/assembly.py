@@ -55,7 +55,7 @@ def train_editor(settings: Settings, check_base: Callable[[Configs, str], None])
         state.load(plan.checkpoint)
         logger.warning("resuming from %s at step %d", plan.checkpoint, plan.progress.global_step)
     write_settings(accelerator, settings, plan)  # replaces an earlier run's, so only once the models are loaded
-    session = TrainingSession(accelerator, settings, plan, parts, objective, state)
+    session = TrainingSession(settings, plan, parts, objective, state)
     best = BestWeights(settings.output_dir, enabled=settings.validation.save_best)
     with closing(session.training_batches()) as batches:
         if settings.run.dry_run:
@@ -106,7 +106,7 @@ def make_training_state(
     optimizer = make_optimizer(parameters, settings.optimization, plan.samples_per_step)
     lr_schedule = make_lr_schedule(optimizer, settings.optimization, plan.max_train_steps)
     prepared, optimizer = accelerator.prepare(unet, optimizer)
-    return TrainingState(prepared, unet, ema, optimizer, lr_schedule, accelerator.scaler)
+    return TrainingState(accelerator, prepared, unet, ema, optimizer, lr_schedule, plan.progress)
 
 
 def prepare_weights(accelerator: Accelerator, unet: UNet2DConditionModel, settings: Settings, plan: RunPlan) -> None:
@@ -145,11 +145,9 @@ def train(session: TrainingSession, batches: Batches, best: BestWeights) -> int:
             progress.bad_rows = [list(row) for row in limit.reasons.items()]
 
     return fit(
-        session.accelerator,
         session.state,
         session.objective,
         batches,
-        progress,
         replace(settings.loop, max_train_steps=session.plan.max_train_steps),
         settings.output_dir,
         on_batch=count_bad_rows,

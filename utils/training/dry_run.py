@@ -7,7 +7,6 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from utils.contact_sheets import draw_grid
@@ -32,11 +31,9 @@ def run_dry(session: TrainingSession, batches: Batches) -> int:
     )
     with tempfile.TemporaryDirectory() as folder:
         exit_code = fit(
-            session.accelerator,
             session.state,
             session.objective,
             batches,
-            plan.progress,
             one_step,
             Path(folder),
             on_batch=seen.append,
@@ -64,25 +61,22 @@ def draw_pairs(batches: list[dict]) -> Image.Image:
 
 def print_estimate(entry: dict, state: TrainingState, samples_per_step: int, max_steps: int, output_dir: Path) -> None:
     """Print memory and time. entry: the log entry of the step."""
-    trained = [value for value in state.model.parameters() if value.requires_grad]
-    frozen = [value for value in state.model.parameters() if not value.requires_grad]
-    gradients = [max(trained, key=lambda value: value.nbytes)] if state.fused_backward else trained
-    optimizer = count_state_bytes(state.optimizer) / 1e9
-    ema = size_in_gb(list(state.ema.state_dict().values())) if state.ema else 0.0
+    trained = [value.nbytes for value in state.model.parameters() if value.requires_grad]
+    bytes_of = {
+        "trained weights": sum(trained),
+        "frozen weights": sum(value.nbytes for value in state.model.parameters() if not value.requires_grad),
+        "gradients": max(trained) if state.fused_backward else sum(trained),
+        "optimizer": count_state_bytes(state.optimizer),
+        "EMA": sum(value.nbytes for value in state.ema.state_dict().values()) if state.ema else 0,
+    }
     seconds = samples_per_step / entry["samples_per_second"]
     duration = datetime.timedelta(seconds=round(seconds * max_steps))
     print(
         f"dry run: all checks passed; the loss of one step of {samples_per_step} samples is {entry['loss']:.4f}\n"
-        f"  memory: {size_in_gb(trained):.3f} GB trained weights, {size_in_gb(frozen):.3f} GB frozen weights, "
-        f"{size_in_gb(gradients):.3f} GB gradients, {optimizer:.3f} GB optimizer, {ema:.3f} GB EMA; "
+        f"  memory: {', '.join(f'{size / 1e9:.3f} GB {part}' for part, size in bytes_of.items())}; "
         f"peak {entry['peak_memory_gb']:.3f} GB\n"
         f"  time: {seconds:.2f} s for this step (the first is the slowest), at most about {duration} for "
         f"{max_steps} steps\n"
         f"  the first pairs are drawn in {output_dir / 'dry_run.png'}; nothing else was saved or pushed",
         flush=True,
     )
-
-
-def size_in_gb(tensors: list[torch.Tensor]) -> float:
-    """The size of tensors in 10^9 bytes."""
-    return sum(tensor.nbytes for tensor in tensors) / 1e9

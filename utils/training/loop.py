@@ -53,27 +53,28 @@ class TrainingState:
     unet: the UNet as `accelerator.prepare` returned it; `model` is the UNet inside.
     """
 
+    accelerator: Accelerator
     unet: torch.nn.Module
     model: UNet2DConditionModel
     ema: MovingAverage | None
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
-    scaler: torch.amp.GradScaler | None = None
+    progress: Progress
 
     @property
     def fused_backward(self) -> FusedBackward | None:
         """The optimizer inside accelerate's wrapper, if it updates the weights during the backward pass."""
         return self.optimizer.optimizer if isinstance(self.optimizer.optimizer, FusedBackward) else None
 
-    def save(self, output_dir: Path, progress: Progress, limit: int | None) -> Path:
+    def save(self, output_dir: Path, limit: int | None) -> Path:
         """Write a checkpoint; see `save_checkpoint`."""
         models = {"unet": lambda folder: save_trained(folder, self.model)}
         if self.ema:
             models["unet_ema"] = lambda folder: save_trained(folder, self.model, self.ema.state_dict())
         state = {"optimizer": self.optimizer.state_dict(), "lr_scheduler": self.lr_scheduler.state_dict()}
-        if self.scaler:
-            state["scaler"] = self.scaler.state_dict()
-        return save_checkpoint(output_dir, progress, models, state, limit)
+        if self.accelerator.scaler:
+            state["scaler"] = self.accelerator.scaler.state_dict()
+        return save_checkpoint(output_dir, self.progress, models, state, limit)
 
     def load(self, checkpoint: Path) -> None:
         """Load what `save` wrote. Raises `InputError` for the checkpoint of another model."""
@@ -81,8 +82,8 @@ class TrainingState:
         state = load_training_state(checkpoint)
         self.optimizer.load_state_dict(state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
-        if self.scaler and "scaler" in state:
-            self.scaler.load_state_dict(state["scaler"])
+        if self.accelerator.scaler and "scaler" in state:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.ema:
             self.ema.load_state_dict(read_trained(checkpoint / "unet_ema", self.model))
 
@@ -136,11 +137,9 @@ def peak_memory_gb() -> float:
 
 
 def fit(
-    accelerator: Accelerator,
     state: TrainingState,
     objective: Objective,
     batches: Iterator[dict],
-    progress: Progress,
     options: LoopOptions,
     output_dir: Path,
     on_batch: Callable[[dict], None],
@@ -151,9 +150,9 @@ def fit(
     on_batch is called with every micro-batch (to count bad rows), on_step after every step (to validate), and for a
     resumed run also with the step of the checkpoint.
     """
+    accelerator, progress, metrics = state.accelerator, state.progress, RunningMetrics()
     if progress.global_step:
         on_step(progress.global_step)
-    metrics = RunningMetrics()
     bar = tqdm(
         total=options.max_train_steps,
         initial=progress.global_step,
@@ -164,7 +163,7 @@ def fit(
     )
     with StopSignal() as stop, bar, logging_redirect_tqdm():
         while progress.global_step < options.max_train_steps:
-            num_samples = train_step(accelerator, state, objective, batches, progress, options, metrics, on_batch)
+            num_samples = train_step(state, objective, batches, options, metrics, on_batch)
             progress.global_step += 1
             progress.draws += num_samples * accelerator.num_processes
             if state.ema:
@@ -176,12 +175,12 @@ def fit(
             is_logged = progress.global_step % options.logging_steps == 0 or is_checkpoint or is_last
             should_stop = _agree_to_stop(accelerator, stop, is_sync_step=is_logged)
             if is_logged or should_stop:
-                log_metrics(accelerator, state, metrics, progress, output_dir, bar)
+                log_metrics(state, metrics, output_dir, bar)
                 metrics = RunningMetrics()
             if not should_stop:  # a signal leaves little time; a resumed run validates this step
                 on_step(progress.global_step)
             if (is_checkpoint or should_stop) and accelerator.is_main_process:
-                state.save(output_dir, progress, options.checkpoints_total_limit)
+                state.save(output_dir, options.checkpoints_total_limit)
             if should_stop:
                 break
             if not metrics.losses:
@@ -191,19 +190,17 @@ def fit(
 
 
 def train_step(
-    accelerator: Accelerator,
     state: TrainingState,
     objective: Objective,
     batches: Iterator[dict],
-    progress: Progress,
     options: LoopOptions,
     metrics: RunningMetrics,
     on_batch: Callable[[dict], None],
 ) -> int:
     """One optimizer step without a host sync; returns the number of samples of this process."""
-    step_loss, num_samples = 0.0, 0
+    accelerator, step_loss, num_samples = state.accelerator, 0.0, 0
     # An adapter's dropout uses torch's generator: seeded by step and process, it does not depend on resuming.
-    seed_torch(progress, salt=1 + accelerator.process_index)
+    seed_torch(state.progress, salt=1 + accelerator.process_index)
     for micro_step in range(options.gradient_accumulation_steps):
         batch = next(batches)
         on_batch(batch)
@@ -219,7 +216,7 @@ def train_step(
         grad_norm = state.fused_backward.grad_norm()
     else:
         grad_norm = accelerator.clip_grad_norm_(state.unet.parameters(), options.max_grad_norm or math.inf)
-        seed_torch(progress)  # stochastic rounding must be the same in every process
+        seed_torch(state.progress)  # stochastic rounding must be the same in every process
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     state.lr_scheduler.step()
@@ -234,21 +231,15 @@ def seed_torch(progress: Progress, salt: int = 0) -> None:
     torch.manual_seed(np.random.SeedSequence([progress.seed, progress.global_step, salt]).generate_state(1)[0].item())
 
 
-def log_metrics(
-    accelerator: Accelerator,
-    state: TrainingState,
-    metrics: RunningMetrics,
-    progress: Progress,
-    output_dir: Path,
-    bar: tqdm,
-) -> None:
+def log_metrics(state: TrainingState, metrics: RunningMetrics, output_dir: Path, bar: tqdm) -> None:
     """Write the metrics since the last log entry to the trackers, the log file and the progress bar."""
-    entry = metrics.summarize(accelerator, first_step=progress.global_step - len(metrics.losses) + 1)
+    step = state.progress.global_step
+    entry = metrics.summarize(state.accelerator, first_step=step - len(metrics.losses) + 1)
     entry["lr"] = state.lr_scheduler.get_last_lr()[0]
-    accelerator.log(entry, step=progress.global_step)
-    if accelerator.is_main_process:
+    state.accelerator.log(entry, step=step)
+    if state.accelerator.is_main_process:
         bar.set_postfix(loss=f"{entry['loss']:.4f}", lr=f"{entry['lr']:.2e}", refresh=False)
-        append_log(output_dir, {"step": progress.global_step} | entry)
+        append_log(output_dir, {"step": step} | entry)
 
 
 def _agree_to_stop(accelerator: Accelerator, stop: StopSignal, is_sync_step: bool) -> bool:

@@ -34,48 +34,48 @@ class Objective:
         dropout (B,) in [0, 1); original_sizes, crop_top_lefts and target_sizes (B, 2), for SDXL.
         """
         device = self.vae.device
-        carried = {name: value.to(device, non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)}
-        original_latents, edited_moments = self._encode(carried)
-        edited_latents = sample_edited_latents(edited_moments, carried["posterior_noise"], self.vae.config)
-        is_prompt_null, is_image_null = dropout_masks(carried["dropout"], self.options.conditioning_dropout_prob)
+        tensors = {name: value.to(device, non_blocking=True) for name, value in batch.items() if torch.is_tensor(value)}
+        original_latents, edited_moments = self._encode(tensors)
+        edited_latents = sample_edited_latents(edited_moments, tensors["posterior_noise"], self.vae.config)
+        is_prompt_null, is_image_null = dropout_masks(tensors["dropout"], self.options.conditioning_dropout_prob)
         original_latents = drop_images(original_latents, is_image_null)
         embeds = self.encode_prompts(batch["prompts"])
         embeds = drop_prompts(embeds, self.encode_prompts.null_embeds, is_prompt_null)
 
-        timesteps = carried["timesteps"]
-        noise = offset_noise(carried["noise"], carried["offset_noise"], self.options.noise_offset)
+        timesteps = tensors["timesteps"]
+        noise = offset_noise(tensors["noise"], tensors["offset_noise"], self.options.noise_offset)
         noisy_latents = self.schedule.scheduler.add_noise(edited_latents, noise, timesteps)
         unet_input = torch.cat([noisy_latents, original_latents], dim=1)  # (B, 8, h, w)
         prediction = unet(
             unet_input,
             self.schedule.unet_timesteps(timesteps),
             encoder_hidden_states=embeds.hidden,
-            added_cond_kwargs=added_conditions(embeds.pooled, self._time_ids(carried)),
+            added_cond_kwargs=added_conditions(embeds.pooled, self._time_ids(tensors)),
             return_dict=False,
         )[0]
         loss = per_sample_loss(prediction, self.schedule.make_target(edited_latents, noise, timesteps))
         return loss * self._weights(timesteps) if self.options.snr_gamma else loss
 
-    def _encode(self, carried: dict) -> tuple[torch.Tensor, torch.Tensor]:
-        """(image condition (B, C, h, w), moments of the edited images (B, 2C, h, w)); one call encodes both images."""
-        if "moments" in carried:
-            channels = carried["noise"].shape[1]
-            mean, edited_moments = carried["moments"].split((channels, 2 * channels), dim=1)
+    def _encode(self, tensors: dict) -> tuple[torch.Tensor, torch.Tensor]:
+        """(image latents (B, C, h, w), moments of the edited images (B, 2C, h, w)), encoded in one call."""
+        if "moments" in tensors:
+            channels = tensors["noise"].shape[1]
+            mean, edited_moments = tensors["moments"].split((channels, 2 * channels), dim=1)
             return mean * self.condition_scale, edited_moments
-        moments = encode_moments(self.vae, torch.cat([carried["original_pixels"], carried["edited_pixels"]]))
+        moments = encode_moments(self.vae, torch.cat([tensors["original_pixels"], tensors["edited_pixels"]]))
         if not self._is_vae_checked:  # once: it costs a host sync
             refuse_infinite(moments, self.vae)
             self._is_vae_checked = True
         original_moments, edited_moments = moments.chunk(2)
         return mode_of_original_latents(original_moments, self.condition_scale), edited_moments
 
-    def _time_ids(self, carried: dict) -> torch.Tensor:
-        """SDXL's time ids, float32 (B, 6): each row's own sizes and crop, or the crop that the flags say."""
-        crops = carried["crop_top_lefts"].clone()
+    def _time_ids(self, tensors: dict) -> torch.Tensor:
+        """SDXL's time ids, float32 (B, 6): each row's own sizes and crop, or the crop given by the flags."""
+        crops = tensors["crop_top_lefts"].clone()
         for axis, given in enumerate((self.options.crops_coords_top_left_h, self.options.crops_coords_top_left_w)):
             if given is not None:
                 crops[:, axis] = given
-        return torch.cat([carried["original_sizes"], crops, carried["target_sizes"]], dim=1).float()
+        return torch.cat([tensors["original_sizes"], crops, tensors["target_sizes"]], dim=1).float()
 
     def _weights(self, timesteps: torch.Tensor) -> torch.Tensor:
         alphas_cumprod = self.schedule.scheduler.alphas_cumprod.to(timesteps.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -62,9 +63,9 @@ def publish(session: TrainingSession, best: BestWeights) -> None:
     with averaged_weights(session.state.optimizer):
         results = choose_weights(session, best)
         if publishes_pipeline(settings):
-            save_pipeline(make_final_pipeline(session), settings.output_dir)
+            save_result(make_final_pipeline(session).save_pretrained, settings.output_dir, "pipeline")
         else:
-            save_final_adapter(session.state.model, settings.output_dir)
+            save_result(lambda folder: save_trained(folder, session.state.model), settings.output_dir, "adapter")
     write_trained_card(settings.output_dir, describe_model(session, results), options.hub_token)
     result = "pipeline" if publishes_pipeline(settings) else "adapter"
     print(f"the {result} is saved in {settings.output_dir}", file=sys.stderr, flush=True)
@@ -103,28 +104,19 @@ def make_final_pipeline(session: TrainingSession) -> DiffusionPipeline:
     return make_editor(parts, make_inference_scheduler(parts.scheduler, plan.schedule))
 
 
-def save_pipeline(pipeline: DiffusionPipeline, output_dir: Path) -> None:
-    """Save a pipeline into `output_dir`: its components first, `model_index.json` last.
+def save_result(save: Callable[[Path], None], output_dir: Path, name: str) -> None:
+    """Write files and components into `output_dir`, each complete or absent, and `model_index.json` last.
 
-    Without that file the folder is not a pipeline, so an interrupted call leaves no broken one. Raises `InputError` if
-    it cannot be written.
+    Without that file the folder is not a pipeline. save: writes into a folder. name: what it writes, for the message of
+    the `InputError` that is raised if it cannot be written.
     """
-    with atomic_folder(output_dir / "pipeline") as unfinished:
-        pipeline.save_pretrained(unfinished)
+    with atomic_folder(output_dir / name) as unfinished:
+        save(unfinished)
         apply_umask(unfinished)
-        (output_dir / "model_index.json").unlink(missing_ok=True)
+        if (unfinished / "model_index.json").exists():
+            (output_dir / "model_index.json").unlink(missing_ok=True)
         for path in sorted(unfinished.iterdir(), key=lambda path: path.name == "model_index.json"):
             remove_path(output_dir / path.name)
-            path.rename(output_dir / path.name)
-        unfinished.rmdir()
-
-
-def save_final_adapter(unet: UNet2DConditionModel, output_dir: Path) -> None:
-    """Save the adapter into `output_dir`. Raises `InputError` if it cannot be written."""
-    with atomic_folder(output_dir / "adapter") as unfinished:
-        save_trained(unfinished, unet)
-        apply_umask(unfinished)
-        for path in sorted(unfinished.iterdir()):
             path.rename(output_dir / path.name)
         unfinished.rmdir()
 

@@ -22,12 +22,15 @@ Batches = Generator[dict, None, None]
 class TrainingSession:
     """Everything that validation and publishing read."""
 
-    accelerator: Accelerator
     settings: Settings
     plan: RunPlan
     parts: StableDiffusion
     objective: Objective
     state: TrainingState
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.state.accelerator
 
     def training_batches(self) -> Batches:
         """The endless stream of this process's micro-batches, from the current progress on."""
