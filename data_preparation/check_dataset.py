@@ -34,7 +34,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--max_rows", dest="max_train_samples", type=int, metavar="N", help="check N random rows, always the same")
     add("--cache_dir", metavar="FOLDER", help="cache folder of downloaded datasets")
     add = parser.add_argument_group("checks").add_argument
-    add("--against", action="append", default=[], metavar="DATASET", help="find images of this dataset; may repeat")
+    add("--against", action="append", default=[], metavar="DATASET", help="report images of this dataset; may repeat")
     add("--against_split", default="train", metavar="SPLIT", help="split of --against (default: train)")
     add("--tokenizer", metavar="FOLDER", help="tokenizer that counts tokens (default: the number is estimated)")
     add = parser.add_argument_group("output").add_argument
