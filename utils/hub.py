@@ -47,23 +47,19 @@ HIDDEN = "HIDDEN"
 
 
 class PushFlags(NamedTuple):
-    """The flags of the script that publishes, and what to do without them, for messages."""
+    """The flags of the script that publishes, and what to do without the Hub; for messages."""
 
     push: str
     repo: str
     private: str
-    later: str
+    alternative: str
 
 
-PUSH_FLAGS = {
-    "model": PushFlags(
-        "--push_to_hub",
-        "--hub_model_id",
-        "--hub_private_repo",
-        "train without --push_to_hub, then upload the model with `hf upload`",
-    ),
-    "dataset": PushFlags("--repo_id", "--repo_id", "--private", "use --no_push now and run this again later"),
-}
+MODEL_FLAGS = PushFlags(
+    "--push_to_hub", "--hub_model_id", "--hub_private_repo", "drop --push_to_hub and run `hf upload` after training"
+)
+DATASET_FLAGS = PushFlags("--repo_id", "--repo_id", "--private", "use --no_push now and run this again later")
+PUSH_FLAGS = {"model": MODEL_FLAGS, "dataset": DATASET_FLAGS}
 
 # `--hub_t…`: argparse accepts abbreviated flags.
 _TOKEN_FLAG = re.compile(r"(--hub[_-]t\w*(?:=|\s+))(\"[^\"]*\"|'[^']*'|\S+)")
@@ -117,7 +113,7 @@ def check_push_rights(
             raise InputError(f"{flags.push} needs the network, but HF_HUB_OFFLINE is set: unset it") from None
         raise InputError(
             f"{flags.push}: the Hub ({api.endpoint}) cannot be reached ({failure_reason(error, login)}): "
-            f"check the network, or {flags.later}"
+            f"check the network, or {flags.alternative}"
         ) from None
     return full_id
 

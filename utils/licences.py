@@ -84,18 +84,6 @@ def read_license_fields(source: str, token: str | None = None) -> dict[str, str]
     return {key: value for key, value in fields.items() if isinstance(value, str)} if fields.get("license") else {}
 
 
-def find_dataset_license(dataset: str) -> str | None:
-    """The licence in the card of a dataset, in its folder or on the Hub; None if unknown or out of reach."""
-    path = Path(dataset).expanduser()
-    card = (path if path.is_dir() else path.parent) / "README.md" if path.exists() else dataset
-    try:
-        data = DatasetCard.load(card, ignore_metadata_errors=True).data
-        name = data.get("license_name") or data.get("license")
-    except Exception:  # as above
-        return None
-    return (name[0] if isinstance(name, list) and name else name) or None
-
-
 def find_dataset_license(source: str) -> str | None:
     """The licence in a dataset's card, in its folder, beside its file, or on the Hub; None if unknown."""
     path = Path(source).expanduser()

@@ -72,19 +72,19 @@ def decode_image_and_size(
         raise BadRow(f"cannot be decoded: {str(error) or type(error).__name__}") from error
 
 
-def peek_size(value: object, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+def peek_size(value: object) -> tuple[int, int]:
     """The upright size (h, w) of a stored image, read from its header. Raises BadRow."""
     path = value.get("path") if isinstance(value, dict) and value.get("bytes") is None else value
     if isinstance(path, (str, Path)) and Path(path).is_file():
         with Path(path).open("rb") as file:  # does not read the whole file, unlike `read_image_file`
-            return peek_size(file, max_pixels=max_pixels)
+            return peek_size(file)
     try:
         image = _open(value)
-        _check_size(image, max_pixels)
-        if image.format == "TIFF":  # Pillow's size is already upright
+        _check_size(image, MAX_PIXELS)
+        # A TIFF's size is already upright; for a PNG, `getexif` would decode all pixels to find EXIF after them.
+        has_no_exif = image.format == "PNG" and not {"exif", "Raw profile type exif"} & set(image.info)
+        if image.format == "TIFF" or has_no_exif:
             return image.height, image.width
-        if image.format == "PNG" and not {"exif", "Raw profile type exif"} & set(image.info):
-            return image.height, image.width  # `getexif` would decode all pixels to find EXIF after them
         return _upright_size(image.size, _orientation(image))
     except BadRow:
         raise

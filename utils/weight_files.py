@@ -52,12 +52,12 @@ def read_header(path: Path, what: str) -> tuple[dict[str, tuple[int, ...]], dict
 class TensorFiles:
     """The tensors of one model or adapter in one or more .safetensors or .bin files.
 
-    shapes: by name; metadata: of the safetensors headers. what: flag and value, for messages.
-    Raises InputError for a damaged file.
+    shapes: by name; metadata: of the safetensors headers.
+    what: the start of the message of the InputError for a damaged file.
     """
 
     def __init__(self, files: Sequence[Path], what: str) -> None:
-        self.what, self.shapes, self.metadata = what, {}, {}
+        self.shapes, self.metadata = {}, {}
         self._files: dict[str, _OpenFile] = {}
         for path in files:
             opened = _OpenFile(Path(path), what)

@@ -71,7 +71,7 @@ def make_latent_cache(
 
     The folder's name is a key of the data, the geometry and the VAE's weights and dtype.
     """
-    folder = output_dir / "latent-cache" / cache_key(data_digest, geometry, vae)
+    folder = output_dir / "latent-cache" / _cache_key(data_digest, geometry, vae)
     folder.mkdir(parents=True, exist_ok=True)
     shards = [
         (index, shard)
@@ -79,13 +79,9 @@ def make_latent_cache(
         for shard in range(-(-len(source.rows) // ROWS_PER_SHARD))
         if not shard_path(folder, index, shard).exists()
     ]
-    bar = tqdm(
-        total=sum(len(_rows_of(sources[index], shard)) for index, shard in shards),
-        desc="Encoding latents",
-        unit="pair",
-        disable=not (shards and accelerator.is_main_process),
-    )
-    with bar:
+    num_rows = sum(len(_rows_of(sources[index], shard)) for index, shard in shards)
+    is_hidden = not (shards and accelerator.is_main_process)
+    with tqdm(total=num_rows, desc="Encoding latents", unit="pair", disable=is_hidden) as bar:
         for number, (index, shard) in enumerate(shards):
             if number % accelerator.num_processes == accelerator.process_index:
                 _write_shard(shard_path(folder, index, shard), sources[index], shard, geometry, vae)
@@ -94,7 +90,7 @@ def make_latent_cache(
     return LatentCache(folder, geometry)
 
 
-def cache_key(data_digest: str, geometry: Geometry, vae: AutoencoderKL) -> str:
+def _cache_key(data_digest: str, geometry: Geometry, vae: AutoencoderKL) -> str:
     """A digest of everything that the moments depend on."""
     digest = hashlib.sha256(f"{data_digest} {geometry} {vae.dtype}".encode())
     for name, value in vae.state_dict().items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import count
 
 import fsspec.asyn
@@ -30,6 +31,7 @@ def check_streamable(sources: list[Source], geometry: Geometry) -> None:
         raise InputError.from_problems(problems)
 
 
+@dataclass(eq=False)
 class StreamedBatches(IterableDataset):
     """One rank's micro-batches, endlessly, starting at `start_batch`.
 
@@ -38,20 +40,13 @@ class StreamedBatches(IterableDataset):
     read but not decoded. The next good row of the stream replaces a bad row; the draw stays the same.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        settings: SampleSettings,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        start_batch: int,
-        num_threads: int,
-    ) -> None:
-        self.source, self.settings = source, settings
-        self.rank, self.world_size, self.start_batch = rank, world_size, start_batch
-        self.global_batch_size = batch_size * world_size
-        self.num_threads = max(num_threads, 1)
+    source: Source
+    settings: SampleSettings
+    batch_size: int
+    rank: int
+    world_size: int
+    start_batch: int
+    num_threads: int
 
     def __iter__(self) -> Iterator[dict | InputError]:
         try:
@@ -62,15 +57,13 @@ class StreamedBatches(IterableDataset):
     def _batches(self) -> Iterator[dict]:
         if get_worker_info() is not None:
             fsspec.asyn.reset_lock()  # it was copied from the forked process
-        window = _Window(self._endless_rows())
-        window.drop_before(self.start_batch * self.global_batch_size)
-        with ThreadPoolExecutor(self.num_threads) as threads:
+        window, size = _Window(self._endless_rows()), self.batch_size * self.world_size
+        with ThreadPoolExecutor(max(self.num_threads, 1)) as threads:
             for batch in count(self.start_batch):
-                first = batch * self.global_batch_size
-                draws = range(first, first + self.global_batch_size)[self.rank :: self.world_size]
+                window.drop_before(batch * size)
+                draws = range(batch * size, (batch + 1) * size)[self.rank :: self.world_size]
                 samples = list(threads.map(self._try, draws, [window.row(draw) for draw in draws]))
                 yield self._replace_bad_rows(draws, samples, window)
-                window.drop_before(first + self.global_batch_size)
 
     def _endless_rows(self) -> Iterator[dict]:
         """The rows of all epochs, each shuffled differently."""
