@@ -1,10 +1,10 @@
-"""How fast are training pairs made: every task here, beside albumentations, and what generated pairs cost in UNet rows.
+"""Measures the generation of training pairs: the speed of each task, beside albumentations, and UNet rows by preset.
 
     python benchmarks/data.py
-    python benchmarks/data.py --albumentations /path/of/a/venv/bin/python     # an interpreter that has albumentations
+    python benchmarks/data.py --albumentations /path/of/a/venv/bin/python     # an interpreter with albumentations
 
-One thread. Pairs per second of computing (the process's own time, so that other programs on the machine disturb less),
-of the photograph in memory to the picture in memory. Prints Markdown.
+Uses one thread, and counts the CPU time of the process, so that other programs matter less. A pair starts as a
+photograph in memory and ends as an image in memory. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -15,61 +15,61 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from data_preparation.pairs.settings import PRESETS  # noqa: E402
 from utils.cli import FlagParser  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
 
 PHOTOGRAPHS = [REPOSITORY / "assets" / "photos" / name for name in ("astronaut.jpg", "raccoon.jpg", "coffee.jpg")]
-# task -> (albumentations' nearest transform, its arguments, how it differs)
-NEAREST = {
-    "derain": ("RandomRain", {}, "streaks of one size and slant, encoded light, no depth"),
+# task: (most similar transform of albumentations, its arguments, how it differs)
+TRANSFORMS = {
+    "derain": ("RandomRain", {}, "streaks of one size and slant, encoded values, no depth"),
     "denoise": ("ShotNoise", {}, "no read noise"),
-    "deblur": ("MotionBlur", {"blur_limit": (7, 31)}, "straight lines, encoded light"),
+    "deblur": ("MotionBlur", {"blur_limit": (7, 31)}, "straight lines, encoded values"),
     "dehaze": ("RandomFog", {}, "discs of fog, no depth"),
     "raindrop": ("Spatter", {"mode": "rain"}, "tinted blots, no refraction"),
-    "sharpen": ("GaussianBlur", {"sigma_limit": (0.8, 2.5), "blur_limit": 0}, "encoded light"),
+    "sharpen": ("GaussianBlur", {"sigma_limit": (0.8, 2.5), "blur_limit": 0}, "encoded values"),
     "colorize": ("ToGray", {}, "the same"),
     "super_resolve": ("Downscale", {"scale_range": (0.25, 0.5)}, "one resize, no noise, no JPEG"),
     "jpeg": ("ImageCompression", {"quality_range": (5, 40)}, "the same"),
 }
-# Samples for one caption, steps, rows of the UNet in a step, pairs kept of a caption at most (notes of the presets).
-PRESETS = {"ip2p, the reference's": (100, 100, 4, 4), "fast": (16, 4, 2, 4)}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sides", type=int, nargs="+", default=[256, 512], help="of the pictures, pixels")
-    parser.add_argument("--pairs", type=int, default=24, help="pairs measured of each task and side (default 24)")
+    parser.add_argument("--sides", type=int, nargs="+", default=[256, 512], help="sides of the images in pixels")
+    parser.add_argument("--pairs", type=int, default=24, help="pairs per task and side (default 24)")
     parser.add_argument("--albumentations", type=Path, help="Python interpreter of an environment with albumentations")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--json", type=Path, help="output file for the results")
     parser.add_argument("--only_albumentations", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     problems = [f"--sides {side}: must be from 64 to 2048" for side in args.sides if not 64 <= side <= 2048]
     if args.pairs < 1:
         problems.append(f"--pairs {args.pairs}: must be at least 1")
     if args.albumentations and not args.albumentations.exists():
-        problems.append(f"--albumentations {args.albumentations}: no such file; give a Python interpreter")
+        problems.append(f"--albumentations {args.albumentations}: does not exist; give a Python interpreter")
     if problems:
         raise InputError.from_problems(problems)
     return args
 
 
-def rate(make: Callable[[int], object], pairs: int) -> float:
-    """Calls of `make` with 0, 1, ... per second of computing, after some that warm up."""
+def measure_rate(function: Callable[[int], object], count: int) -> float:
+    """Calls of function(0), function(1), ... per second of CPU time, after three calls for warm-up."""
     for number in range(3):
-        make(number)
+        function(number)
     started = time.process_time()
-    for number in range(pairs):
-        make(number)
-    return pairs / max(time.process_time() - started, 1e-9)
+    for number in range(count):
+        function(number)
+    return count / max(time.process_time() - started, 1e-9)
 
 
 def load_photographs(side: int) -> list:
-    """uint8 RGB (side, side, 3) each; with nothing but OpenCV, because the other interpreter has no more."""
+    """uint8 RGB (side, side, 3) each; uses only OpenCV, because the other interpreter may have nothing else."""
     import cv2
 
     cv2.setNumThreads(1)
@@ -82,7 +82,7 @@ def load_photographs(side: int) -> list:
 
 
 def measure_ours(side: int, pairs: int) -> dict[str, float]:
-    """Pairs per second by task, and of writing both pictures of a pair."""
+    """Pairs per second of each task, and of encoding both images of a pair."""
     import cv2
 
     from data_preparation.photographs import seeded_rng
@@ -90,73 +90,72 @@ def measure_ours(side: int, pairs: int) -> dict[str, float]:
     from data_preparation.tasks.degradations import DEGRADATIONS
 
     photographs = load_photographs(side)
-    figures = {"cartoonize": rate(lambda number: draw_cartoon(photographs[number % len(photographs)]), pairs)}
-    for task, degrade in DEGRADATIONS.items():
-        if task != "identity":
-            figures[task] = rate(
-                lambda number, degrade=degrade: degrade(
-                    photographs[number % len(photographs)], seeded_rng(0, number)
-                ),
-                pairs,
-            )
-    for suffix in ("png", "jpg"):
-        figures[f"writing both as {suffix}"] = rate(
-            lambda number, suffix=suffix: [cv2.imencode(f".{suffix}", photographs[number % 3]) for _ in range(2)], pairs
-        )
-    return figures
+
+    def degrade(task: str, number: int) -> object:
+        return DEGRADATIONS[task](photographs[number % 3], seeded_rng(0, number))
+
+    def encode(suffix: str, number: int) -> object:
+        return [cv2.imencode(f".{suffix}", photographs[number % 3]) for _ in range(2)]
+
+    rates = {"cartoonize": measure_rate(lambda number: draw_cartoon(photographs[number % 3]), pairs)}
+    rates |= {task: measure_rate(partial(degrade, task), pairs) for task in DEGRADATIONS if task != "identity"}
+    return rates | {
+        f"encoding both as {suffix}": measure_rate(partial(encode, suffix), pairs) for suffix in ("png", "jpg")
+    }
 
 
-def measure_albumentations(side: int, pairs: int) -> dict[str, float]:
+def measure_albumentations(side: int, pairs: int) -> dict:
     import albumentations
 
-    photographs = load_photographs(side)
-    figures = {}
-    for task, (name, arguments, _) in NEAREST.items():
+    photographs, rates = load_photographs(side), {}
+    for task, (name, arguments, _) in TRANSFORMS.items():
         transform = albumentations.Compose([getattr(albumentations, name)(p=1.0, **arguments)], seed=0)
-        figures[task] = rate(
-            lambda number, transform=transform: transform(image=photographs[number % len(photographs)]), pairs
-        )
-    return {"version": albumentations.__version__, "figures": figures}
+        rates[task] = measure_rate(lambda number, run=transform: run(image=photographs[number % 3]), pairs)
+    return {"version": albumentations.__version__, "rates": rates}
 
 
-def ask_albumentations(interpreter: Path, sides: list[int], pairs: int) -> dict | None:
-    """The same by another interpreter: {side: {"version", "figures"}}, or None where that lacks albumentations."""
+def run_albumentations(interpreter: Path, sides: list[int], pairs: int) -> dict | None:
+    """{side: {"version", "rates"}} from another interpreter, or None if it does not have albumentations."""
     command = [str(interpreter), __file__, "--only_albumentations", "--pairs", str(pairs), "--sides", *map(str, sides)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
-        print(f"albumentations was left out: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+        print(f"skipped albumentations: {''.join(done.stderr.strip().splitlines()[-1:])}", file=sys.stderr)
         return None
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def show_rates(ours: dict, theirs: dict | None) -> str:
+def format_rates(ours: dict, theirs: dict | None) -> str:
     sides = list(ours)
-    version = theirs[sides[0]]["version"] if theirs else ""
-    heads = ["Task", *(f"{side} px" for side in sides)]
+    columns = ["Task", *(f"{side} px" for side in sides)]
     if theirs:
-        heads += [*(f"albumentations {version}, {side} px" for side in sides), "its transform", "how that differs"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+        version = theirs[sides[0]]["version"]
+        columns += [*(f"albumentations {version}, {side} px" for side in sides), "its transform", "difference"]
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for task in ours[sides[0]]:
         cells = [task, *(f"{ours[side][task]:.0f}" for side in sides)]
-        if theirs:
-            found = task in NEAREST
-            cells += [f"{theirs[side]['figures'][task]:.0f}" if found else "-" for side in sides]
-            cells += [NEAREST[task][0], NEAREST[task][2]] if found else ["-", "-"]
+        if theirs and task in TRANSFORMS:
+            name, _, difference = TRANSFORMS[task]
+            cells += [*(f"{theirs[side]['rates'][task]:.0f}" for side in sides), name, difference]
+        elif theirs:
+            cells += ["-"] * (len(sides) + 2)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def show_unet_rows() -> str:
-    """The cost of a generated pair: samples x steps x rows for one caption, and for each of the pairs kept of it."""
-    lines = [
-        "| Preset | Samples | Steps | Rows a step | UNet rows a caption | Kept at most | UNet rows a kept pair |",
-        "|---" * 7 + "|",
-    ]
-    for name, (samples, steps, rows, kept) in PRESETS.items():
-        total = samples * steps * rows
-        lines.append(f"| {name} | {samples} | {steps} | {rows} | {total:,} | {kept} | {total // kept:,} |")
-    per_caption = [samples * steps * rows for samples, steps, rows, _ in PRESETS.values()]
-    return "\n".join(lines) + f"\n\n{per_caption[0] / per_caption[1]:g} times fewer, before the early stop saves more."
+def format_unet_rows() -> str:
+    """UNet rows of the presets by arithmetic: candidates x steps x rows per step, per caption and per kept pair."""
+    columns = ("Preset", "Candidates", "Steps", "Rows per step", "UNet rows per caption", "Kept", "UNet rows per pair")
+    lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
+    totals = {}
+    for name, preset in PRESETS.items():
+        settings = preset.settings
+        rows = 4 if settings.guidance_range[1] > 1 else 2  # two images, with or without the unconditional branch
+        totals[name] = total = settings.num_samples * settings.num_inference_steps * rows
+        cells = [name, settings.num_samples, settings.num_inference_steps, rows, f"{total:,}"]
+        cells += [settings.max_out_samples, f"{total // settings.max_out_samples:,}"]
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    ratio = totals["ip2p"] / totals["fast"]
+    return "\n".join(lines) + f"\n\nfast needs {ratio:g} times fewer UNet rows, and its early stop saves more."
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -166,11 +165,11 @@ def main(argv: list[str] | None = None) -> None:
         print(json.dumps({side: measure_albumentations(side, args.pairs) for side in args.sides}))
         return
     ours = {str(side): measure_ours(side, args.pairs) for side in args.sides}
-    theirs = ask_albumentations(args.albumentations, args.sides, args.pairs) if args.albumentations else None
+    theirs = run_albumentations(args.albumentations, args.sides, args.pairs) if args.albumentations else None
     print("Pairs per second of one core\n")
-    print(show_rates(ours, theirs))
+    print(format_rates(ours, theirs))
     print("\nUNet rows of a generated pair, by arithmetic\n")
-    print(show_unet_rows())
+    print(format_unet_rows())
     if args.json:
         args.json.write_text(json.dumps({"ours": ours, "albumentations": theirs}, indent=2) + "\n")
 

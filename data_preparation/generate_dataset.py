@@ -31,7 +31,6 @@ from utils.quiet import quiet_libraries  # noqa: E402
 
 # The default dataset of instruction-tuned-sd: its name, and (Hub id, config, number of pairs).
 IMAGENETTE, IMAGENETTE_SETTINGS = "imagenette", ("frgfm/imagenette", "full_size", 5000)
-CROPS = ("none", "square", "random")
 ROW_FLAGS = ("seed", "resolution", "crop", "image_format", "source_license")
 
 
@@ -44,18 +43,15 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--config", metavar="NAME", help="configuration of the dataset on the Hub")
     add("--revision", metavar="COMMIT", help="commit, tag or branch of the dataset on the Hub")
     add("--split", default="train", help="split of the dataset or of metadata.jsonl; all for all of a folder (train)")
-    license_help = "licence of the photographs (default: from the dataset card or metadata.jsonl)"
-    add("--source_license", metavar="ID", help=license_help)
+    add("--source_license", metavar="ID", help="licence of the photographs (default: from the card or metadata.jsonl)")
     add("--max_num_samples", type=int, metavar="N", help="number of pairs (default: one per photograph)")
     size_help = "shorter side of the images; only --crop random enlarges smaller photographs (default 256)"
     add("--resolution", type=int, default=256, metavar="PIXELS", help=size_help)
     crop_help = "whole image, centre square, or random square of at least half the side, mirrored or not (default none)"
-    add("--crop", choices=CROPS, default="none", help=crop_help)
+    add("--crop", choices=("none", "square", "random"), default="none", help=crop_help)
     add = parser.add_argument_group("tasks").add_argument
-    task_help = (
-        f"{', '.join(available_tasks())}; a group ({', '.join(TASK_GROUPS)}); or a text file with one instruction per "
-        "line. WEIGHT is the relative share of the rows (default cartoonize)"
-    )
+    names = f"{', '.join(available_tasks())}; a group ({', '.join(TASK_GROUPS)})"
+    task_help = f"{names}; or a text file with one instruction per line. WEIGHT: share of the rows (default cartoonize)"
     add("--task", nargs="+", default=["cartoonize"], metavar="TASK[=WEIGHT]", help=task_help)
     heldout_help = "last phrasings of each task to hold out from training (default 10; toy tasks 3)"
     add("--heldout_phrasings", type=int, default=10, metavar="N", help=heldout_help)
@@ -71,10 +67,7 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     teacher_help = f"{TEACHERS} (default opencv, for cartoonize); may be repeated with task names"
     add("--teacher", action="append", default=[], metavar="[TASK=]TEACHER", help=teacher_help)
     add("--teacher_prompt", metavar="TEXT", help="prompt of a diffusers teacher (default: the instruction of the row)")
-    settings_help = (
-        "further arguments of the diffusers call, such as '{\"num_inference_steps\": 20}', or of the torchhub model, "
-        'such as \'{"pretrained": "paprika"}\''
-    )
+    settings_help = "more arguments of the diffusers call or torchhub model, such as '{\"num_inference_steps\": 20}'"
     add("--teacher_settings", default="{}", metavar="JSON", help=settings_help)
     range_help = "input range of an onnx or torchhub network; write --teacher_range=-1,1 (default -1,1)"
     add("--teacher_range", default="-1,1", metavar="BLACK,WHITE", help=range_help)
@@ -86,8 +79,7 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
     add("--trust_remote_code", action="store_true", help="allow running the code of a torchhub repository")
     add("--batch_size", type=int, default=1, metavar="N", help="images per call of a teacher (default 1)")
     add("--device", default="auto", help="device of the teacher: cuda, mps or cpu (default: the best available)")
-    dtype_help = "precision of a diffusers teacher (default fp16 on cuda, else fp32)"
-    add("--dtype", choices=("fp32", "fp16", "bf16"), help=dtype_help)
+    add("--dtype", choices=("fp32", "fp16", "bf16"), help="precision of a diffusers teacher (fp16 on cuda, else fp32)")
 
 
 def check_flags(args: argparse.Namespace) -> list[Task]:

@@ -22,13 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_preparation.generation.generation_flags import add_generation_flags, choose_workers, generation_flag_problems  # noqa: E402
 from data_preparation.generation.user_functions import find_function_problem  # noqa: E402
-from data_preparation.pairs.settings import (
-    PRESETS,
-    PairSettings,
-    add_settings_flags,
-    choose_settings,
-    find_setting_problems,
-)  # noqa: E402
+from data_preparation.pairs import settings as pair_settings  # noqa: E402
+from data_preparation.pairs.settings import PRESETS, PairSettings  # noqa: E402
 from utils.cli import FlagParser, pick  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
 from utils.quiet import hide_progress_bars, quiet_libraries  # noqa: E402
@@ -39,15 +34,12 @@ ROW_FLAGS = ("seed", "batch_size", "device", "dtype", "image_format", "init_imag
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     add = parser.add_argument_group("input").add_argument
-    prompts_help = (
-        "output of generate_captions.py, .jsonl file, folder, or Hub id, with columns caption, edit and output"
-    )
+    prompts_help = "output of generate_captions.py, .jsonl file, folder or Hub id: columns caption, edit and output"
     add("--prompts", required=True, metavar="CAPTIONS", help=prompts_help)
     add("--caption_column", metavar="NAME", help="column of the original captions (default: caption, or input)")
     add("--split", default="train", help="split of --prompts and --init_images (default train)")
     add("--max_captions", type=int, metavar="N", help="use only the first N captions")
-    init_help = "start from photographs instead of noise: a folder, a saved dataset or a Hub id"
-    add("--init_images", metavar="PHOTOGRAPHS", help=init_help)
+    add("--init_images", metavar="PHOTOGRAPHS", help="start from photographs: a folder, a saved dataset or a Hub id")
     column_help = "column of --prompts with the photograph's name (default: file_name, image, photograph ...)"
     add("--init_image_column", metavar="NAME", help=column_help)
     add("--image_column", metavar="NAME", help="image column of --init_images")
@@ -55,7 +47,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--strength", type=float, metavar="S", help=strength_help)
     original_help = "with --init_images: the photograph itself, or the image generated from it (default generated)"
     add("--original", choices=("real", "generated"), help=original_help)
-    add_settings_flags(parser)
+    pair_settings.add_settings_flags(parser)
     add = parser.add_argument_group("image checks").add_argument
     safety_help = "such as CompVis/stable-diffusion-safety-checker (default: that of --model, if any)"
     add("--safety_checker", metavar="MODEL", help=safety_help)
@@ -69,27 +61,24 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
-    model_help = "Stable Diffusion 1.x/2.x or SDXL: folder, Hub id or .safetensors file (default: that of the preset)"
-    add("--model", help=model_help)
+    add("--model", help="Stable Diffusion 1.x/2.x or SDXL: folder, Hub id or .safetensors file (default: by preset)")
     add("--revision", help="branch, tag or commit of the model")
     add("--variant", help="variant of its weight files, such as fp16")
     add("--single_file_config", metavar="PIPELINE", help="for a --model in one file: a pipeline of its family")
     vae_help = "another autoencoder (default: stabilityai/sd-vae-ft-mse with the ip2p model, else that of the model)"
     add("--vae", metavar="MODEL", help=vae_help)
-    lora_help = "adapter to fuse, such as latent-consistency/lcm-lora-sdv1-5 (with --scheduler lcm)"
-    add("--lora", metavar="ADAPTER", help=lora_help)
+    add("--lora", metavar="ADAPTER", help="adapter, such as latent-consistency/lcm-lora-sdv1-5 (with --scheduler lcm)")
     add("--lora_scale", type=float, default=1.0, metavar="S", help="scale of the adapter (default 1)")
-    device_help = "cuda, cuda:1, mps or cpu; workers share the GPUs (default: the best available)"
-    add("--device", default="auto", help=device_help)
+    add("--device", default="auto", help="cuda, cuda:1, mps or cpu; workers share GPUs (default: the best available)")
     add("--dtype", choices=("fp32", "fp16", "bf16"), help="precision (default fp16 on cuda, else fp32)")
     add("--batch_size", type=int, default=8, metavar="N", help="pairs denoised at once (default 8)")
-    shard_help = "captions per file, the most that a killed run loses (ip2p 2, fast 50)"
-    add("--captions_per_file", type=int, metavar="N", help=shard_help)
+    add("--captions_per_file", type=int, metavar="N", help="captions per output file (ip2p 2, fast 50)")
 
 
 def check_flags(args: argparse.Namespace, settings: PairSettings) -> None:
     """Raises one InputError with all problems of the flags."""
-    problems = generation_flag_problems(args) + find_setting_problems(settings, has_photographs=bool(args.init_images))
+    problems = generation_flag_problems(args)
+    problems += pair_settings.find_setting_problems(settings, has_photographs=bool(args.init_images))
     for name, limit in (("max_captions", 10**12), ("batch_size", 4096), ("captions_per_file", 100_000)):
         value = getattr(args, name)
         if value is not None and not 1 <= value <= limit:
@@ -146,7 +135,7 @@ def make_generator(args: argparse.Namespace, settings: PairSettings) -> tuple[An
 def main(argv: list[str] | None = None) -> None:
     with exit_on_input_error():
         args = parse_flags(argv)
-        settings = choose_settings(args)
+        settings = pair_settings.choose_settings(args)
         check_flags(args, settings)
         quiet_libraries()
         from data_preparation.generation.runner import run_generation

@@ -34,12 +34,11 @@ def read_phrasings(task: str, num_heldout: int = 3) -> tuple[list[str], list[str
     """
     path = _find_file(task)
     lines = _read_lines(path)
-    if not 0 <= num_heldout < len(lines):
-        raise InputError(
-            f"cannot hold out {num_heldout} of the {len(lines)} phrasings of '{task}': give a number from 0 to "
-            f"{len(lines) - 1}, or add lines to {path}"
-        )
-    return lines[: len(lines) - num_heldout], lines[len(lines) - num_heldout :]
+    num_trained = len(lines) - num_heldout
+    if num_heldout < 0 or num_trained < 1:
+        allowed = f"give a number from 0 to {len(lines) - 1}, or add lines to {path}"
+        raise InputError(f"cannot hold out {num_heldout} of the {len(lines)} phrasings of '{task}': {allowed}")
+    return lines[:num_trained], lines[num_trained:]
 
 
 def _find_file(task: str) -> Path:

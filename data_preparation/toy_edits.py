@@ -119,10 +119,8 @@ def thermal(image: np.ndarray) -> np.ndarray:
     return _to_uint8(np.dstack([np.interp(gray, stops, colours[:, channel]) for channel in range(3)]))
 
 
-EDITS = {
-    edit.__name__: edit
-    for edit in (cartoonize, grayscale, sepia, negative, night, sunset, fog, sketch, mosaic, thermal)
-}
+_EDITS = (cartoonize, grayscale, sepia, negative, night, sunset, fog, sketch, mosaic, thermal)
+EDITS = {edit.__name__: edit for edit in _EDITS}
 
 
 def exact_results(image: np.ndarray, tasks: list[str] | None = None) -> dict[str, np.ndarray]:

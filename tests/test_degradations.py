@@ -1,10 +1,9 @@
-"""Degradations keep their promises: physics, ranges, one generator one result. Also cartoons, sheet and benchmark."""
+"""Degradations: physics, parameter ranges, determinism. Also the cartoon, the contact sheet and the benchmark."""
 
 from __future__ import annotations
 
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,15 +13,12 @@ import pytest
 from PIL import Image
 
 from benchmarks import data
-from data_preparation.photographs import centre_square, read_photograph, row_generator
-from data_preparation.tasks import camera, weather
-from data_preparation.tasks.cartoon import cartoonize
-from data_preparation.tasks.contact_sheet import main as draw_contact_sheet
+from data_preparation.photographs import centre_square, read_photograph, seeded_rng
+from data_preparation.tasks import camera, degradations, weather
+from data_preparation.tasks.cartoon import draw_cartoon
 from data_preparation.tasks.degradations import DEGRADATIONS, RANGES
-from data_preparation.tasks.light import add_sensor_noise, pseudo_depth, to_encoded, to_linear
-from data_preparation.tasks.low_resolution import oval_kernel, sinc_kernel
-from data_preparation.tasks.raindrops import drop_maps
-from data_preparation.tasks.ranges import Choice, Range, Whole, show_ranges
+from data_preparation.tasks.primitives import Choice, IntegerRange, Range, to_encoded, to_linear
+from utils.contact_sheets import LABEL_HEIGHT
 
 REPOSITORY = Path(__file__).parent.parent
 RANDOM = [name for name in DEGRADATIONS if name not in ("colorize", "identity")]
@@ -35,19 +31,19 @@ def photograph() -> np.ndarray:
     return cv2.resize(image, (160, 128), interpolation=cv2.INTER_AREA)
 
 
-def draws_of(name: str, image: np.ndarray, wanted: dict, count: int = 1):
+def find_results(name: str, image: np.ndarray, wanted: dict, count: int = 1) -> list[tuple[np.ndarray, dict]]:
     """Results of the degradation for the first `count` rows whose parameters include `wanted`."""
     found = []
     for row in range(200):
-        degraded, parameters = DEGRADATIONS[name](image, row_generator(5, row))
+        degraded, parameters = DEGRADATIONS[name](image, seeded_rng(5, row))
         if wanted.items() <= parameters.items():
             found.append((degraded, parameters))
         if len(found) == count:
             return found
-    raise AssertionError(f"{wanted} was not drawn")
+    raise AssertionError(f"{wanted} was never drawn")
 
 
-def exactly_linear(image: np.ndarray) -> np.ndarray:
+def exact_linear(image: np.ndarray) -> np.ndarray:
     """float64, by IEC 61966-2-1"""
     encoded = image / 255
     return np.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
@@ -57,37 +53,43 @@ def gray(value: int, side: int = 256) -> np.ndarray:
     return np.full((side, side, 3), value, np.uint8)
 
 
-# ---- all of them
+# ---- all degradations
 
 
 @pytest.mark.parametrize("name", DEGRADATIONS)
-def test_one_generator_one_result(name, photograph):
+def test_same_generator_gives_the_same_result(name, photograph):
     before = photograph.copy()
     photograph.flags.writeable = False
-    degraded, parameters = DEGRADATIONS[name](photograph, row_generator(0, 3))
+    degraded, parameters = DEGRADATIONS[name](photograph, seeded_rng(0, 3))
     photograph.flags.writeable = True
     assert np.array_equal(photograph, before)
     assert degraded.shape == photograph.shape and degraded.dtype == np.uint8
     assert degraded.flags.c_contiguous and not np.shares_memory(degraded, photograph)
-    again, same = DEGRADATIONS[name](photograph, row_generator(0, 3))
+    again, same = DEGRADATIONS[name](photograph, seeded_rng(0, 3))
     assert np.array_equal(degraded, again) and parameters == same
-    other, _ = DEGRADATIONS[name](photograph, row_generator(1, 3))
+    other, _ = DEGRADATIONS[name](photograph, seeded_rng(1, 3))
     assert np.array_equal(degraded, other) == (name not in RANDOM)
     assert np.array_equal(degraded, photograph) == (name == "identity")
 
 
+def is_in_range(entry: Range | IntegerRange | Choice, value: float | int | str) -> bool:
+    if isinstance(entry, Choice):
+        return value in entry.options
+    return entry.low <= value <= entry.high and isinstance(value, int) == isinstance(entry, IntegerRange)
+
+
 @pytest.mark.parametrize("name", DEGRADATIONS)
-def test_parameters_lie_in_their_ranges(name, photograph):
+def test_parameters_are_in_their_ranges(name, photograph):
     small = cv2.resize(photograph, (64, 64), interpolation=cv2.INTER_AREA)
     drawn = set()
     for row in range(40):
-        _, parameters = DEGRADATIONS[name](small, row_generator(1, row))
+        _, parameters = DEGRADATIONS[name](small, seeded_rng(1, row))
         assert json.loads(json.dumps(parameters)) == parameters
         for key, value in parameters.items():
-            assert RANGES[name][key].holds(value), (key, value)
+            assert is_in_range(RANGES[name][key], value), (key, value)
             assert not isinstance(value, float) or round(value, 4) == value
         drawn |= parameters.keys()
-    assert drawn == RANGES[name].keys()
+    assert drawn == RANGES.get(name, {}).keys()
 
 
 @pytest.mark.parametrize("size", [(64, 64), (65, 97), (300, 100), (64, 700)])
@@ -95,90 +97,92 @@ def test_parameters_lie_in_their_ranges(name, photograph):
 def test_any_shape(name, size, photograph):
     image = cv2.resize(photograph, size[::-1], interpolation=cv2.INTER_AREA)
     for row in range(3):
-        result = cartoonize(image) if name == "cartoonize" else DEGRADATIONS[name](image, row_generator(2, row))[0]
+        result = draw_cartoon(image) if name == "cartoonize" else DEGRADATIONS[name](image, seeded_rng(2, row))[0]
         assert result.shape == image.shape and result.dtype == np.uint8
 
 
 @pytest.mark.parametrize("name", ["derain", "deblur", "dehaze", "raindrop"])
-def test_large_pictures_are_degraded_as_visibly(name, photograph):
-    """A size given for 512 pixels grows with the picture. Noise, softness and JPEG are of the pixel, and do not."""
+def test_degradations_scale_with_the_image(name, photograph):
+    """For sizes in "pixels at 512". Noise, sharpness and JPEG quality are per pixel and do not scale."""
     changes = []
     for side in (256, 1024):
         image = cv2.resize(photograph, (side, side), interpolation=cv2.INTER_CUBIC)
         changes.append(
-            np.mean(
-                [cv2.absdiff(DEGRADATIONS[name](image, row_generator(4, row))[0], image).mean() for row in range(4)]
-            )
+            np.mean([cv2.absdiff(DEGRADATIONS[name](image, seeded_rng(4, row))[0], image).mean() for row in range(4)])
         )
     assert 0.6 < changes[1] / changes[0] < 1.7, changes
 
 
-def test_ranges_draw_all_that_they_hold():
+def test_ranges_draw_all_of_their_values():
     rng = np.random.default_rng(0)
     values = [Range(0.01, 1, "", is_log=True).draw(rng) for _ in range(400)]
     assert min(values) >= 0.01 and max(values) <= 1
     assert 0.35 < np.mean([value < 0.1 for value in values]) < 0.65
-    assert {Whole(2, 4, "").draw(rng) for _ in range(50)} == {2, 3, 4}
-    assert not Whole(2, 4, "").holds(2.5)
+    assert {IntegerRange(2, 4, "").draw(rng) for _ in range(50)} == {2, 3, 4}
     chosen = [Choice({"a": 0.9, "b": 0.1}, "").draw(rng) for _ in range(200)]
     assert 150 < chosen.count("a") < 200
-    table = show_ranges(RANGES)
-    assert "| jpeg | quality | 5 to 40 | of the JPEG file |" in table
-    assert table.count("\n") == 1 + sum(map(len, RANGES.values()))
+
+
+def test_table_of_the_ranges(capsys):
+    degradations.main([])
+    table = capsys.readouterr().out.splitlines()
+    assert "| jpeg | quality | 5 to 40 | quality of the JPEG file |" in table
+    assert "| denoise | photons | 20 to 2000, logarithmic |" in "\n".join(table)
+    assert len(table) == 2 + sum(map(len, RANGES.values()))
 
 
 # ---- light
 
 
-def test_srgb_is_exact_and_its_round_trip_too():
+def test_srgb_conversion_and_its_round_trip_are_exact():
     every = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    assert np.abs(to_linear(every) - exactly_linear(every)).max() < 1e-7
+    assert np.abs(to_linear(every) - exact_linear(every)).max() < 1e-7
     assert np.array_equal(to_encoded(to_linear(every)), every)
     assert to_encoded(np.float32([[-1, 0, 0.5, 1, 7]])).tolist() == [[0, 0, 188, 255, 255]]
 
 
-def test_sensor_noise_has_the_variance_that_it_says():
+def test_variance_of_sensor_noise():
     rng, photons, read_noise = np.random.default_rng(0), 200.0, 0.01
     for light in (0.0, 0.1, 0.4, 0.9):
-        noisy = add_sensor_noise(np.full((400, 400), light, np.float32), photons, read_noise, rng)
+        noisy = camera.add_sensor_noise(np.full((400, 400), light, np.float32), photons, read_noise, rng)
         assert noisy.mean() == pytest.approx(light, abs=1e-3)
         assert noisy.var() == pytest.approx(light / photons + read_noise**2, rel=0.02)
 
 
-def test_denoise_shows_that_noise():
-    ((degraded, parameters),) = draws_of("denoise", gray(160), {"kind": "sensor"})
-    light = exactly_linear(gray(160))[0, 0, 0]
+def test_variance_of_denoise():
+    ((degraded, parameters),) = find_results("denoise", gray(160), {"kind": "sensor"})
+    light = exact_linear(gray(160))[0, 0, 0]
     expected = light / parameters["photons"] + parameters["read_noise"] ** 2
-    assert exactly_linear(degraded).var() == pytest.approx(expected, rel=0.1)
-    ((degraded, parameters),) = draws_of("denoise", gray(128), {"kind": "gaussian"})
+    assert exact_linear(degraded).var() == pytest.approx(expected, rel=0.1)
+    ((degraded, parameters),) = find_results("denoise", gray(128), {"kind": "gaussian"})
     assert degraded.astype(float).std() == pytest.approx(parameters["sigma"], rel=0.05)
 
 
-def test_low_light_is_darker_by_its_gain(photograph):
+def test_low_light_reduces_the_light_by_its_gain(photograph):
     for row in range(4):
-        degraded, parameters = DEGRADATIONS["low_light"](gray(220), row_generator(0, row))
-        light = exactly_linear(degraded).mean(axis=(0, 1))
+        degraded, parameters = DEGRADATIONS["low_light"](gray(220), seeded_rng(0, row))
+        light = exact_linear(degraded).mean(axis=(0, 1))
         cast = 1 + parameters["warmth"] * np.array([1, 0, -1])
-        assert light == pytest.approx(exactly_linear(gray(220))[0, 0] * parameters["gain"] * cast, rel=0.03)
-        assert DEGRADATIONS["low_light"](photograph, row_generator(0, row))[0].mean() < photograph.mean()
+        assert light == pytest.approx(exact_linear(gray(220))[0, 0] * parameters["gain"] * cast, rel=0.03)
+        assert DEGRADATIONS["low_light"](photograph, seeded_rng(0, row))[0].mean() < photograph.mean()
 
 
-# ---- lens, motion, files
+# ---- blur, JPEG, resolution
 
 
 @pytest.mark.parametrize("kind", ["shake", "linear", "defocus"])
-def test_blur_keeps_the_light_and_the_place(kind):
+def test_blur_keeps_brightness_and_position(kind):
     points = gray(0)
     points[96:160, 96:160] = 255
-    for degraded, _ in draws_of("deblur", points, {"kind": kind}, count=3):
-        light, before = exactly_linear(degraded)[..., 0], exactly_linear(points)[..., 0]
+    for degraded, _ in find_results("deblur", points, {"kind": kind}, count=3):
+        light, before = exact_linear(degraded)[..., 0], exact_linear(points)[..., 0]
         assert light.mean() == pytest.approx(before.mean(), rel=5e-3)
         middle = [(light.sum(axis=1 - axis) * np.arange(256)).sum() / light.sum() for axis in (0, 1)]
         assert middle == pytest.approx([127.5, 127.5], abs=0.3)
         assert light.max() <= 1 and ((light > 0.01) & (light < 0.99)).sum() > 200
 
 
-def test_kernels_are_what_they_are_called():
+def test_shapes_of_kernels():
     disc = camera.disc_kernel(6.0)
     assert disc.sum() == pytest.approx(1, abs=1e-5)
     assert (disc > 0.5 * disc.max()).sum() == pytest.approx(np.pi * 6**2, rel=0.05)
@@ -188,49 +192,49 @@ def test_kernels_are_what_they_are_called():
     assert np.ptp(np.nonzero(line.sum(axis=0) > 1e-3)) <= 2
     shake = camera.shake_path(np.random.default_rng(1))
     assert np.ptp(shake[:, 0]) > np.ptp(shake[:, 1]) > 0
-    oval = oval_kernel(2.0, 0.5, 0.0)
+    oval = camera.anisotropic_kernel(2.0, 0.5, 0.0)
     steps = np.arange(len(oval)) - len(oval) // 2
     assert (oval.sum(axis=0) * steps**2).sum() == pytest.approx(4, rel=0.1)
     assert (oval.sum(axis=1) * steps**2).sum() == pytest.approx(1, rel=0.1)
 
 
-def test_sinc_passes_what_lies_below_its_cutoff():
-    response = np.abs(np.fft.fft2(np.pad(sinc_kernel(np.pi / 2), (0, 107))))
+def test_sinc_is_a_low_pass_filter():
+    response = np.abs(np.fft.fft2(np.pad(camera.sinc_kernel(np.pi / 2), (0, 107))))
     assert response[0, :16].min() > 0.8  # of 128: up to a quarter of the sampling rate at 32
     assert response[0, 44:64].max() < 0.2
-    assert sinc_kernel(1.5).min() < 0, "it rings"
+    assert camera.sinc_kernel(1.5).min() < 0, "it rings"
 
 
-def test_sharpen_is_a_gaussian_in_linear_light(photograph):
-    degraded, parameters = DEGRADATIONS["sharpen"](photograph, row_generator(0, 0))
-    blurred = cv2.GaussianBlur(exactly_linear(photograph), (0, 0), parameters["sigma"])
-    assert np.abs(exactly_linear(degraded) - blurred).max() < 0.006  # half a step of the 8 bits, at white
+def test_sharpen_is_a_gaussian_blur_in_linear_light(photograph):
+    degraded, parameters = DEGRADATIONS["sharpen"](photograph, seeded_rng(0, 0))
+    blurred = cv2.GaussianBlur(exact_linear(photograph), (0, 0), parameters["sigma"])
+    assert np.abs(exact_linear(degraded) - blurred).max() < 0.006  # half a step of the 8 bits, at white
     assert cv2.Laplacian(degraded, cv2.CV_64F).std() < cv2.Laplacian(photograph, cv2.CV_64F).std()
 
 
-def test_jpeg_is_that_of_other_programs(photograph):
-    degraded, parameters = DEGRADATIONS["jpeg"](photograph, row_generator(0, 0))
+def test_jpeg_matches_other_encoders(photograph):
+    degraded, parameters = DEGRADATIONS["jpeg"](photograph, seeded_rng(0, 0))
     _, file = cv2.imencode(".jpg", photograph[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, parameters["quality"]])
     assert np.array_equal(degraded, cv2.imdecode(file, cv2.IMREAD_COLOR)[..., ::-1])
     stream = io.BytesIO()
     Image.fromarray(photograph).save(stream, "JPEG", quality=parameters["quality"])
     difference = np.abs(np.asarray(Image.open(stream)).astype(int) - degraded)
-    assert difference.mean() < 1.5, "PIL's file of that quality, but for rounding"
+    assert difference.mean() < 1.5, "the file of PIL at that quality, except for rounding"
 
 
-def test_colorize_has_luma_and_no_colour(photograph):
-    degraded, parameters = DEGRADATIONS["colorize"](photograph, row_generator(0, 0))
+def test_colorize_leaves_only_luma(photograph):
+    degraded, parameters = DEGRADATIONS["colorize"](photograph, seeded_rng(0, 0))
     assert parameters == {}
     assert (degraded == degraded[..., :1]).all()
     luma = photograph @ np.array([0.299, 0.587, 0.114])
     assert np.abs(degraded[..., 0] - luma).max() <= 1
 
 
-def test_super_resolve_loses_fine_detail(photograph):
-    """Of a picture of noise, nothing above the Nyquist frequency of the small picture may stay."""
+def test_super_resolve_removes_fine_detail():
+    """Frequencies above the Nyquist frequency of the reduced image are removed from noise."""
     noise = np.random.default_rng(0).integers(0, 256, (128, 128, 3)).astype(np.uint8)
     for row in range(5):
-        degraded, parameters = DEGRADATIONS["super_resolve"](noise, row_generator(0, row))
+        degraded, parameters = DEGRADATIONS["super_resolve"](noise, seeded_rng(0, row))
         assert 2 <= parameters["shrink"] <= 4
         spectra = [np.abs(np.fft.fft2(image.mean(axis=2) - image.mean())) ** 2 for image in (noise, degraded)]
         frequency = np.hypot(np.fft.fftfreq(128)[:, None], np.fft.fftfreq(128)[None])
@@ -241,96 +245,97 @@ def test_super_resolve_loses_fine_detail(photograph):
 # ---- weather
 
 
-def test_haze_is_koschmieders_law(photograph):
-    degraded, parameters = DEGRADATIONS["dehaze"](photograph, row_generator(0, 1))
-    rng = row_generator(0, 1)
+def test_haze_follows_koschmieders_law(photograph):
+    degraded, parameters = DEGRADATIONS["dehaze"](photograph, seeded_rng(0, 1))
+    rng = seeded_rng(0, 1)
     [entry.draw(rng) for entry in RANGES["dehaze"].values()]
-    depth = pseudo_depth(photograph, rng).astype(np.float64)
+    depth = weather.pseudo_depth(photograph, rng).astype(np.float64)
     assert depth.min() == pytest.approx(0.2, abs=1e-6) and depth.max() == pytest.approx(1, abs=1e-6)
     transmission = np.exp(-parameters["beta"] * depth)[..., None]
     airlight = parameters["airlight"] * np.array([1 - parameters["tint"], 1, 1 + parameters["tint"]])
-    expected = exactly_linear(photograph) * transmission + airlight * (1 - transmission)
+    expected = exact_linear(photograph) * transmission + airlight * (1 - transmission)
     encoded = np.where(expected <= 0.0031308, expected * 12.92, 1.055 * np.abs(expected) ** (1 / 2.4) - 0.055)
     assert np.abs(degraded - np.clip(encoded, 0, 1) * 255).max() < 0.56
 
 
-def test_what_is_high_up_is_farther_and_hazier(photograph):
-    depths = np.mean([pseudo_depth(gray(100), row_generator(0, row)) for row in range(8)], axis=0)
+def test_the_top_of_the_image_is_farther_away(photograph):
+    depths = np.mean([weather.pseudo_depth(gray(100), seeded_rng(0, row)) for row in range(8)], axis=0)
     assert depths[:64].mean() > depths[-64:].mean() + 0.2
-    degraded, _ = DEGRADATIONS["dehaze"](photograph, row_generator(0, 0))
+    degraded, _ = DEGRADATIONS["dehaze"](photograph, seeded_rng(0, 0))
     assert degraded.std() < photograph.std()
 
 
-def test_rain_falls_along_its_slant_and_adds_light():
+def test_rain_streaks_have_their_slant_and_add_light():
     black = gray(0, 512)
     for row in range(3):
-        degraded, parameters = DEGRADATIONS["derain"](black, row_generator(3, row))
-        light = exactly_linear(degraded)[..., 0]
+        degraded, parameters = DEGRADATIONS["derain"](black, seeded_rng(3, row))
+        light = exact_linear(degraded)[..., 0]
         assert light.max() <= parameters["airlight"] + 0.01
-        assert 0.005 < (light > light.mean() + 0.1).mean() < 0.2, "streaks, not a curtain"
-        # The structure tensor's direction of least change is that of the streaks.
+        assert 0.005 < (light > light.mean() + 0.1).mean() < 0.2, "streaks, not a uniform veil"
+        # The direction of least change of the structure tensor is that of the streaks.
         across, down = cv2.Sobel(light, cv2.CV_64F, 1, 0), cv2.Sobel(light, cv2.CV_64F, 0, 1)
         angle = 0.5 * np.arctan2(2 * (across * down).sum(), (across**2 - down**2).sum())
         assert np.rad2deg(-angle) == pytest.approx(parameters["slant"], abs=4)
 
 
-def test_rain_hides_but_never_darkens_the_dark():
+def test_range_of_rain_streaks():
     parameters = {name: entry.draw(np.random.default_rng(0)) for name, entry in weather.DERAIN.items()}
     cover = weather.rain_streaks(200, 300, 0.5, parameters, np.random.default_rng(0))
     assert cover.shape == (200, 300) and cover.min() >= 0 and 0.2 < cover.max() <= 1
 
 
-def test_raindrops_cover_some_and_leave_the_rest(photograph):
+def test_raindrops_cover_a_part_of_the_image(photograph):
     image = cv2.resize(photograph, (512, 512), interpolation=cv2.INTER_CUBIC)
     for row in range(4):
-        degraded, parameters = DEGRADATIONS["raindrop"](image, row_generator(0, row))
+        degraded, parameters = DEGRADATIONS["raindrop"](image, seeded_rng(0, row))
         changed = cv2.absdiff(degraded, image).max(axis=2) > 3
         assert 0.005 < changed.mean() < 0.5
         spots = cv2.connectedComponents(cv2.morphologyEx(changed.astype(np.uint8), cv2.MORPH_OPEN, np.ones((5, 5))))[0]
         assert 3 <= spots <= parameters["drops"] + 3
 
 
-def test_a_drop_shows_much_of_the_scene_upside_down():
+def test_a_raindrop_shows_the_scene_upside_down():
     parameters = {"drops": 1, "radius": 40.0, "reach": 0.3}
     for seed in range(4):
-        cover, shift, shine = drop_maps((512, 512), 1.0, parameters, np.random.default_rng(seed))
+        cover, shift, shine = weather.drop_maps((512, 512), 1.0, parameters, np.random.default_rng(seed))
         rows, columns = np.nonzero(cover)
         assert len(rows) > 30 and not shift[cover == 0].any() and not shine[cover == 0].any()
-        for place, axis in ((columns, 0), (rows, 1)):
-            looks_at = place + shift[rows, columns, axis]
-            assert np.polyfit(place, looks_at, 1)[0] < -2, "reversed, and smaller than the scene"
-            assert np.ptp(looks_at) < 1.5 * 2 * parameters["reach"] * 512
+        for position, axis in ((columns, 0), (rows, 1)):
+            sampled = position + shift[rows, columns, axis]
+            assert np.polyfit(position, sampled, 1)[0] < -2, "reversed, and smaller than the scene"
+            assert np.ptp(sampled) < 1.5 * 2 * parameters["reach"] * 512
 
 
-# ---- cartoon, sheet, benchmark
+# ---- cartoon, contact sheet, benchmark
 
 
-def test_a_cartoon_is_flat_and_inked():
+def test_a_cartoon_is_flat_with_ink_lines():
     image = centre_square(read_photograph(REPOSITORY / "assets" / "photos" / "astronaut.jpg"), 256)
-    cartoon = cartoonize(image)
-    assert np.array_equal(cartoon, cartoonize(image))
+    cartoon = draw_cartoon(image)
+    assert np.array_equal(cartoon, draw_cartoon(image))
     tones = cv2.cvtColor(cartoon, cv2.COLOR_RGB2GRAY), cv2.cvtColor(image, cv2.COLOR_RGB2GRAY)
     flat = [(cv2.morphologyEx(tone, cv2.MORPH_GRADIENT, np.ones((3, 3), np.uint8)) <= 2).mean() for tone in tones]
-    assert flat[0] > 1.5 * flat[1], "more of the picture has one colour"
-    saturation = [cv2.cvtColor(picture, cv2.COLOR_RGB2HSV)[..., 1].mean() for picture in (cartoon, image)]
+    assert flat[0] > 1.5 * flat[1], "more of the image is uniform"
+    saturation = [cv2.cvtColor(each, cv2.COLOR_RGB2HSV)[..., 1].mean() for each in (cartoon, image)]
     assert saturation[0] > saturation[1]
     edges = cv2.absdiff(*[cv2.GaussianBlur(tones[1], (0, 0), sigma) for sigma in (1, 3)]) > 12
-    assert tones[0][edges].mean() < tones[1][edges].mean(), "lines where edges were"
+    assert tones[0][edges].mean() < tones[1][edges].mean(), "ink at edges"
 
 
 @pytest.mark.parametrize("value", [0, 128, 255])
-def test_a_cartoon_of_one_colour_is_one_colour(value):
-    cartoon = cartoonize(gray(value, 64))
+def test_cartoon_of_a_uniform_image(value):
+    cartoon = draw_cartoon(gray(value, 64))
     assert np.ptp(cartoon) <= 2 and abs(int(cartoon[0, 0, 0]) - value) < 45
 
 
-def test_the_contact_sheet_shows_every_task(tmp_path):
+def test_contact_sheet_shows_every_task(tmp_path):
     output = tmp_path / "sheet.jpg"
-    draw_contact_sheet(["--output", str(output), "--side", "64", "--photos", str(REPOSITORY / "assets/photos/cat.jpg")])
-    assert Image.open(output).size == (6 * 68 + 4, 2 * (64 + 14 + 4) + 4)
+    photo = str(REPOSITORY / "assets/photos/cat.jpg")
+    degradations.main(["--contact_sheet", str(output), "--side", "64", "--photos", photo])
+    assert Image.open(output).size == (6 * 64, 2 * (64 + LABEL_HEIGHT))
 
 
-def test_the_benchmark_counts_every_task(capsys, tmp_path):
+def test_benchmark_measures_every_task(capsys, tmp_path):
     data.main(["--sides", "64", "--pairs", "1", "--json", str(tmp_path / "figures.json")])
     printed = capsys.readouterr().out
     for task in ("cartoonize", *RANDOM, "colorize"):
@@ -339,11 +344,16 @@ def test_the_benchmark_counts_every_task(capsys, tmp_path):
     assert json.loads((tmp_path / "figures.json").read_text())["ours"]["64"]["derain"] > 0
 
 
-def test_the_benchmark_without_albumentations_says_so(tmp_path):
-    """The interpreter that runs the tests has none."""
-    script = [sys.executable, str(REPOSITORY / "benchmarks" / "data.py"), "--sides", "64", "--pairs", "1"]
-    done = subprocess.run([*script, "--albumentations", sys.executable], capture_output=True, text=True)
-    assert done.returncode == 0 and "albumentations was left out" in done.stderr
-    done = subprocess.run([*script, "--pairs", "0", "--albumentations", "/none"], capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "--pairs 0: must be at least 1" in done.stderr and "--albumentations /none: no such file" in done.stderr
+def test_benchmark_skips_missing_albumentations(capsys):
+    """The interpreter that runs the tests does not have it."""
+    assert data.run_albumentations(Path(sys.executable), [64], 1) is None
+    assert "skipped albumentations: ModuleNotFoundError" in capsys.readouterr().err
+
+
+def test_benchmark_reports_all_invalid_flags(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        data.main(["--pairs", "0", "--sides", "7", "--albumentations", "/none"])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    for part in ("--pairs 0: must be at least 1", "--sides 7: must be", "--albumentations /none: does not exist"):
+        assert part in error

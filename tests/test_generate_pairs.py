@@ -1,10 +1,8 @@
-"""generate_pairs.py: captions with an edit -> pairs, on tiny models and on the toy of assets/."""
+"""generate_pairs.py: captions with edits -> pairs, with tiny models and the toy model of assets/."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -22,29 +20,36 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
 from data_preparation.generate_pairs import main
 from data_preparation.generation.inputs import Captions
 from data_preparation.generation.pair_rows import pair_features
-from data_preparation.pairs.candidates import CaptionJob, Drawn, Kept, plan_batches, trim
-from data_preparation.pairs.clip_filter import find_fault, similarity_of
-from data_preparation.pairs.models import ModelChoice, load_clip, load_pipeline, resolve
-from data_preparation.pairs.presets import PRESETS
-from data_preparation.pairs.prompts import find_image_name, open_prompts
-from data_preparation.pairs.recipe import _place, require_usable
-from data_preparation.pairs.report import count_candidates
+from data_preparation.pairs.candidates import (
+    Candidate,
+    CaptionJob,
+    count_candidates,
+    find_image_name,
+    open_prompts,
+    plan_batches,
+    trim_passed,
+)
+from data_preparation.pairs.caption_pairs import require_supported
+from data_preparation.pairs.filters import find_violated_bound
+from data_preparation.pairs.models import ModelChoice, load_clip, load_image_processor, load_pipeline, resolve_models
 from data_preparation.pairs.sampling import PairDraw
-from tests.killing import rows_of, survive
+from data_preparation.pairs.settings import PRESETS
+from tests.killing import kill_and_resume, rows_of
 from tests.original_names import write_single_file
 from tests.tiny import make_tiny_sd, make_tokenizer
 from utils.errors import InputError
+from utils.runtime import choose_device
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPT = REPOSITORY / "data_preparation" / "generate_pairs.py"
 TOY = REPOSITORY / "assets" / "toy-sd"
-# A random CLIP cannot judge: without bounds every candidate passes.
+# Scores of a random CLIP mean nothing: without bounds every candidate passes.
 NO_BOUNDS = [f"--{name}=none" for name in ("min_clip_image", "min_clip_dir", "min_clip_text", "max_clip_image")]
 NO_BOUNDS += ["--min_change=none"]
 
 
 def make_clip(folder: Path, side: int = 32) -> Path:
-    """A random CLIP of 16 dimensions with the preprocessing of the real one, at `side` pixels."""
+    """A random CLIP with 16 dimensions and the preprocessing of the real one, at `side` pixels."""
     torch.manual_seed(2)
     tokenizer = make_tokenizer(folder / "tokenizer-source")
     tower = dict(hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4)
@@ -84,7 +89,7 @@ def clip(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def captions(tmp_path_factory) -> Path:
-    """Five captions of the toy's world, of which number 3 is left unchanged by its edit."""
+    """Five captions of the toy world; the edit leaves number 3 unchanged."""
     names = ("a green meadow under a blue sky", "the face of a tabby cat", "a red house", "a tree", "a hill")
     rows = [
         {
@@ -126,18 +131,9 @@ def pixels(image: dict) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(image["bytes"])))
 
 
-def test_fast_preset_on_the_toy(captions, clip, tmp_path, capsys):
+def test_fast_preset_on_the_toy(flags, tmp_path, capsys):
     root = tmp_path / "pairs"
-    main(
-        [
-            f"--prompts={captions}",
-            f"--data_root={root}",
-            f"--model={TOY}",
-            f"--clip_model={clip}",
-            "--device=cpu",
-            *NO_BOUNDS,
-        ]
-    )
+    main([*flags, f"--model={TOY}", *NO_BOUNDS])
     rows = read(root)
     assert len(rows) == 4 * 4  # four captions, max_out_samples each: an early stop at the fourth candidate
     loaded = datasets.load_dataset(str(root / "data"), split="train", cache_dir=str(tmp_path / "cache"))
@@ -157,75 +153,24 @@ def test_fast_preset_on_the_toy(captions, clip, tmp_path, capsys):
         assert directions == sorted(directions, reverse=True)
         assert len({row["source"] for row in group}) == 1 and len({row["seed"] for row in group}) == 4
     assert rejected_of(root) == {"caption: the edited caption is the caption": 1}
-    said = capsys.readouterr().out
-    assert "16 candidates of 8 UNet rows: 128 in all, 8 for each pair kept" in said
+    assert "16 candidates, 8 UNet rows each: 128, or 8 per kept pair" in capsys.readouterr().out
 
 
-def test_ip2p_preset_on_the_toy(captions, clip, tmp_path, capsys):
-    """The settings of the notes, but for one sample where they have a hundred."""
-    root = tmp_path / "pairs"
-    main(
-        [
-            f"--prompts={captions}",
-            f"--data_root={root}",
-            f"--model={TOY}",
-            f"--clip_model={clip}",
-            "--device=cpu",
-            "--preset=ip2p",
-            "--num_samples=1",
-            "--max_captions=1",
-            *NO_BOUNDS,
-        ]
-    )
-    (row,) = read(root)
+def test_ip2p_preset_on_the_toy(flags, tmp_path, capsys):
+    """The settings of the paper, except for one candidate instead of a hundred."""
+    main([*flags, f"--model={TOY}", "--preset=ip2p", "--num_samples=1", "--max_captions=1", *NO_BOUNDS])
+    (row,) = read(tmp_path / "pairs")
     settings = json.loads(row["settings"])
     assert settings["steps"] == 100 and settings["candidates"] == 1
     assert settings["unet_rows"] == 100 * 4  # no early stop, and two images with two branches of guidance
     assert 0.1 <= settings["p2p_threshold"] <= 0.9 and 7.5 <= settings["guidance"] <= 15
     assert settings["share_steps"] == sum(settings["p2p_threshold"] > step / 99 for step in range(100))
-    assert "1 candidates of 400 UNet rows: 400 in all, 400 for each pair kept" in capsys.readouterr().out
-
-
-def test_fast_costs_a_hundredth_of_ip2p(captions, clip, tiny_base, tmp_path):
-    """UNet rows as counted while sampling, a caption's candidates at the presets' own numbers."""
-    each = {}
-    for preset in PRESETS:
-        root = tmp_path / preset
-        main(
-            [
-                f"--prompts={captions}",
-                f"--data_root={root}",
-                f"--model={tiny_base}",
-                f"--clip_model={clip}",
-                "--device=cpu",
-                f"--preset={preset}",
-                "--num_samples=1",
-                "--max_captions=1",
-                *NO_BOUNDS,
-            ]
-        )
-        each[preset] = json.loads(read(root)[0]["settings"])["unet_rows"]
-    whole = {preset: each[preset] * PRESETS[preset].num_samples for preset in PRESETS}
-    print(f"UNet rows of a caption without an early stop: {whole}, {whole['ip2p'] / whole['fast']:.1f} times fewer")
-    assert whole == {"ip2p": 100 * 100 * 4, "fast": 4 * 16 * 2}
-    assert PRESETS["ip2p"].max_out_samples == PRESETS["fast"].max_out_samples
-    assert whole["ip2p"] / whole["fast"] == 312.5
+    assert "1 candidates, 400 UNet rows each: 400, or 400 per kept pair" in capsys.readouterr().out
 
 
 def test_every_candidate_is_counted(flags, tmp_path):
-    """Kept, or under one reason; and the UNet's rows are those that it really evaluated."""
-    flags = [
-        *flags,
-        "--preset=fast",
-        "--num_samples=6",
-        "--max_out_samples=2",
-        "--min_clip_image=none",
-        "--min_clip_dir=0.0",
-        "--min_clip_text=none",
-        "--max_clip_image=none",
-        "--min_change=none",
-    ]
-    main([*flags, "--no-early_stop"])
+    """As a row or under one reason; the UNet rows are those that it really evaluated."""
+    main([*flags, *NO_BOUNDS, "--min_clip_dir=0.0", "--num_samples=6", "--max_out_samples=2", "--no-early_stop"])
     rows, rejected = read(tmp_path / "pairs"), rejected_of(tmp_path / "pairs")
     assert count_candidates(len(rows), rejected) == 4 * 6
     assert rejected["clip_sim_dir below 0.0"] > 0
@@ -234,37 +179,28 @@ def test_every_candidate_is_counted(flags, tmp_path):
     assert {row["original_prompt"] for row in rows}.isdisjoint({"a photograph of a tree"})
 
 
-def test_an_early_stop_keeps_the_first_that_pass_whatever_the_batches(flags, tmp_path):
-    kept = []
+def test_an_early_stop_keeps_the_same_pairs_for_any_batch_size(flags, tmp_path):
+    kept, bounds = [], [*NO_BOUNDS, "--min_clip_dir=0.0"]
     for batch_size in (1, 3, 50):
         root = tmp_path / f"batch{batch_size}"
-        main(
-            [
-                *flags,
-                f"--data_root={root}",
-                f"--batch_size={batch_size}",
-                "--max_out_samples=2",
-                *NO_BOUNDS,
-                "--min_clip_dir=0.0",
-            ]
-        )
+        main([*flags, *bounds, f"--data_root={root}", f"--batch_size={batch_size}", "--max_out_samples=2"])
         rows = read(root)
         kept.append([(row["source"], row["seed"], json.loads(row["settings"])["sample"]) for row in rows])
-        pictures = np.stack([pixels(row["edited_image"]) for row in rows]).astype(int)
+        images = np.stack([pixels(row["edited_image"]) for row in rows]).astype(int)
         if batch_size == 1:
-            first = pictures
+            first = images
             fewest = sum({row["source"]: json.loads(row["settings"])["candidates"] for row in rows}.values())
-            assert fewest < 4 * 16  # it did stop
-        assert np.abs(pictures - first).max() <= 2  # a batch of another size rounds otherwise
+            assert fewest < 4 * 16  # it stopped early
+        assert np.abs(images - first).max() <= 2  # rounding depends on the batch size
     assert kept[0] == kept[1] == kept[2]
 
 
-def test_the_same_pairs_again_and_other_settings_refused(flags, tmp_path, capsys):
+def test_running_again(flags, tmp_path, capsys):
     flags = [*flags, *NO_BOUNDS, "--max_captions=2", "--captions_per_file=1"]
     main(flags)
     rows = read(tmp_path / "pairs")
     main(flags)
-    assert "made before" in capsys.readouterr().out
+    assert "already complete" in capsys.readouterr().out
     main([*flags, f"--data_root={tmp_path / 'again'}"])
     assert read(tmp_path / "again") == rows
     with pytest.raises(SystemExit):
@@ -275,20 +211,12 @@ def test_the_same_pairs_again_and_other_settings_refused(flags, tmp_path, capsys
 
 
 def test_sdxl(flags, tiny_sdxl, tmp_path):
-    main(
-        [
-            *flags,
-            f"--model={tiny_sdxl}",
-            "--scheduler=euler_a",
-            "--timestep_spacing=trailing",
-            "--max_captions=1",
-            *NO_BOUNDS,
-        ]
-    )
+    sampling = ["--scheduler=euler_a", "--timestep_spacing=trailing", "--max_captions=1"]
+    main([*flags, f"--model={tiny_sdxl}", *sampling, *NO_BOUNDS])
     assert len(read(tmp_path / "pairs")) == 4
 
 
-def test_clip_scores_are_cosines_of_the_models_own_features(clip, tmp_path):
+def test_clip_scores_are_cosines_of_clip_features(clip, tmp_path):
     scorer = load_clip(ModelChoice("none", clip_model=str(clip)), "cpu")
     rng = np.random.default_rng(0)
     wide = [rng.integers(0, 255, (40, 90, 3), dtype=np.uint8) for _ in range(4)]
@@ -297,7 +225,7 @@ def test_clip_scores_are_cosines_of_the_models_own_features(clip, tmp_path):
     scores = scorer.score(wide[:2], wide[2:], features)
 
     def features_of(image: np.ndarray, text: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """By hand: shorter side to 32 with Pillow's bicubic, the middle, CLIP's own mean and deviation."""
+        """By hand: bicubic resize of the shorter side to 32, centre crop, mean and deviation of CLIP."""
         small = np.asarray(Image.fromarray(image).resize((72, 32), Image.Resampling.BICUBIC))[:, 20:52]
         mean, deviation = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
         normalised = torch.tensor((small / 255 - mean) / deviation, dtype=torch.float32).permute(2, 0, 1)[None]
@@ -317,7 +245,7 @@ def test_clip_scores_are_cosines_of_the_models_own_features(clip, tmp_path):
         assert scores[pair]["clip_sim_dir"] == pytest.approx(expected, abs=0.02)
         difference = np.abs(wide[pair].astype(float) - wide[2 + pair]).mean() / 255
         assert scores[pair]["change"] == pytest.approx(difference)
-    assert similarity_of(features[0]) == pytest.approx(float(features[0].original @ features[0].edited))
+    assert features[0].similarity == pytest.approx(float(features[0].original @ features[0].edited))
     same = scorer.score(wide[:1], wide[:1], features[:1])[0]
     assert same["clip_sim_dir"] == 0 and same["clip_sim_image"] == pytest.approx(1) and same["change"] == 0
 
@@ -325,22 +253,24 @@ def test_clip_scores_are_cosines_of_the_models_own_features(clip, tmp_path):
 def test_bounds():
     good = {"clip_sim_image": 0.8, "clip_sim_dir": 0.3, "clip_sim_0": 0.25, "clip_sim_1": 0.25, "change": 0.2}
     for preset, bounds in (("ip2p", (0.7, 0.2, 0.2, 0.2)), ("fast", (0.75, 0.22, 0.2, 0.2))):
-        settings = PRESETS[preset]
-        assert find_fault(good, settings) is None
+        settings = PRESETS[preset].settings
+        assert find_violated_bound(good, settings) is None
         for name, least in zip(("clip_sim_image", "clip_sim_dir", "clip_sim_0", "clip_sim_1"), bounds, strict=True):
-            assert find_fault(good | {name: least}, settings) is None
-            assert find_fault(good | {name: least - 0.001}, settings) == f"{name} below {least}"
-            assert find_fault(good | {name: float("nan")}, settings) == f"{name} below {least}"
-    assert find_fault(good | {"clip_sim_image": 0.995}, PRESETS["fast"]) == "clip_sim_image above 0.99"
-    assert find_fault(good | {"change": 0.001}, PRESETS["fast"]) == "change below 0.01"
-    assert find_fault(good | {"change": 0.0, "clip_sim_image": 1.0}, PRESETS["ip2p"]) is None  # as the original
+            assert find_violated_bound(good | {name: least}, settings) is None
+            assert find_violated_bound(good | {name: least - 0.001}, settings) == f"{name} below {least}"
+            assert find_violated_bound(good | {name: float("nan")}, settings) == f"{name} below {least}"
+    assert (
+        find_violated_bound(good | {"clip_sim_image": 0.995}, PRESETS["fast"].settings) == "clip_sim_image above 0.99"
+    )
+    assert find_violated_bound(good | {"change": 0.001}, PRESETS["fast"].settings) == "change below 0.01"
+    assert find_violated_bound(good | {"change": 0.0, "clip_sim_image": 1.0}, PRESETS["ip2p"].settings) is None
 
 
 def make_job(item: int) -> CaptionJob:
     return CaptionJob(item, "", "", "", "", None)
 
 
-def test_batches_and_what_is_kept():
+def test_batches_and_kept_candidates():
     jobs = [make_job(item) for item in range(3)]
     batches = plan_batches(jobs, 3, 2)
     assert [[(job.item, sample) for job, sample in next(batches)] for _ in range(2)] == [
@@ -350,16 +280,16 @@ def test_batches_and_what_is_kept():
     jobs[0].is_done = True
     assert [[(job.item, sample) for job, sample in batch] for batch in batches] == [[(1, 1), (2, 1)], [(1, 2), (2, 2)]]
 
-    def passed(directions: list[float]) -> list[Kept]:
-        drawn = Drawn(PairDraw(0, 1), None)
-        return [Kept(n, drawn, {"clip_sim_dir": value}, None, None) for n, value in enumerate(directions)]
+    def passed(directions: list[float]) -> list[Candidate]:
+        draw = PairDraw(0, 1)
+        return [Candidate(n, draw, {"clip_sim_dir": value}, None, None) for n, value in enumerate(directions)]
 
     best, first, rejected = make_job(0), make_job(1), Counter()
     best.passed, first.passed = passed([0.1, 0.4, 0.3, 0.4, 0.2]), passed([0.1, 0.4, 0.3, 0.4, 0.2])
-    trim(best, replace(PRESETS["ip2p"], max_out_samples=3), rejected)
-    trim(first, replace(PRESETS["fast"], max_out_samples=3), rejected)
-    assert [kept.sample for kept in best.passed] == [1, 3, 2] and not best.is_done
-    assert [kept.sample for kept in first.passed] == [0, 1, 2] and first.is_done
+    trim_passed(best, replace(PRESETS["ip2p"].settings, max_out_samples=3), rejected)
+    trim_passed(first, replace(PRESETS["fast"].settings, max_out_samples=3), rejected)
+    assert [kept.index for kept in best.passed] == [1, 3, 2] and not best.is_done
+    assert [kept.index for kept in first.passed] == [0, 1, 2] and first.is_done
     assert rejected == {"more than --max_out_samples": 4}
 
 
@@ -379,25 +309,13 @@ def test_pairs_from_photographs(flags, photographs, tmp_path, original):
     ]
     prompts = tmp_path / "named.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    main(
-        [
-            *flags,
-            f"--prompts={prompts}",
-            f"--init_images={photographs}",
-            f"--original={original}",
-            "--strength=0.5",
-            "--num_inference_steps=8",
-            "--max_out_samples=1",
-            "--image_format=png",
-            "--model",
-            str(TOY),
-            *NO_BOUNDS,
-        ]
-    )
-    made = read(tmp_path / "pairs")
-    assert [row["source"] for row in made] == ["cat.jpg", "meadow_1.jpg"]
+    sampling = ["--strength=0.5", "--num_inference_steps=8", "--max_out_samples=1", "--image_format=png"]
+    inputs = [f"--prompts={prompts}", f"--init_images={photographs}", f"--original={original}"]
+    main([*flags, *inputs, f"--model={TOY}", *sampling, *NO_BOUNDS])
+    rows = read(tmp_path / "pairs")
+    assert [row["source"] for row in rows] == ["cat.jpg", "meadow_1.jpg"]
     assert rejected_of(tmp_path / "pairs")["caption: its photograph is not in --init_images"] == 1
-    for row in made:
+    for row in rows:
         settings = json.loads(row["settings"])
         assert (settings["steps"], settings["strength"], settings["original"]) == (4, 0.5, original)
         assert 1 <= settings["share_steps"] <= 3
@@ -409,7 +327,7 @@ def test_pairs_from_photographs(flags, photographs, tmp_path, original):
         assert (difference < 3) == (original == "real")  # area resampling, and box for comparison
 
 
-def test_pairs_from_the_images_of_the_captions_own_rows(flags, tmp_path, photographs):
+def test_pairs_from_images_in_the_dataset_of_the_captions(flags, tmp_path, photographs):
     paths = sorted(str(path) for path in photographs.iterdir())
     rows = {
         "photo": paths,
@@ -419,22 +337,14 @@ def test_pairs_from_the_images_of_the_captions_own_rows(flags, tmp_path, photogr
     }
     saved = datasets.Dataset.from_dict(rows).cast_column("photo", datasets.Image())
     saved.save_to_disk(str(tmp_path / "saved"))
-    main(
-        [
-            *flags,
-            f"--prompts={tmp_path / 'saved'}",
-            f"--init_images={tmp_path / 'saved'}",
-            "--num_inference_steps=8",
-            "--max_out_samples=1",
-            *NO_BOUNDS,
-        ]
-    )
+    inputs = [f"--prompts={tmp_path / 'saved'}", f"--init_images={tmp_path / 'saved'}"]
+    main([*flags, *inputs, "--num_inference_steps=8", "--max_out_samples=1", *NO_BOUNDS])
     assert [row["original_prompt"] for row in read(tmp_path / "pairs")] == ["a cat", "a meadow"]
 
 
 @pytest.fixture(scope="module")
 def safety_checker(tmp_path_factory) -> Path:
-    """A real one of random weights, to which nothing is near enough; see `flag_everything`."""
+    """A safety checker with random weights, which flags nothing."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("checker") / "checker"
     vision = CLIPVisionConfig(
@@ -450,7 +360,7 @@ NONE_KEPT = "{}: 2; caption: no candidate passed: 1"
 
 def test_safety_checker(flags, safety_checker, tmp_path, capsys):
     flags = [*flags, *NO_BOUNDS, "--max_captions=1", "--num_samples=2"]
-    main([*flags, f"--safety_checker={safety_checker}"])  # its thresholds of 1 are out of every cosine's reach
+    main([*flags, f"--safety_checker={safety_checker}"])  # no cosine exceeds its thresholds of 1
     assert len(read(tmp_path / "pairs")) == 2
     checker = StableDiffusionSafetyChecker.from_pretrained(safety_checker)
     checker.concept_embeds_weights.data.fill_(-2.0)
@@ -461,12 +371,10 @@ def test_safety_checker(flags, safety_checker, tmp_path, capsys):
     assert NONE_KEPT.format("flagged by the safety checker") in capsys.readouterr().err
 
 
-def test_the_models_own_safety_checker(flags, safety_checker, tiny_base, tmp_path, capsys):
+def test_safety_checker_of_the_model(flags, safety_checker, tiny_base, tmp_path, capsys):
     pipeline = load_pipeline(ModelChoice(str(tiny_base)), torch.float32, "cpu")
     checker = StableDiffusionSafetyChecker.from_pretrained(safety_checker)
     checker.concept_embeds_weights.data.fill_(-2.0)
-    from data_preparation.pairs.models import load_image_processor
-
     pipeline.register_modules(safety_checker=checker, feature_extractor=load_image_processor(str(safety_checker)))
     pipeline.save_pretrained(tmp_path / "model")
     flags = [*flags, f"--model={tmp_path / 'model'}", *NO_BOUNDS, "--max_captions=1", "--num_samples=2"]
@@ -487,7 +395,7 @@ def test_image_check(flags, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main([*flags, f"--image_check=python:{file}:bright"])
     assert NONE_KEPT.format("flagged by --image_check") in capsys.readouterr().err
-    for function, message in (("none", "has no attribute 'none'"), ("short", "gave 1 answers for 2 pictures")):
+    for function, message in (("none", "has no attribute 'none'"), ("short", "returned 1 values for 2 images")):
         with pytest.raises(SystemExit):
             main([*flags, f"--image_check=python:{file}:{function}", f"--data_root={tmp_path / function}"])
         assert message in capsys.readouterr().err
@@ -506,7 +414,7 @@ def test_lora_and_vae(tiny_base, tmp_path):
     layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(trained.unet))
     trained.save_lora_weights(tmp_path / "lora", unet_lora_layers=layers)
     other = make_tiny_sd(tmp_path / "other", seed=9)
-    choice, models = resolve(
+    choice, models = resolve_models(
         ModelChoice(str(tiny_base), lora=str(tmp_path / "lora"), vae=str(other), clip_model=str(other))
     )
     assert [model["id"] for model in models] == ["base", "other", "other", "lora"]
@@ -522,34 +430,13 @@ def test_lora_and_vae(tiny_base, tmp_path):
         load_pipeline(replace(choice, vae=str(tmp_path / "nowhere")), torch.float32, "cpu")
 
 
-def test_mistakes_are_told_together(capsys, tmp_path):
+def test_invalid_flags_are_reported_together(capsys, tmp_path):
     with pytest.raises(SystemExit) as stopped:
-        main(
-            [
-                f"--data_root={tmp_path}",
-                "--prompts=x",
-                "--num_inference_steps=1",
-                "--guidance_range",
-                "0",
-                "3",
-                "--share_steps",
-                "1",
-                "9",
-                "--share_range",
-                "0.1",
-                "0.9",
-                "--batch_size=0",
-                "--strength=0.5",
-                "--max_clip_text=7",
-                "--original=real",
-                "--image_check=check.py",
-                "--seed=-1",
-                "--safety_checker=x",
-                "--no_safety_checker",
-            ]
-        )
+        flags = "--prompts=x --num_inference_steps=1 --guidance_range 0 3 --share_steps 1 9 --share_range 0.1 0.9"
+        flags += " --batch_size=0 --strength=0.5 --max_clip_text=7 --original=real --image_check=check.py --seed=-1"
+        main([f"--data_root={tmp_path}", *flags.split(), "--safety_checker=x", "--no_safety_checker"])
     message = capsys.readouterr().err
-    assert stopped.value.code == 2 and message.startswith("error: several things need mending")
+    assert stopped.value.code == 2 and message.startswith("error: fix these problems")
     for flag in (
         "num_inference_steps 1",
         "guidance_range 0.0 3.0",
@@ -577,7 +464,7 @@ def test_mistakes_are_told_together(capsys, tmp_path):
         ("--scheduler=edm_euler", "has other noise levels"),
     ],
 )
-def test_what_cannot_be_is_one_message(flags, tiny_base, tiny_editor, tmp_path, capsys, change, message):
+def test_input_errors_are_one_message(flags, tiny_base, tiny_editor, tmp_path, capsys, change, message):
     bare = tmp_path / "bare.jsonl"
     bare.write_text('{"caption": "a dog"}\n')
     with pytest.raises(SystemExit) as stopped:
@@ -586,32 +473,32 @@ def test_what_cannot_be_is_one_message(flags, tiny_base, tiny_editor, tmp_path, 
     assert stopped.value.code == 2 and message in error and "Traceback" not in error
 
 
-def test_a_model_that_makes_no_numbers(flags, tiny_base, tmp_path, capsys):
-    """As SDXL's own autoencoder in fp16."""
+def test_a_model_that_overflows(flags, tiny_base, tmp_path, capsys):
+    """As the autoencoder of SDXL does in fp16."""
     pipeline = load_pipeline(ModelChoice(str(tiny_base)), torch.float32, "cpu")
     pipeline.vae.decoder.conv_out.bias.fill_(float("inf"))
     pipeline.save_pretrained(tmp_path / "model")
     with pytest.raises(SystemExit):
         main([*flags, f"--model={tmp_path / 'model'}"])
-    assert "values that are no finite numbers in every picture: give --dtype fp32" in capsys.readouterr().err
+    assert "values that are not finite in all images: give --dtype fp32" in capsys.readouterr().err
 
 
-def test_schedulers_that_would_not_do_what_is_said():
-    with pytest.raises(InputError, match="HeunDiscreteScheduler, the scheduler of the model, asks the UNet twice"):
-        require_usable(HeunDiscreteScheduler(), "generated")
+def test_unsupported_schedulers():
+    with pytest.raises(InputError, match="HeunDiscreteScheduler, the scheduler of the model, runs the UNet twice"):
+        require_supported(HeunDiscreteScheduler(), "generated")
     with pytest.raises(InputError, match="give --original generated"):
-        require_usable(EDMEulerScheduler(), "real")
-    require_usable(EDMEulerScheduler(), "generated")
+        require_supported(EDMEulerScheduler(), "real")
+    require_supported(EDMEulerScheduler(), "generated")
 
 
 def test_half_precision(flags, tiny_sdxl, tmp_path):
-    """The noise is that of full precision, so the pictures are nearly those."""
+    """The noise is that of full precision, so the images are similar."""
     flags = [*flags, f"--model={tiny_sdxl}", *NO_BOUNDS, "--max_captions=1", "--num_samples=1", "--image_format=png"]
-    pictures = []
+    images = []
     for dtype in ("fp32", "bf16"):
         main([*flags, f"--dtype={dtype}", f"--data_root={tmp_path / dtype}"])
-        pictures.append(pixels(read(tmp_path / dtype)[0]["edited_image"]).astype(int))
-    assert np.abs(pictures[0] - pictures[1]).mean() < 4
+        images.append(pixels(read(tmp_path / dtype)[0]["edited_image"]).astype(int))
+    assert np.abs(images[0] - images[1]).mean() < 4
 
 
 @pytest.mark.parametrize("family", ["tiny_base", "tiny_sdxl"])
@@ -626,7 +513,7 @@ def test_a_model_in_one_file(flags, family, tmp_path, request):
     assert [row["edited_image"] for row in one] == [row["edited_image"] for row in other]
 
 
-def test_captions_as_phase_one_and_as_the_authors_write_them(tmp_path):
+def test_captions_of_generate_captions_and_of_the_paper(tmp_path):
     texts = {"edit": ["make it night"], "output": ["a dog at night"], "url": ["https://example.org/dog"]}
     (tmp_path / "captions" / "data").mkdir(parents=True)
     file = tmp_path / "captions" / "data" / "train-00000-of-00001.parquet"
@@ -635,34 +522,30 @@ def test_captions_as_phase_one_and_as_the_authors_write_them(tmp_path):
     published.write_text(json.dumps({"input": "a dog"} | {name: value[0] for name, value in texts.items()}) + "\n")
     for source in (tmp_path / "captions", published):
         opened = open_prompts(Captions(str(source)))
-        assert opened.text(0) == "a dog" and opened.row(0)["edit"] == "make it night"
+        assert opened.row(0)[opened.column] == "a dog" and opened.row(0)["edit"] == "make it night"
     assert find_image_name({"source": "cat.jpg", "other": "dog.jpg"}, None) == "cat.jpg"
     assert find_image_name({"source": "cat.jpg", "other": "dog.jpg"}, "other") == "dog.jpg"
 
 
 def test_workers_share_the_gpus(monkeypatch):
-    assert _place("auto", 3) in ("auto", "cuda:0") and _place("cpu", 1) == "cpu"
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [_place("auto", rank) for rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
-    assert _place("cuda:1", 0) == "cuda:1" and _place("cpu", 5) == "cpu"
+    assert [choose_device("auto", rank=rank)[0] for rank in range(3)] == ["cuda:0", "cuda:1", "cuda:0"]
+    assert choose_device("cuda:1", rank=0)[0] == "cuda:1" and choose_device("cpu", rank=5)[0] == "cpu"
 
 
-def command(flags: list[str]) -> list[str]:
-    return [sys.executable, str(SCRIPT), *flags]
-
-
-def test_help_names_the_presets():
-    said = subprocess.run(command(["--help"]), capture_output=True, text=True, check=True).stdout
-    assert "--preset" in said and "--share_range" in said and "generate_captions.py" in said
+def test_help_names_the_presets(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    output = capsys.readouterr().out
+    assert "--preset" in output and "--share_range" in output and "generate_captions.py" in output
 
 
 @pytest.mark.slow
-def test_killed_twenty_times_and_by_two_workers_the_pairs_are_the_same(flags, tmp_path):
-    """Kills while models load, pairs are sampled and files are written."""
+def test_killed_runs_and_two_workers_give_the_same_pairs(flags, tmp_path):
+    """Kills while models are loaded, pairs are sampled and files are written."""
     flags = [*flags, *NO_BOUNDS, "--captions_per_file=1", "--num_samples=3", "--batch_size=2"]
-    result = survive("data_preparation.generate_pairs", flags, tmp_path, 20, ("torch", "diffusers", "transformers"))
+    imports = ("torch", "diffusers", "transformers")
+    uninterrupted, outputs = kill_and_resume("data_preparation.generate_pairs", flags, tmp_path, 10, imports)
     main([*flags, f"--data_root={tmp_path / 'two'}", "--num_workers=2"])
-    whole = rows_of(tmp_path / "whole")
-    assert result["kills"] == 20 and len(read(tmp_path / "whole")) == 4 * 3
-    for root in (*result["sets"], tmp_path / "two"):
-        assert rows_of(Path(root)) == whole
+    assert len(read(uninterrupted)) == 4 * 3
+    assert all(rows_of(output) == rows_of(uninterrupted) for output in (*outputs, tmp_path / "two"))

@@ -1,4 +1,4 @@
-"""The phrasings: enough of them, each belonging to one task, and files that users bring."""
+"""The phrasings of the tasks, and files of the user."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ TASKS = ["cartoonize", *DEGRADATIONS]
 TOY = [f"toy/{task}" for task in EDITS]
 
 
-def test_every_task_has_a_file():
+def test_every_task_has_phrasings():
     assert set(available_tasks()) == {*TASKS, *EDITS}
     assert read_phrasings("sepia") == read_phrasings("toy/sepia")
     assert read_phrasings("cartoonize") != read_phrasings("toy/cartoonize")
 
 
 @pytest.mark.parametrize("task", TASKS + TOY)
-def test_phrasings_are_many_and_clean(task):
+def test_number_and_format_of_phrasings(task):
     train, heldout = read_phrasings(task, 10)
     assert len(heldout) == 10
     assert len(train + heldout) >= (15 if task in TOY else 50)
     text = (FOLDER / f"{task}.txt").read_text(encoding="utf-8")
     assert text.isascii()
-    assert text.splitlines() == train + heldout, "no empty line, nothing around a line"
+    assert text.splitlines() == train + heldout, "no empty lines, no surrounding whitespace"
     for phrasing in train + heldout:
         assert 1 <= len(phrasing.split()) <= 20
 
@@ -35,16 +35,16 @@ def _letters(phrasing: str) -> str:
     return " ".join("".join(letter if letter.isalnum() else " " for letter in phrasing.casefold()).split())
 
 
-def test_no_phrasing_asks_for_two_tasks():
-    """Nor stands twice with other punctuation: a held-out one would then be trained on."""
-    found = {}
+def test_phrasings_are_unique():
+    """Across tasks, and also without punctuation: otherwise training would see a held-out phrasing."""
+    seen = {}
     for task in available_tasks():
         for phrasing in read_phrasings(task, 0)[0]:
-            assert _letters(phrasing) not in found, (task, found[_letters(phrasing)], phrasing)
-            found[_letters(phrasing)] = task
+            assert _letters(phrasing) not in seen, (task, seen[_letters(phrasing)], phrasing)
+            seen[_letters(phrasing)] = task
 
 
-def test_similar_tasks_are_told_apart_by_their_words():
+def test_similar_tasks_use_different_words():
     text = {task: " ".join(read_phrasings(task, 0)[0]).casefold() for task in TASKS}
     assert "sharp" not in text["deblur"]
     assert "blur" not in text["sharpen"]
@@ -62,7 +62,7 @@ def test_similar_tasks_are_told_apart_by_their_words():
         assert word not in text["derain"]
 
 
-def test_heldout_phrasings_are_the_last():
+def test_the_last_phrasings_are_held_out():
     everything, none = read_phrasings("derain", 0)
     train, heldout = read_phrasings("derain", 10)
     assert none == []
@@ -70,7 +70,7 @@ def test_heldout_phrasings_are_the_last():
     assert not set(train) & set(heldout)
 
 
-def test_a_file_of_the_users(tmp_path):
+def test_file_of_the_user(tmp_path):
     path = tmp_path / "snow.txt"
     path.write_text("\ufeffLet it snow\n\n  Cover it in snow  \nMake it winter\n", encoding="utf-8")
     assert read_phrasings(str(path), 1) == (["Let it snow", "Cover it in snow"], ["Make it winter"])
@@ -79,13 +79,13 @@ def test_a_file_of_the_users(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "holds no phrasing"),
-        (b" \n\n", "holds no phrasing"),
-        (b"Let it snow\nlet it Snow\n", "twice"),
+        (b"", "has no phrasings"),
+        (b" \n\n", "has no phrasings"),
+        (b"Let it snow\nlet it Snow\n", "is repeated"),
         ("Laß es schneien\n".encode("latin-1"), "not UTF-8"),
     ],
 )
-def test_bad_files_are_refused(tmp_path, content, message):
+def test_invalid_files_are_refused(tmp_path, content, message):
     path = tmp_path / "snow.txt"
     path.write_bytes(content)
     with pytest.raises(InputError, match=message) as caught:
@@ -97,13 +97,13 @@ def test_unknown_tasks_and_files_are_refused(tmp_path):
     with pytest.raises(InputError, match="choose from cartoonize, colorize"):
         read_phrasings("snow")
     for name in ("../instructions/derain", "toy/derain", ""):
-        with pytest.raises(InputError, match="no task"):
+        with pytest.raises(InputError, match="unknown task"):
             read_phrasings(name)
-    with pytest.raises(InputError, match="no such file"):
+    with pytest.raises(InputError, match="does not exist"):
         read_phrasings(str(tmp_path / "snow.txt"))
 
 
 @pytest.mark.parametrize("number", [-1, 52, 100])
-def test_some_phrasings_must_be_left_for_training(number):
+def test_training_needs_a_phrasing(number):
     with pytest.raises(InputError, match="from 0 to 51"):
         read_phrasings("derain", number)

@@ -1,4 +1,4 @@
-"""Pairs share queries and keys in self-attention, exactly as the reference's logits, and are stock generations else."""
+"""Shared self-attention equals the logits of the paper's code; without it, pairs equal images of stock pipelines."""
 
 from __future__ import annotations
 
@@ -11,22 +11,21 @@ from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2D
 
 from data_preparation.pairs.candidates import draw_candidate
 from data_preparation.pairs.models import ModelChoice, load_pipeline
-from data_preparation.pairs.photograph_start import PhotographStart, encode_photographs
-from data_preparation.pairs.presets import PRESETS
-from data_preparation.pairs.prompt_to_prompt import Sharing, count_shared_steps, sharing_self_attention
-from data_preparation.pairs.sampling import PairDraw, decode, sample_pairs
+from data_preparation.pairs.prompt_to_prompt import AttentionSources, count_shared_steps, shared_self_attention
+from data_preparation.pairs.sampling import PairDraw, PhotographStart, decode, encode_photograph, sample_pairs
+from data_preparation.pairs.settings import PRESETS
 from utils.editing.schedulers import choose_scheduler
 from utils.models.conditioning import make_prompt_encoder
 from utils.models.latents import unscale_latents
 
 CAPTIONS = [("a house", "a house at night"), ("a dog", "a cat"), ("trees", "trees in fog")]
-NOISY = ("euler_a", "lcm", "tcd", "ddpm", "dpm++_sde")  # schedulers that draw noise at their steps
+STOCHASTIC = ("euler_a", "lcm", "tcd", "ddpm", "dpm++_sde")  # schedulers that draw noise at their steps
 
 
 class ReferenceAttention:
-    """Written out: logits in float64, those of each marked pair's first image in the place of the second's, softmax.
+    """Explicit logits in float64; in marked pairs, those of the first image replace those of the second.
 
-    The UNet's batch is the 2P rows of the pairs, once for each of the branches of guidance.
+    The UNet batch has the 2P rows of the pairs, once per branch of guidance.
     """
 
     def __init__(self, is_shared: list[bool], num_branches: int):
@@ -63,7 +62,7 @@ class ReferenceAttention:
 
 
 def make_attention_unet() -> UNet2DConditionModel:
-    """Attention blocks of their own, which take pictures (B, C, h, w) and normalise them."""
+    """With separate attention blocks, which normalise inputs (B, C, h, w)."""
     torch.manual_seed(0)
     return UNet2DConditionModel(
         block_out_channels=(16, 32),
@@ -98,16 +97,16 @@ def unet_inputs(unet: UNet2DConditionModel, rows: int) -> dict:
 @torch.no_grad()
 @pytest.mark.parametrize("num_branches", [1, 2], ids=["unguided", "guided"])
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "attention blocks"])
-def test_sharing_is_the_references(pipelines, kind, num_branches):
+def test_sharing_equals_the_reference(pipelines, kind, num_branches):
     unet = make_attention_unet() if kind == "attention blocks" else pipelines[kind].unet
     unet.double()
     try:
         is_shared = [True, False, True]
         inputs = unet_inputs(unet, 6 * num_branches)
         plain = unet(**inputs)[0]
-        with sharing_self_attention(unet) as sharing:
-            assert torch.equal(unet(**inputs)[0], plain)  # until it is told to share
-            sharing.set(is_shared, num_branches)
+        with shared_self_attention(unet) as sources:
+            assert torch.equal(unet(**inputs)[0], plain)  # nothing is shared yet
+            sources.set(is_shared, num_branches)
             ours = unet(**inputs)[0]
         former = unet.attn_processors
         unet.set_attn_processor(ReferenceAttention(is_shared, num_branches))
@@ -118,54 +117,54 @@ def test_sharing_is_the_references(pipelines, kind, num_branches):
     assert (ours - reference).abs().max() < 1e-12
     first = torch.arange(6 * num_branches) % 2 == 0
     unshared = torch.arange(6 * num_branches) % 6 // 2 == 1
-    assert (ours - plain)[first].abs().max() < 1e-12  # the first image of a pair is what it is alone
+    assert (ours - plain)[first].abs().max() < 1e-12  # the first image of a pair does not change
     assert (ours - plain)[unshared].abs().max() < 1e-12
     assert (ours - plain)[~first & ~unshared].flatten(1).abs().amax(1).min() > 1e-4
 
 
-def test_rows_of_the_layout():
-    sharing = Sharing()
-    sharing.set([True], 2)  # the reference's batch: uncond 1, uncond 2, cond 1, cond 2
-    assert sharing.sources.tolist() == [0, 0, 2, 2]
-    sharing.set([False, True, True], 1)
-    assert sharing.sources.tolist() == [0, 1, 2, 2, 4, 4]
-    sharing.set([False, False], 2)
-    assert sharing.sources is None
+def test_rows_of_the_sources():
+    sources = AttentionSources()
+    sources.set([True], 2)  # unconditional 1 and 2, conditional 1 and 2
+    assert sources.rows.tolist() == [0, 0, 2, 2]
+    sources.set([False, True, True], 1)
+    assert sources.rows.tolist() == [0, 1, 2, 2, 4, 4]
+    sources.set([False, False], 2)
+    assert sources.rows is None
 
 
-def test_the_former_processors_come_back(pipelines):
+def test_the_original_processors_are_restored(pipelines):
     unet = pipelines["sd"].unet
     former = unet.attn_processors
-    with pytest.raises(KeyboardInterrupt), sharing_self_attention(unet):
+    with pytest.raises(KeyboardInterrupt), shared_self_attention(unet):
         assert all(unet.attn_processors[name] is not former[name] for name in former)
         raise KeyboardInterrupt
     assert all(unet.attn_processors[name] is former[name] for name in former)
 
 
-def test_shared_steps_are_the_references():
+def test_shared_steps_equal_the_reference():
     for steps in (2, 4, 30, 100):
         for threshold in [0.0, 0.1, 1 / 3, 0.5, 0.9, 1.0, 1.01]:
             active = [threshold > step / (steps - 1) for step in range(steps)]
             shared = count_shared_steps(threshold, steps)
             assert active == [step < shared for step in range(steps)]
-    shared = [draw_candidate(0, 3, sample, PRESETS["ip2p"], 100) for sample in range(300)]
-    assert all(0.1 <= draw.threshold <= 0.9 and 7.5 <= draw.pair.guidance <= 15 for draw in shared)
-    assert min(draw.pair.share_steps for draw in shared) < 15 and max(draw.pair.share_steps for draw in shared) > 85
-    fast = [draw_candidate(1, item, 0, PRESETS["fast"], 4) for item in range(200)]
-    assert {draw.pair.share_steps for draw in fast} == {1, 2, 3}
-    assert len({draw.pair.seed for draw in shared + fast}) == 500
+    shared = [draw_candidate(0, 3, sample, PRESETS["ip2p"].settings, 100) for sample in range(300)]
+    assert all(0.1 <= draw.threshold <= 0.9 and 7.5 <= draw.guidance <= 15 for draw in shared)
+    assert min(draw.share_steps for draw in shared) < 15 and max(draw.share_steps for draw in shared) > 85
+    fast = [draw_candidate(1, item, 0, PRESETS["fast"].settings, 4) for item in range(200)]
+    assert {draw.share_steps for draw in fast} == {1, 2, 3}
+    assert len({draw.seed for draw in shared + fast}) == 500
 
 
 def sample(pipeline, draws, scheduler="ddim", steps=4, captions=CAPTIONS, **settings):
     encoder = make_prompt_encoder(pipeline)
     texts = encoder([text for pair in captions[: len(draws)] for text in pair])
     chosen = choose_scheduler(pipeline.scheduler, scheduler)
-    return sample_pairs(pipeline, chosen, steps, texts, encoder.null_embeds, draws, (32, 32), **settings)
+    return sample_pairs(pipeline, chosen, steps, texts, encoder.null_embeds, draws, 32, **settings)
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 @pytest.mark.parametrize(("scheduler", "guidance"), [("euler_a", 7.5), ("ddim", 3.0), ("lcm", 0.0), ("dpm++_sde", 2.0)])
-def test_without_sharing_it_is_two_stock_generations(pipelines, kind, scheduler, guidance):
+def test_without_sharing_pairs_equal_stock_pipelines(pipelines, kind, scheduler, guidance):
     pipeline = pipelines[kind]
     draws = [PairDraw(seed, 0, guidance + seed * (guidance > 0)) for seed in range(2)]
     sampled = sample(pipeline, draws, scheduler)
@@ -184,13 +183,13 @@ def test_without_sharing_it_is_two_stock_generations(pipelines, kind, scheduler,
             output_type="latent",
         ).images
         alone = sample(pipeline, [draw], scheduler, captions=[CAPTIONS[pair]]).latents
-        # As a share of their deviation: random weights give latents of up to 25.
+        # Relative to their deviation: random weights give latents of up to 25.
         assert (alone - expected).abs().max() < 1e-5 * expected.std()
         assert (sampled.latents[2 * pair : 2 * pair + 2] - expected).abs().max() < 1e-5 * expected.std()
 
 
 def test_guidance_as_an_input_of_a_distilled_unet(pipelines):
-    """As LCM_Dreamshaper has it: told the scale, it needs no second branch."""
+    """As in LCM_Dreamshaper: the scale is an input, and no second branch is needed."""
     pipeline = pipelines["sd"]
     torch.manual_seed(0)
     distilled = UNet2DConditionModel.from_config(pipeline.unet.config, time_cond_proj_dim=16).eval()
@@ -213,7 +212,7 @@ def test_guidance_as_an_input_of_a_distilled_unet(pipelines):
     assert (sampled.latents - other).abs().max() > 1e-3
 
 
-def test_guidance_is_the_pairs_own_and_rows_are_counted(pipelines):
+def test_each_pair_has_its_own_guidance_and_rows_are_counted(pipelines):
     pipeline, seen = pipelines["sd"], []
     handle = pipeline.unet.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     try:
@@ -227,7 +226,7 @@ def test_guidance_is_the_pairs_own_and_rows_are_counted(pipelines):
         handle.remove()
 
 
-@pytest.mark.parametrize("scheduler", NOISY)
+@pytest.mark.parametrize("scheduler", STOCHASTIC)
 def test_a_pair_has_the_same_noise_at_every_step(pipelines, scheduler, monkeypatch):
     chosen = choose_scheduler(pipelines["sd"].scheduler, scheduler)
     module, drawn = importlib.import_module(type(chosen).__module__), []
@@ -242,12 +241,16 @@ def test_a_pair_has_the_same_noise_at_every_step(pipelines, scheduler, monkeypat
     assert not torch.equal(drawn[0], drawn[1])
     assert not torch.equal(sampled.latents[0], sampled.latents[1])
     same, steps = [("a dog", "a dog")] * 2, []
-    sample(pipelines["sd"], draws, scheduler, captions=same, after_step=steps.append)
-    assert all(torch.equal(latents[::2], latents[1::2]) for latents in steps)
+    handle = pipelines["sd"].unet.register_forward_pre_hook(lambda module, inputs: steps.append(inputs[0]))
+    try:
+        steps.append(sample(pipelines["sd"], draws, scheduler, captions=same).latents)
+    finally:
+        handle.remove()
+    assert len(steps) == 5 and all(torch.equal(latents[::2], latents[1::2]) for latents in steps)
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_sharing_brings_the_images_of_a_pair_together_no_other(pipelines, kind):
+def test_sharing_changes_only_the_second_image_of_its_pair(pipelines, kind):
     apart = sample(pipelines[kind], [PairDraw(3, 0), PairDraw(4, 0)]).latents
     shared = sample(pipelines[kind], [PairDraw(3, 4), PairDraw(4, 0)]).latents
     assert (shared[[0, 2, 3]] - apart[[0, 2, 3]]).abs().max() < 1e-5
@@ -262,36 +265,36 @@ def test_sharing_brings_the_images_of_a_pair_together_no_other(pipelines, kind):
         ("lcm", "sample"),
     ],
 )
-def test_a_real_original_stays_the_photograph(pipelines, scheduler, prediction_type):
+def test_a_real_original_remains_the_photograph(pipelines, scheduler, prediction_type):
     pipeline = pipelines["sd"]
     photographs = list(np.random.default_rng(0).integers(0, 255, (2, 32, 32, 3), dtype=np.uint8))
-    latents = encode_photographs(pipeline, photographs)
+    latents = torch.cat([encode_photograph(pipeline, photograph) for photograph in photographs])
     mode = pipeline.vae.encode(torch.from_numpy(photographs[0]).permute(2, 0, 1)[None] / 127.5 - 1).latent_dist.mode()
     assert (unscale_latents(latents[:1], pipeline.vae.config) - mode).abs().max() < 1e-5
     encoder = make_prompt_encoder(pipeline)
     own = choose_scheduler(pipeline.scheduler, scheduler)
     chosen = type(own).from_config(own.config, prediction_type=prediction_type)
     texts = encoder([text for pair in CAPTIONS[:2] for text in pair])
-    start, seen = PhotographStart(latents, 0.6, keeps_photograph=True), []
+    start = PhotographStart(latents, num_steps=6, keeps_photograph=True)
     sampled = sample_pairs(
-        pipeline, chosen, 10, texts, encoder.null_embeds, [PairDraw(0, 3), PairDraw(1, 3)], (32, 32), start, seen.append
+        pipeline, chosen, 10, texts, encoder.null_embeds, [PairDraw(0, 3), PairDraw(1, 3)], 32, start
     )
-    assert len(seen) == 6 and sampled.unet_rows == 6 * 4
-    # DDIM's last step leaves the noise of the first timestep, of deviation 0.03.
+    assert sampled.unet_rows == 6 * 4
+    # The last step of DDIM leaves the noise of the first timestep, with a deviation of 0.03.
     assert (sampled.latents[::2] - latents).abs().max() < (0.15 if scheduler == "ddim" else 1e-3)
     assert (sampled.latents[1::2] - latents).abs().max() > 0.2
-    pictures, finite = decode(pipeline, sampled.latents)
-    assert pictures.shape == (4, 32, 32, 3) and pictures.dtype == np.uint8 and finite == [True] * 4
+    images, finite = decode(pipeline, sampled.latents)
+    assert images.shape == (4, 32, 32, 3) and images.dtype == np.uint8 and finite == [True] * 4
     sampled.latents[2, 0, 0, 0] = float("nan")
     assert decode(pipeline, sampled.latents)[1] == [True, True, False, True]
 
 
-def test_starting_from_photographs_is_stock_image_to_image(pipelines):
-    """Where nothing is shared, for the same noise."""
+def test_starting_from_photographs_equals_stock_image_to_image(pipelines):
+    """Without sharing, for the same noise."""
     from diffusers import StableDiffusionImg2ImgPipeline
 
     pipeline = pipelines["sd"]
-    latents = encode_photographs(pipeline, [np.full((32, 32, 3), 90, np.uint8)])
+    latents = encode_photograph(pipeline, np.full((32, 32, 3), 90, np.uint8))
     stock = StableDiffusionImg2ImgPipeline.from_pipe(pipeline)
     stock.scheduler = choose_scheduler(pipeline.scheduler, "euler_a")
     stock.set_progress_bar_config(disable=True)
@@ -304,10 +307,10 @@ def test_starting_from_photographs_is_stock_image_to_image(pipelines):
         texts,
         encoder.null_embeds,
         [PairDraw(7, 0)],
-        (32, 32),
-        PhotographStart(latents, 0.5),
+        32,
+        PhotographStart(latents, num_steps=5),
     )
-    for row in range(2):  # stock takes latents of 4 channels as they are
+    for row in range(2):  # the stock pipeline accepts latents with 4 channels
         expected = stock(
             CAPTIONS[0][row],
             image=latents,

@@ -1,15 +1,19 @@
-"""Teachers of generate_dataset.py: each makes the edited image by real loading code, and tells its own mistakes."""
+"""Teachers of generate_dataset.py: each is loaded by the real code, generates edited images, and reports mistakes."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 
-from data_preparation.tasks.cartoon import cartoonize
+from data_preparation.tasks.cartoon import draw_cartoon
 from data_preparation.tasks.degradations import DEGRADATIONS
-from data_preparation.tasks.plan import DEGRADED, plan_tasks
+from data_preparation.tasks.plan import DEGRADATION_TASKS, plan_tasks
+from tests.hub_files import connect_downloads, serve_folder
+from tests.hub_server import Hub
 from tests.test_generate_dataset import generate
 
 onnx = pytest.importorskip("onnx", reason="onnx is not installed")
@@ -18,12 +22,12 @@ onnx = pytest.importorskip("onnx", reason="onnx is not installed")
 @pytest.fixture
 def phrasings(tmp_path) -> Path:
     path = tmp_path / "invert.txt"
-    path.write_text("\n".join(f"turn the colours around, way {number}" for number in range(12)))
+    path.write_text("\n".join(f"invert the colours, phrasing {number}" for number in range(12)))
     return path
 
 
 def save_negation(path: Path, shape: list, scale: float = -1.0, shift: float = 0.0) -> Path:
-    """A network that gives scale * x + shift, as an exporter would write it."""
+    """Save a network that returns scale * x + shift, as an exporter would."""
     value = onnx.helper.make_tensor_value_info
     constants = [
         onnx.numpy_helper.from_array(np.float32(number), name) for number, name in ((scale, "a"), (shift, "b"))
@@ -43,8 +47,8 @@ def invert(tmp_path: Path, phrasings: Path, teacher: str, *flags: str) -> list[d
     )
 
 
-def test_names_of_degradations_are_known_without_loading_them():
-    assert set(DEGRADED) == set(DEGRADATIONS)
+def test_degradation_tasks_have_degradations():
+    assert set(DEGRADATION_TASKS) == set(DEGRADATIONS)
 
 
 @pytest.mark.parametrize(
@@ -57,17 +61,17 @@ def test_names_of_degradations_are_known_without_loading_them():
         (["n", 3, "h", "w"], ["--teacher_range", "0,1", "--teacher_output_range=-1,1"], -2, 1),
     ],
 )
-def test_an_onnx_network_in_any_range_layout_and_size(shape, flags, scale, shift, tmp_path, phrasings):
+def test_onnx_ranges_layouts_and_sizes(shape, flags, scale, shift, tmp_path, phrasings):
     network = save_negation(tmp_path / "negation.onnx", shape, scale, shift)
     rows = invert(tmp_path, phrasings, f"onnx:{network}", *flags)
     assert len(rows) == 6
     for row in rows:
         assert np.abs(row["edited_image"].astype(int) - (255 - row["original_image"])).max() <= 1
-        assert row["task"] == "invert" and row["edit_prompt"].startswith("turn the colours around")
+        assert row["task"] == "invert" and row["edit_prompt"].startswith("invert the colours")
         assert '"id": "negation.onnx"' in row["models"] and str(tmp_path) not in str(row)
 
 
-def test_an_onnx_network_of_one_size_gives_pictures_of_theirs(tmp_path, phrasings):
+def test_onnx_network_with_a_fixed_size_returns_the_size_of_the_photograph(tmp_path, phrasings):
     network = save_negation(tmp_path / "fixed.onnx", [1, 3, 128, 128])
     rows = invert(tmp_path, phrasings, f"onnx:{network}", "--crop", "none")
     for row in rows:
@@ -75,12 +79,11 @@ def test_an_onnx_network_of_one_size_gives_pictures_of_theirs(tmp_path, phrasing
         assert np.abs(row["edited_image"].astype(int) - (255 - row["original_image"])).mean() < 8
 
 
-def test_a_function_of_ones_own(tmp_path, phrasings):
+def test_python_function(tmp_path, phrasings):
     (tmp_path / "mine.py").write_text(
-        "def invert(picture):\n    return 255 - picture\n"
-        "def noisy(picture, generator):\n"
-        "    return picture // 2 + generator.integers(0, 99, picture.shape, dtype='uint8')\n"
-        "def small(picture):\n    return picture[::2]\n"
+        "def invert(image):\n    return 255 - image\n"
+        "def noisy(image, generator):\n"
+        "    return image // 2 + generator.integers(0, 99, image.shape, dtype='uint8')\n"
     )
     for row in invert(tmp_path, phrasings, f"python:{tmp_path}/mine.py:invert"):
         assert np.array_equal(row["edited_image"], 255 - row["original_image"])
@@ -92,19 +95,17 @@ def test_a_function_of_ones_own(tmp_path, phrasings):
 
 
 @pytest.mark.parametrize(
-    ("function", "words"), [("small", "same size"), ("absent", "cannot be loaded"), ("bad", "ZeroDiv")]
+    ("function", "message"), [("small", "same size"), ("absent", "cannot be loaded"), ("bad", "ZeroDiv")]
 )
-def test_a_function_that_does_not_do(function, words, tmp_path, phrasings, capsys):
-    (tmp_path / "mine.py").write_text(
-        "def small(picture):\n    return picture[::2]\ndef bad(picture):\n    return 1 / 0\n"
-    )
+def test_python_function_errors(function, message, tmp_path, phrasings, capsys):
+    (tmp_path / "mine.py").write_text("def small(image):\n    return image[::2]\ndef bad(image):\n    return 1 / 0\n")
     with pytest.raises(SystemExit):
         invert(tmp_path, phrasings, f"python:{tmp_path}/mine.py:{function}")
-    said = capsys.readouterr().err
-    assert words in said and "Traceback" not in said
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
 
 
-def test_torchhub_runs_code_only_when_told(tmp_path, phrasings, capsys):
+def test_torchhub_needs_trust_remote_code(tmp_path, phrasings, capsys):
     repository = tmp_path / "zoo"
     repository.mkdir()
     (repository / "hubconf.py").write_text(
@@ -127,8 +128,8 @@ def test_torchhub_runs_code_only_when_told(tmp_path, phrasings, capsys):
         assert np.abs(row["edited_image"].astype(int) - (255 - row["original_image"])).max() <= 1
 
 
-def test_a_diffusers_editor_teaches(tiny_editor, tmp_path, phrasings):
-    """What comes out is what the stock pipeline gives for the row's instruction and seed."""
+def test_diffusers_editor(tiny_editor, tmp_path, phrasings):
+    """The edited images equal those of the stock pipeline for the instruction and the seed of the row."""
     import torch
     from diffusers import DiffusionPipeline
     from PIL import Image
@@ -149,7 +150,7 @@ def test_a_diffusers_editor_teaches(tiny_editor, tmp_path, phrasings):
         assert np.abs(row["edited_image"].astype(int) - expected).max() <= 1
 
 
-def test_a_text_to_image_model_is_opened_for_image_to_image(tiny_base, tmp_path, phrasings):
+def test_text_to_image_model_is_used_for_image_to_image(tiny_base, tmp_path, phrasings):
     rows = invert(
         tmp_path,
         phrasings,
@@ -164,31 +165,53 @@ def test_a_text_to_image_model_is_opened_for_image_to_image(tiny_base, tmp_path,
     assert len(rows) == 6 and all(row["edited_image"].shape == row["original_image"].shape for row in rows)
 
 
-def test_a_diffusers_teacher_that_cannot_be(tiny_base, tmp_path, phrasings, capsys):
-    for teacher, flags, words in (
+def test_diffusers_model_from_the_hub(hub: Hub, tiny_base, tmp_path, phrasings, capsys, monkeypatch):
+    """The first run downloads the model, the second finds it in the cache: both record and load the same commit."""
+    connect_downloads(monkeypatch, hub.url, tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.url)  # of the client that diffusers uses
+    serve_folder(hub, "user/model", tiny_base)
+    commit = hub.repos["models/user/model"].commits[-1][0]
+    settings = '{"strength": 0.5, "num_inference_steps": 4}'
+    flags = ["diffusers:user/model", "--crop", "square", "--teacher_settings", settings]
+    rows = invert(tmp_path, phrasings, *flags)
+    models = [{"id": "user/model", "revision": commit}]
+    assert all(json.loads(row["models"]) == models for row in rows)
+    assert json.loads((tmp_path / "pairs/manifest.json").read_text())["settings"]["tasks"]["invert"][2] == models
+    assert len(invert(tmp_path, phrasings, *flags)) == len(rows)
+    assert "already complete" in capsys.readouterr().out
+    repo = hub.repos["models/user/model"]
+    repo.commit("changed", dict(repo.files))
+    with pytest.raises(SystemExit):  # the branch has moved, so the rows might differ
+        invert(tmp_path, phrasings, *flags)
+    assert "different settings" in capsys.readouterr().err
+
+
+def test_diffusers_errors(tiny_base, tmp_path, phrasings, capsys):
+    for teacher, flags, message in (
         ("diffusers:/nowhere", [], "cannot be loaded"),
-        (f"diffusers:{tiny_base}", ["--teacher_settings", '{"colour": 1}'], "takes no colour"),
+        (f"diffusers:{tiny_base}", ["--teacher_settings", '{"colour": 1}'], "does not accept colour"),
     ):
         with pytest.raises(SystemExit):
             invert(tmp_path, phrasings, teacher, *flags)
-        assert words in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
-def test_the_default_cartoonist_keeps_sizes_and_draws_ink():
+def test_cartoon_keeps_the_size_and_draws_ink():
     generator = np.random.default_rng(0)
-    picture = np.full((96, 128, 3), 200, np.uint8)
-    picture[:, 64:] = 60
-    picture = np.clip(picture + generator.normal(0, 4, picture.shape), 0, 255).astype(np.uint8)
-    cartoon = cartoonize(picture)
-    assert cartoon.shape == picture.shape and cartoon.dtype == np.uint8
-    assert cartoon[:, 10:40].std() < picture[:, 10:40].std()  # flat where the picture is
+    image = np.full((96, 128, 3), 200, np.uint8)
+    image[:, 64:] = 60
+    image = np.clip(image + generator.normal(0, 4, image.shape), 0, 255).astype(np.uint8)
+    cartoon = draw_cartoon(image)
+    assert cartoon.shape == image.shape and cartoon.dtype == np.uint8
+    assert cartoon[:, 10:40].std() < image[:, 10:40].std()  # flat where the image is
     assert cartoon[:, 60:68].min() < 60  # ink between light and dark
 
 
-def test_which_teacher_serves_which_task():
+def test_teachers_of_tasks():
     tasks, problems = plan_tasks(["cartoonize", "fog", "derain=2"], ["cartoonize=python:x.py:f"])
     assert [task.teacher for task in tasks] == ["python:x.py:f", "exact", "degradation"] and tasks[2].weight == 2
-    assert problems == ["--teacher python:x.py:f: give a file and a function in it, as in python:my_edits.py:paint"]
+    assert problems == ["--teacher python:x.py:f: the file x.py does not exist"]
     assert "did you mean cartoonize" in plan_tasks(["cartonize"], [])[1][0]
-    assert "needs none" in plan_tasks(["jpeg"], ["jpeg=opencv"])[1][0]
-    assert "cartoons and nothing else" in plan_tasks(["fog"], ["opencv"])[1][0]
+    assert "needs no teacher" in plan_tasks(["jpeg"], ["jpeg=opencv"])[1][0]
+    assert "only draws cartoons" in plan_tasks(["fog"], ["opencv"])[1][0]

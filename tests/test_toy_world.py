@@ -1,4 +1,4 @@
-"""What the repository ships, and the demo that a newcomer runs on it."""
+"""The photographs and the toy model in assets/, and the demo."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def toy() -> StableDiffusionPipeline:
     return StableDiffusionPipeline.from_pretrained(BASE, dtype=torch.float32)
 
 
-def test_every_photograph_is_free_and_says_where_it_is_from():
+def test_every_photograph_has_a_free_licence_and_a_source():
     assert {row["file_name"] for row in ROWS} == {path.name for path in PHOTOS.glob("*.jpg")} and len(ROWS) >= 16
     licences = (PHOTOS / "LICENSES.md").read_text()
     for row in ROWS:
         assert row["licence"] in ("CC0-1.0", "Public domain") and row["source"] and row["file_name"] in licences
 
 
-def test_no_scene_is_both_trained_on_and_held_out():
+def test_no_scene_is_in_both_splits():
     scenes = {
         split: {re.sub(r"_?\d*\.jpg$", "", row["file_name"]) for row in ROWS if row["split"] == split}
         for split in ("train", "heldout")
@@ -43,7 +43,7 @@ def test_no_scene_is_both_trained_on_and_held_out():
     assert not sources["train"] & sources["heldout"]
 
 
-def test_the_toy_is_small_and_whole(toy):
+def test_the_toy_model_is_small_and_complete(toy):
     assert sum(path.stat().st_size for path in BASE.rglob("*") if path.is_file()) <= 8_000_000
     assert toy.unet.config.in_channels == 4
     image = toy("a cartoon of a cat", height=64, width=64, num_inference_steps=2).images[0]
@@ -51,17 +51,17 @@ def test_the_toy_is_small_and_whole(toy):
 
 
 @torch.no_grad()
-def test_the_autoencoder_keeps_photographs_that_it_has_never_seen(toy):
-    pictures = [centre_square(read_photograph(path), 64) for path in list_photographs(PHOTOS, "heldout")]
-    pixels = torch.stack([torch.from_numpy(p).permute(2, 0, 1) for p in pictures]).float() / 127.5 - 1  # (N, 3, 64, 64)
+def test_the_autoencoder_reconstructs_held_out_photographs(toy):
+    images = [centre_square(read_photograph(path), 64) for path in list_photographs(PHOTOS, "heldout")]
+    pixels = torch.stack([torch.from_numpy(p).permute(2, 0, 1) for p in images]).float() / 127.5 - 1  # (N, 3, 64, 64)
     decoded = toy.vae.decode(toy.vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
     psnr = -10 * ((decoded - pixels) / 2).square().mean(dim=(1, 2, 3)).log10()
     assert psnr.mean() > 26
 
 
 @pytest.mark.slow
-def test_the_demo_in_short(tmp_path: Path):
-    """The commands of `make demo` with a tenth of the steps: already most edits are right."""
+def test_short_demo(tmp_path: Path):
+    """`make demo` with a tenth of its steps: most edits are already correct."""
     command = [sys.executable, "demo.py", "--output", str(tmp_path), "--pairs", "400", "--steps", "200"]
     run = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr

@@ -59,10 +59,8 @@ def open_prompts(prompts: Captions) -> OpenCaptions:
     columns = opened.row(0)
     missing = [name for name in ("edit", "output") if name not in columns]
     if missing:
-        raise InputError(
-            f"--prompts {prompts.dataset_id}: no text column {' and '.join(missing)}, only {', '.join(columns)}; "
-            "generate_captions.py adds them to captions"
-        )
+        given = f"no text column {' and '.join(missing)}, only {', '.join(columns)}"
+        raise InputError(f"--prompts {prompts.dataset_id}: {given}; generate_captions.py adds them to captions")
     return opened
 
 

@@ -12,17 +12,8 @@ import torch
 from data_preparation.generation.inputs import Captions, Photographs
 from data_preparation.generation.pair_rows import make_pair, pair_features
 from data_preparation.generation.runner import GeneratedRows, GenerateRows
-from data_preparation.pairs.candidates import (
-    CAPTION_REASON,
-    Candidate,
-    CaptionJob,
-    best_first,
-    draw_candidate,
-    find_image_name,
-    plan_batches,
-    read_text,
-    trim_passed,
-)
+from data_preparation.pairs import candidates
+from data_preparation.pairs.candidates import CAPTION_REASON, Candidate, CaptionJob, best_first, read_text
 from data_preparation.pairs.filters import find_violated_bound
 from data_preparation.pairs.models import ModelChoice, load_checks, load_clip, load_pipeline
 from data_preparation.pairs.sampling import PhotographStart, decode, encode_photograph, sample_pairs
@@ -36,6 +27,7 @@ from utils.pixels import BadRow
 from utils.runtime import choose_device
 
 NOT_FINITE = "values that are not finite"
+OVERFLOW_ADVICE = "give --dtype fp32 or bf16, or for SDXL in fp16 --vae madebyollin/sdxl-vae-fp16-fix"
 
 
 @dataclass(frozen=True)
@@ -96,7 +88,7 @@ class _CaptionPairWorker:
     def generate(self, items: range) -> GeneratedRows:
         rejected: Counter = Counter()
         jobs = [job for item in items if (job := self._start_job(item, rejected))]
-        for batch in plan_batches(jobs, self.settings.num_samples, self.generator.batch_size):
+        for batch in candidates.plan_batches(jobs, self.settings.num_samples, self.generator.batch_size):
             self._sample_batch(batch, rejected)
         if num_empty := sum(not job.passed for job in jobs):
             rejected[f"{CAPTION_REASON}no candidate passed"] = num_empty
@@ -128,7 +120,7 @@ class _CaptionPairWorker:
         """Read the photograph of a caption; returns why it cannot be used, or None."""
         index = job.item
         if self.photograph_indices is not None:
-            index = self.photograph_indices.get(find_image_name(row, self.generator.init_image_column))
+            index = self.photograph_indices.get(candidates.find_image_name(row, self.generator.init_image_column))
         if index is None or index >= len(self.photographs):
             return "its photograph is not in --init_images"
         try:
@@ -143,23 +135,15 @@ class _CaptionPairWorker:
         """Sample and filter candidates, each given as (caption, candidate index)."""
         settings, jobs = self.settings, [job for job, _ in batch]
         seed = self.generator.seed
-        draws = [draw_candidate(seed, job.item, index, settings, self.num_steps) for job, index in batch]
+        draws = [candidates.draw_candidate(seed, job.item, index, settings, self.num_steps) for job, index in batch]
         texts = self.encoder([text for job in jobs for text in (job.caption, job.output)])
         start = None
         if self.photographs:
             latents = torch.cat([job.latents for job in jobs])
             start = PhotographStart(latents, self.num_steps, keeps_photograph=settings.original == "real")
         with explaining_out_of_memory():
-            sampled = sample_pairs(
-                self.pipeline,
-                self.scheduler,
-                settings.num_inference_steps,
-                texts,
-                self.encoder.null_embeds,
-                draws,
-                (self.resolution, self.resolution),
-                start,
-            )
+            steps, null = settings.num_inference_steps, self.encoder.null_embeds
+            sampled = sample_pairs(self.pipeline, self.scheduler, steps, texts, null, draws, self.resolution, start)
             originals, edited, finite = self._decode(sampled.latents, jobs)
         scores = self.clip.score(originals, edited, [job.features for job in jobs])
         for number, (job, index) in enumerate(batch):
@@ -167,12 +151,14 @@ class _CaptionPairWorker:
             job.num_candidates += 1
             job.unet_rows += sampled.unet_rows // len(batch)
             reason = find_violated_bound(candidate.scores, settings) if finite[number] else NOT_FINITE
-            if reason := reason or self._find_failed_check(candidate):
+            images = [candidate.original, candidate.edited]
+            reason = reason or next((flag for flag, check in self.checks.items() if any(check(images))), None)
+            if reason:
                 rejected[reason] += 1
             else:
                 job.passed.append(candidate)
         for job in {id(job): job for job in jobs}.values():
-            trim_passed(job, settings, rejected)
+            candidates.trim_passed(job, settings, rejected)
 
     def _decode(self, latents: torch.Tensor, jobs: list[CaptionJob]) -> tuple[list, list, list[bool]]:
         """Original and edited images, uint8 (R, R, 3), and whether all values of each pair were finite."""
@@ -185,15 +171,8 @@ class _CaptionPairWorker:
             finite = [first and second for first, second in zip(finite[::2], finite[1::2], strict=True)]
         self.has_finite_images |= any(finite)
         if not self.has_finite_images:  # not a problem of single candidates
-            raise InputError(
-                f"{NOT_FINITE} in all images: give --dtype fp32 or bf16, or for SDXL in fp16 --vae "
-                "madebyollin/sdxl-vae-fp16-fix; otherwise the weights may be damaged"
-            )
+            raise InputError(f"{NOT_FINITE} in all images: {OVERFLOW_ADVICE}")
         return originals, edited, finite
-
-    def _find_failed_check(self, candidate: Candidate) -> str | None:
-        images = [candidate.original, candidate.edited]
-        return next((reason for reason, check in self.checks.items() if any(check(images))), None)
 
     def _make_row(self, job: CaptionJob, kept: Candidate) -> dict:
         inputs, draw = self.photographs or self.prompts, kept.draw

@@ -8,6 +8,7 @@ InstructPix2Pix, which squashes them to a square without antialiasing.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,11 +43,13 @@ class CaptionFeatures(NamedTuple):
         return float(self.original @ self.edited)
 
 
+@dataclass(frozen=True)
 class ClipScorer:
     """A CLIPModel with its tokenizer and image processor."""
 
-    def __init__(self, model: Any, tokenizer: Any, image_processor: Any) -> None:
-        self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+    model: Any
+    tokenizer: Any
+    image_processor: Any
 
     @torch.no_grad()
     def encode_captions(self, original: str, edited: str) -> CaptionFeatures:

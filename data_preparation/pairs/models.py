@@ -7,14 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
-from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers.pipelines.stable_diffusion import StableDiffusionPipeline, StableDiffusionSafetyChecker
 
 from data_preparation.pairs.filters import ClipScorer, ImageCheck, load_image_check, make_safety_check
 from utils.editing.loading import fuse_adapter, read_adapter
@@ -114,10 +108,8 @@ def _location(name: str, revision: str | None) -> dict[str, str | None]:
 def _require_text_to_image(name: str, unet_config: dict) -> None:
     kind, channels = unet_config.get("_class_name", "UNet2DConditionModel"), unet_config.get("in_channels", 4)
     if kind != "UNet2DConditionModel" or channels != 4:
-        raise InputError(
-            f"--model {name}: its UNet is a {kind} with {channels} input channels; give a text-to-image model of "
-            "Stable Diffusion 1.x/2.x or SDXL, which has 4"
-        )
+        problem = f"its UNet is a {kind} with {channels} input channels"
+        raise InputError(f"--model {name}: {problem}; give a text-to-image model of Stable Diffusion 1.x/2.x or SDXL")
 
 
 def _replace_vae(pipeline: Any, choice: ModelChoice, dtype: torch.dtype) -> None:
@@ -132,10 +124,8 @@ def _replace_vae(pipeline: Any, choice: ModelChoice, dtype: torch.dtype) -> None
     factor, channels = 2 ** (len(vae.config.block_out_channels) - 1), vae.config.latent_channels
     needed_factor, needed_channels = pipeline.vae_scale_factor, pipeline.unet.config.in_channels
     if (factor, channels) != (needed_factor, needed_channels):
-        raise InputError(
-            f"--vae {choice.vae}: its latents have {channels} channels and 1/{factor} of the image size, but "
-            f"{choice.model} needs {needed_channels} channels and 1/{needed_factor}"
-        )
+        needed = f"{choice.model} needs {needed_channels} channels and 1/{needed_factor} of the image size"
+        raise InputError(f"--vae {choice.vae}: its latents have {channels} channels and 1/{factor}; {needed}")
     pipeline.register_modules(vae=vae)
 
 

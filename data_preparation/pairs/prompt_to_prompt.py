@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention
 
 
+@dataclass
 class AttentionSources:
-    """The row of the UNet batch from which each row takes queries and keys; None: each from itself."""
+    """rows: (B,) index of the row of the UNet batch that provides the queries and keys of each row; None: itself."""
 
-    def __init__(self) -> None:
-        self.rows: torch.Tensor | None = None  # (B,) row indices
+    rows: torch.Tensor | None = None
 
     def set(self, is_shared: list[bool], num_branches: int, device: torch.device | str = "cpu") -> None:
         """Share within those of the P pairs that are marked.

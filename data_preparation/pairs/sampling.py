@@ -7,7 +7,6 @@ Latents and schedulers use float32 whatever the dtype of the UNet, so that the n
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -107,28 +106,27 @@ def sample_pairs(
     texts: PromptEmbeds,
     null: PromptEmbeds,
     draws: list[PairDraw],
-    size: tuple[int, int],
+    resolution: int,
     start: PhotographStart | None = None,
-    after_step: Callable[[torch.Tensor], None] | None = None,
 ) -> SampledPairs:
     """Denoise P pairs.
 
-    texts: embeddings of 2P captions, first and second of each pair; null: 1 row; size: (height, width) in pixels;
-    after_step: called with the latents (2P, 4, h, w) after each step. Both images of a pair have a CPU generator with
-    the seed of the pair: the initial noise and that of each step (ancestral, LCM, TCD, SDE) is the same for both, and
-    on every device. Raises InputError for steps that the scheduler does not support.
+    texts: embeddings of 2P captions, first and second of each pair; null: 1 row; resolution: side in pixels. Both
+    images of a pair have a CPU generator with the seed of the pair: the initial noise and that of each step (ancestral,
+    LCM, TCD, SDE) is the same for both, and on every device. Raises InputError for steps that the scheduler does not
+    support.
     """
     device = device_of(pipeline)
     scheduler = fresh_scheduler(scheduler, num_inference_steps, device)
     generators = [torch.Generator().manual_seed(draw.seed) for draw in draws for _ in range(2)]
     extra = {"generator": generators} if "generator" in inspect.signature(scheduler.step).parameters else {}
-    factor = pipeline.vae_scale_factor
-    shape = (1, pipeline.vae.config.latent_channels, size[0] // factor, size[1] // factor)
+    side = resolution // pipeline.vae_scale_factor
+    shape = (1, pipeline.vae.config.latent_channels, side, side)
     noise = torch.cat([torch.randn(shape, generator=generator) for generator in generators]).to(device)
     latents = start.add_noise(scheduler, noise) if start else noise * scheduler.init_noise_sigma
     timesteps = scheduler.timesteps[num_inference_steps - start.num_steps if start else 0 :]
     scales = torch.tensor([draw.guidance for draw in draws for _ in range(2)], device=device)  # (2P,)
-    conditions = _make_conditions(pipeline, texts, null, scales, size)
+    conditions = _make_conditions(pipeline, texts, null, scales, resolution)
     with shared_self_attention(pipeline.unet) as sources:
         for step, timestep in enumerate(timesteps):
             sources.set([step < draw.share_steps for draw in draws], conditions.num_branches, device)
@@ -137,8 +135,6 @@ def sample_pairs(
             if start:
                 prediction = start.correct(scheduler, prediction, model_input, timestep)
             latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
-            if after_step:
-                after_step(latents)
     return SampledPairs(latents, len(timesteps) * len(latents) * conditions.num_branches)
 
 
@@ -161,7 +157,7 @@ def _predict(
 
 
 def _make_conditions(
-    pipeline: Any, texts: PromptEmbeds, null: PromptEmbeds, scales: torch.Tensor, size: tuple[int, int]
+    pipeline: Any, texts: PromptEmbeds, null: PromptEmbeds, scales: torch.Tensor, resolution: int
 ) -> Conditions:
     """Conditions of the branches [null, text], or of text only if no pair has guidance.
 
@@ -177,6 +173,7 @@ def _make_conditions(
         guidance = pipeline.get_guidance_scale_embedding(scales.cpu() - 1, embedding_dim=distilled_width)
         guidance = guidance.to(unet.device, unet.dtype)
     # Original size, crop, target size, in float32: half precision would round the sizes.
+    size = (resolution, resolution)
     time_ids = torch.tensor([[*size, 0, 0, *size]], dtype=torch.float32, device=unet.device)
     added = added_conditions(texts.pooled, time_ids.repeat(len(texts.hidden), 1))
     return Conditions(texts.hidden, added, guidance, 2 if is_guided else 1)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from utils.editing.schedulers import SCHEDULERS, SPACINGS
 
 # Heun's method runs the UNet twice per step, so its calls cannot be counted as shared steps.
-FIRST_ORDER_SCHEDULERS = [name for name in SCHEDULERS if name != "heun"]
+FIRST_ORDER = [name for name in SCHEDULERS if name != "heun"]
 
 
 @dataclass(frozen=True)
 class PairSettings:
-    """What determines the pairs of a caption; the fields are flags.
+    """What determines the pairs of a caption; the fields are flags, the defaults those of the preset fast.
 
     num_samples: candidates per caption; max_out_samples: pairs kept of them; early_stop: stop sampling once that many
     have passed. share_range: the share of the steps with shared self-attention is drawn from it; share_steps: the
@@ -24,11 +24,11 @@ class PairSettings:
     the native resolution of the model.
     """
 
-    num_inference_steps: int
-    num_samples: int
-    max_out_samples: int
-    early_stop: bool
-    guidance_range: tuple[float, float]
+    num_inference_steps: int = 4
+    num_samples: int = 16
+    max_out_samples: int = 4
+    early_stop: bool = True
+    guidance_range: tuple[float, float] = (0.0, 0.0)
     share_range: tuple[float, float] | None = None
     share_steps: tuple[int, int] | None = None
     scheduler: str | None = None
@@ -36,12 +36,12 @@ class PairSettings:
     resolution: int | None = None
     strength: float = 0.6
     original: str = "generated"
-    min_clip_image: float | None = None
-    min_clip_dir: float | None = None
-    min_clip_text: float | None = None
-    max_clip_image: float | None = None
+    min_clip_image: float | None = 0.75
+    min_clip_dir: float | None = 0.22
+    min_clip_text: float | None = 0.2
+    max_clip_image: float | None = 0.99
     max_clip_text: float | None = None
-    min_change: float | None = None
+    min_change: float | None = 0.01
 
 
 @dataclass(frozen=True)
@@ -56,43 +56,23 @@ class PairPreset:
 
 # ip2p: dataset_creation/generate_img_dataset.py of timothybrooks/instruct-pix2pix. It samples with Euler ancestral on
 # sigmas spaced evenly from the last timestep to the first, which diffusers calls linspace.
+IP2P = PairSettings(
+    num_inference_steps=100,
+    num_samples=100,
+    early_stop=False,
+    guidance_range=(7.5, 15.0),
+    share_range=(0.1, 0.9),
+    scheduler="euler_a",
+    timestep_spacing="linspace",
+    min_clip_image=0.7,
+    min_clip_dir=0.2,
+    max_clip_image=None,
+    min_change=None,
+)
 # fast: the thresholds of UltraEdit (2407.05282), and bounds that reject pairs in which nothing has changed.
 PRESETS = {
-    "ip2p": PairPreset(
-        PairSettings(
-            num_inference_steps=100,
-            num_samples=100,
-            max_out_samples=4,
-            early_stop=False,
-            guidance_range=(7.5, 15.0),
-            share_range=(0.1, 0.9),
-            scheduler="euler_a",
-            timestep_spacing="linspace",
-            min_clip_image=0.7,
-            min_clip_dir=0.2,
-            min_clip_text=0.2,
-        ),
-        model="stable-diffusion-v1-5/stable-diffusion-v1-5",
-        vae="stabilityai/sd-vae-ft-mse",
-        captions_per_shard=2,
-    ),
-    "fast": PairPreset(
-        PairSettings(
-            num_inference_steps=4,
-            num_samples=16,
-            max_out_samples=4,
-            early_stop=True,
-            guidance_range=(0.0, 0.0),
-            min_clip_image=0.75,
-            min_clip_dir=0.22,
-            min_clip_text=0.2,
-            max_clip_image=0.99,
-            min_change=0.01,
-        ),
-        model="stabilityai/sdxl-turbo",
-        vae=None,
-        captions_per_shard=50,
-    ),
+    "ip2p": PairPreset(IP2P, "stable-diffusion-v1-5/stable-diffusion-v1-5", "stabilityai/sd-vae-ft-mse", 2),
+    "fast": PairPreset(PairSettings(), "stabilityai/sdxl-turbo", None, 50),
 }
 
 
@@ -107,13 +87,11 @@ def add_settings_flags(parser: argparse.ArgumentParser) -> None:
     stop_help = "stop at --max_out_samples passed candidates, instead of keeping the best of all (fast: on)"
     add("--early_stop", action=argparse.BooleanOptionalAction, help=stop_help)
     pair = {"nargs": 2, "metavar": ("LOW", "HIGH")}
-    share_help = "range of the share of steps with shared self-attention (ip2p 0.1 0.9)"
-    add("--share_range", type=float, **pair, help=share_help)
+    add("--share_range", type=float, **pair, help="range of the share of steps with shared attention (ip2p 0.1 0.9)")
     add("--share_steps", type=int, **pair, help="range of the number of such steps (fast: 1 to all but one)")
     guidance_help = "range of the guidance scale; up to 1 is no guidance, at half the cost (ip2p 7.5 15, fast 0 0)"
     add("--guidance_range", type=float, **pair, help=guidance_help)
-    scheduler_help = "%(choices)s (ip2p euler_a, fast: the model's)"
-    add("--scheduler", choices=FIRST_ORDER_SCHEDULERS, metavar="NAME", help=scheduler_help)
+    add("--scheduler", choices=FIRST_ORDER, metavar="NAME", help="%(choices)s (ip2p euler_a, fast: the model's)")
     add("--timestep_spacing", choices=SPACINGS, help="timestep spacing (ip2p linspace, fast: the model's)")
     add("--resolution", type=int, metavar="PIXELS", help="side of the images (default: native to the model)")
     add = parser.add_argument_group("CLIP filter: bounds of cosine similarities, a number or none").add_argument
@@ -166,9 +144,7 @@ def find_setting_problems(settings: PairSettings, has_photographs: bool = False)
             problems.append(f"--{name} {value}: must be from {low} to {high}")
     low, high = settings.guidance_range
     if not (0 <= low <= high <= 100 and (high <= 1 or low >= 1)):
-        problems.append(
-            f"--guidance_range {low} {high}: must be LOW <= HIGH, both from 1 to 100, or both from 0 to 1 (no guidance)"
-        )
+        problems.append(f"--guidance_range {low} {high}: must be LOW <= HIGH, both from 1 to 100 or both from 0 to 1")
     if settings.share_steps is not None:
         low, high = settings.share_steps
         if not 0 <= low <= high <= used_steps:

@@ -9,19 +9,9 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from data_preparation.tasks.primitives import (
-    Choice,
-    IntegerRange,
-    Range,
-    Ranges,
-    add_sensor_noise,
-    draw_parameters,
-    pixel_scale,
-    to_encoded,
-    to_linear,
-)
+from data_preparation.tasks.primitives import Choice, IntegerRange, Range, draw, pixel_scale, to_encoded, to_linear
 
-DENOISE: Ranges = {
+DENOISE = {
     "kind": Choice(
         {"sensor": 0.7, "gaussian": 0.3}, "sensor noise in linear light, or uniform noise in encoded values"
     ),
@@ -29,25 +19,25 @@ DENOISE: Ranges = {
     "read_noise": Range(0.002, 0.02, "sensor: standard deviation of the read noise, relative to white"),
     "sigma": Range(5, 50, "gaussian: standard deviation, of 255"),
 }
-DEBLUR: Ranges = {
+DEBLUR = {
     "kind": Choice({"shake": 0.5, "linear": 0.2, "defocus": 0.3}, "camera shake, straight motion, or defocus"),
     "length": Range(7, 31, "shake and linear: length of the path, pixels at 512"),
     "angle": Range(0, 180, "shake and linear: direction, degrees"),
     "radius": Range(2, 8, "defocus: radius of the disc, pixels at 512"),
 }
-SHARPEN: Ranges = {"sigma": Range(0.8, 2.5, "standard deviation of the Gaussian blur in linear light, pixels")}
-LOW_LIGHT: Ranges = {
+SHARPEN = {"sigma": Range(0.8, 2.5, "standard deviation of the Gaussian blur in linear light, pixels")}
+LOW_LIGHT = {
     "gain": Range(0.05, 0.4, "share of the light that is left", is_log=True),
     "photons": Range(300, 5000, "photons at white", is_log=True),
     "read_noise": Range(0.0005, 0.003, "standard deviation of the read noise, relative to white"),
     "warmth": Range(-0.12, 0.12, "colour cast: gain of red more, of blue less, by this share"),
 }
-JPEG: Ranges = {"quality": IntegerRange(5, 40, "quality of the JPEG file")}
+JPEG = {"quality": IntegerRange(5, 40, "quality of the JPEG file")}
 _WAYS = {"area": 1 / 3, "linear": 1 / 3, "cubic": 1 / 3}
 _INTERPOLATION = {"area": cv2.INTER_AREA, "linear": cv2.INTER_LINEAR, "cubic": cv2.INTER_CUBIC}
 _NOISES = {"gaussian": 0.5, "poisson": 0.5}
 _BLURS = {"gaussian": 0.9, "sinc": 0.1}
-SUPER_RESOLVE: Ranges = {
+SUPER_RESOLVE = {
     "shrink": Range(2, 4, "the image is reduced to 1/shrink of its sides, then enlarged again"),
     "blur_1": Choice(_BLURS, "first blur; sinc rings like a low-pass filter"),
     "sigma_1": Range(0.2, 3, "first blur: standard deviation along its wide axis, pixels"),
@@ -87,19 +77,29 @@ def colorize(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, d
 
 def denoise(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
     """Add the noise of a sensor at high ISO, or the Gaussian noise common in papers."""
-    parameters = draw_parameters(DENOISE, rng, "kind")
+    parameters = draw(DENOISE, rng, "kind")
     if parameters["kind"] == "sensor":
-        parameters |= draw_parameters(DENOISE, rng, "photons", "read_noise")
+        parameters |= draw(DENOISE, rng, "photons", "read_noise")
         noisy = add_sensor_noise(to_linear(image), parameters["photons"], parameters["read_noise"], rng)
         return to_encoded(noisy), parameters
-    parameters |= draw_parameters(DENOISE, rng, "sigma")
+    parameters |= draw(DENOISE, rng, "sigma")
     noisy = image + np.float32(parameters["sigma"]) * rng.standard_normal(image.shape, dtype=np.float32)
     return np.clip(noisy + 0.5, 0, 255).astype(np.uint8), parameters
 
 
+def add_sensor_noise(linear: np.ndarray, photons: float, read_noise: float, rng: np.random.Generator) -> np.ndarray:
+    """Add shot noise (Poisson variance, with `photons` at white) and read noise (standard deviation).
+
+    The Poisson distribution is approximated by a normal one: where noise is visible, they differ by less than 8 bits
+    resolve.
+    """
+    deviation = np.sqrt(np.maximum(linear, 0) / np.float32(photons) + np.float32(read_noise**2))
+    return linear + deviation * rng.standard_normal(linear.shape, dtype=np.float32)
+
+
 def low_light(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
     """Underexpose: less light, therefore more noise, and the colour cast of a lamp."""
-    parameters = draw_parameters(LOW_LIGHT, rng)
+    parameters = draw(LOW_LIGHT, rng)
     cast = np.array([1 + parameters["warmth"], 1, 1 - parameters["warmth"]], np.float32)
     dark = to_linear(image) * (np.float32(parameters["gain"]) * cast)
     return to_encoded(add_sensor_noise(dark, parameters["photons"], parameters["read_noise"], rng)), parameters
@@ -107,18 +107,18 @@ def low_light(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, 
 
 def sharpen(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
     """Apply a slight Gaussian blur. Its size is in pixels of the image, because sharpness is judged per pixel."""
-    parameters = draw_parameters(SHARPEN, rng)
+    parameters = draw(SHARPEN, rng)
     return to_encoded(cv2.GaussianBlur(to_linear(image), (0, 0), parameters["sigma"])), parameters
 
 
 def deblur(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
     """Blur by camera motion or defocus during one exposure, which adds up light: in linear light."""
-    parameters, scale = draw_parameters(DEBLUR, rng, "kind"), pixel_scale(image, smallest=256)
+    parameters, scale = draw(DEBLUR, rng, "kind"), pixel_scale(image, smallest=256)
     if parameters["kind"] == "defocus":
-        parameters |= draw_parameters(DEBLUR, rng, "radius")
+        parameters |= draw(DEBLUR, rng, "radius")
         kernel = disc_kernel(parameters["radius"] * scale)
     else:
-        parameters |= draw_parameters(DEBLUR, rng, "length", "angle")
+        parameters |= draw(DEBLUR, rng, "length", "angle")
         path = shake_path(rng) if parameters["kind"] == "shake" else np.linspace([-0.5, 0], [0.5, 0], 200)
         kernel = path_kernel(path, parameters["length"] * scale, parameters["angle"])
     return to_encoded(cv2.filter2D(to_linear(image), -1, kernel, borderType=cv2.BORDER_REFLECT_101)), parameters
@@ -164,7 +164,7 @@ def path_kernel(path: np.ndarray, extent: float, angle: float) -> np.ndarray:
 
 def jpeg(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
     """Compress as JPEG of low quality: blocks, ringing and coarse colour."""
-    parameters = draw_parameters(JPEG, rng)
+    parameters = draw(JPEG, rng)
     return compress_jpeg(image, parameters["quality"]), parameters
 
 
@@ -182,7 +182,7 @@ def super_resolve(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarr
     no intermediate image is smaller than SMALLEST.
     """
     height, width = image.shape[:2]
-    parameters = draw_parameters(SUPER_RESOLVE, rng, "shrink")
+    parameters = draw(SUPER_RESOLVE, rng, "shrink")
     small = (width / parameters["shrink"], height / parameters["shrink"])
     result = _degrade_once(image, (width, height), 1, SMALLEST, parameters, rng)
     result = _degrade_once(result, small, 2, SMALLEST * parameters["shrink"], parameters, rng)
@@ -203,27 +203,27 @@ def _degrade_once(
     stage: 1 or 2. The drawn values are added to `parameters`.
     """
 
-    def draw(*names: str) -> list:
-        values = draw_parameters(SUPER_RESOLVE, rng, *(f"{name}_{stage}" for name in names))
+    def draw_stage(*names: str) -> list:
+        values = draw(SUPER_RESOLVE, rng, *(f"{name}_{stage}" for name in names))
         parameters.update(values)
         return [values[f"{name}_{stage}"] for name in names]
 
     if stage == 1 or rng.random() < SECOND_BLUR_SHARE:
-        if draw("blur")[0] == "sinc":
-            kernel = sinc_kernel(*draw("cutoff"))
+        if draw_stage("blur")[0] == "sinc":
+            kernel = sinc_kernel(*draw_stage("cutoff"))
         else:
-            kernel = anisotropic_kernel(*draw("sigma", "aspect"), angle=rng.uniform(0, np.pi))
+            kernel = anisotropic_kernel(*draw_stage("sigma", "aspect"), angle=rng.uniform(0, np.pi))
         image = cv2.filter2D(image, -1, kernel, borderType=cv2.BORDER_REFLECT_101)
-    resize, way = draw("resize", "way")
+    resize, way = draw_stage("resize", "way")
     image = _resize(image, (size[0] * max(resize, smallest), size[1] * max(resize, smallest)), way)
     values = image.astype(np.float32)
-    if draw("noise")[0] == "gaussian":
-        deviation = np.float32(draw("gaussian")[0])
+    if draw_stage("noise")[0] == "gaussian":
+        deviation = np.float32(draw_stage("gaussian")[0])
     else:
-        deviation = np.float32(draw("poisson")[0]) * np.sqrt(values * (255 / 256))
+        deviation = np.float32(draw_stage("poisson")[0]) * np.sqrt(values * (255 / 256))
     channels = 1 if rng.random() < GREY_NOISE_SHARE else 3
     values += deviation * rng.standard_normal((*image.shape[:2], channels), dtype=np.float32)
-    return compress_jpeg(np.clip(values + 0.5, 0, 255).astype(np.uint8), draw("quality")[0])
+    return compress_jpeg(np.clip(values + 0.5, 0, 255).astype(np.uint8), draw_stage("quality")[0])
 
 
 def _resize(image: np.ndarray, size: tuple[float, float], way: str) -> np.ndarray:

@@ -17,10 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
+from data_preparation.photographs import centre_square, read_photograph, seeded_rng
 from data_preparation.tasks import camera, weather
+from data_preparation.tasks.cartoon import draw_cartoon
 from data_preparation.tasks.primitives import Ranges
+from utils.contact_sheets import draw_grid
 
+COLUMNS = 6  # of the contact sheet
 PHOTOS = Path(__file__).resolve().parents[2] / "assets" / "photos"
 DEGRADATIONS: dict[str, Callable[[np.ndarray, np.random.Generator], tuple[np.ndarray, dict]]] = {
     "derain": weather.derain,
@@ -37,52 +42,40 @@ DEGRADATIONS: dict[str, Callable[[np.ndarray, np.random.Generator], tuple[np.nda
 }
 RANGES: dict[str, Ranges] = {
     "derain": weather.DERAIN,
+    "dehaze": weather.DEHAZE,
+    "raindrop": weather.RAINDROP,
     "denoise": camera.DENOISE,
     "deblur": camera.DEBLUR,
-    "dehaze": weather.DEHAZE,
     "low_light": camera.LOW_LIGHT,
-    "raindrop": weather.RAINDROP,
     "sharpen": camera.SHARPEN,
-    "colorize": {},
     "super_resolve": camera.SUPER_RESOLVE,
     "jpeg": camera.JPEG,
-    "identity": {},
 }
 
 
 def describe_ranges() -> str:
     """A Markdown table of the parameters of all degradations."""
     lines = ["| Task | Parameter | Drawn from | What it is |", "|---|---|---|---|"]
-    for task, ranges in RANGES.items():
+    for task in DEGRADATIONS:
+        ranges = RANGES.get(task, {})
         lines += [f"| {task} | {name} | {entry.describe()} | {entry.meaning} |" for name, entry in ranges.items()]
     return "\n".join(lines)
 
 
-def draw_sheet(paths: list[Path], side: int, seed: int, columns: int = 6):
-    """PIL image with a block of rows per photograph: the clean, degraded and cartoonized squares of `side` pixels."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    from data_preparation.photographs import centre_square, read_photograph, row_generator
-    from data_preparation.tasks.cartoon import draw_cartoon
-
-    head, font = max(14, side // 11), ImageFont.load_default(max(11, side // 15))
-    names = ["clean", *(name for name in DEGRADATIONS if name != "identity"), "cartoonize"]
-    lines = -(-len(names) // columns)
-    sheet = Image.new("RGB", (columns * (side + 4) + 4, len(paths) * lines * (side + head + 4) + 4), "white")
-    ink = ImageDraw.Draw(sheet)
+def draw_sheet(paths: list[Path], side: int) -> Image.Image:
+    """A block of rows per photograph: its clean, degraded and cartoonized squares of `side` pixels."""
+    rows, labels = [], []
     for block, path in enumerate(paths):
         clean = centre_square(read_photograph(path), side)
-        for index, name in enumerate(names):
-            image = clean
-            if name == "cartoonize":
-                image = draw_cartoon(clean)
-            elif name in DEGRADATIONS:
-                image, _ = DEGRADATIONS[name](clean, row_generator(seed + block, index))
-            left = 4 + index % columns * (side + 4)
-            top = 4 + (block * lines + index // columns) * (side + head + 4)
-            ink.text((left, top), name, fill="black", font=font)
-            sheet.paste(Image.fromarray(image), (left, top + head))
-    return sheet
+        images = {"clean": clean}
+        for index, name in enumerate((name for name in DEGRADATIONS if name != "identity"), start=1):
+            images[name] = DEGRADATIONS[name](clean, seeded_rng(block, index))[0]
+        images["cartoonize"] = draw_cartoon(clean)
+        names = list(images)
+        for start in range(0, len(names), COLUMNS):
+            labels.append(names[start : start + COLUMNS])
+            rows.append([Image.fromarray(images[name]) for name in labels[-1]])
+    return draw_grid(rows, labels)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -92,12 +85,11 @@ def main(argv: list[str] | None = None) -> None:
     add("--contact_sheet", type=Path, metavar="FILE", help="draw this image instead of printing the table")
     add("--photos", nargs="+", type=Path, default=photos, metavar="FILE", help="photographs of the contact sheet")
     add("--side", type=int, default=256, help="side of its squares in pixels (default 256)")
-    add("--seed", type=int, default=0, help="seed of the degradations (default 0)")
     args = parser.parse_args(argv)
     if args.contact_sheet is None:
         print(describe_ranges())
         return
-    draw_sheet(args.photos, args.side, args.seed).save(args.contact_sheet, quality=82)
+    draw_sheet(args.photos, args.side).save(args.contact_sheet, quality=82)
     print(f"saved {args.contact_sheet}")
 
 

@@ -82,10 +82,9 @@ class _PhotographPairWorker:
         for (task, _), members in batches.items():
             for start in range(0, len(members), self.settings.batch_size):
                 batch = members[start : start + self.settings.batch_size]
-                columns = zip(
-                    *((planned[i].image, planned[i].prompt, planned[i].generator) for i in batch), strict=True
-                )
-                edits |= zip(batch, self._teacher(task)(*map(list, columns)), strict=True)
+                rows = [planned[item] for item in batch]
+                inputs = [row.image for row in rows], [row.prompt for row in rows], [row.generator for row in rows]
+                edits |= zip(batch, self._teacher(task)(*inputs), strict=True)
         return GeneratedRows([self._make_row(pair, *edits[item]) for item, pair in planned.items()], dict(rejected))
 
     def _draw_order(self, epoch: int) -> np.ndarray:
@@ -96,25 +95,24 @@ class _PhotographPairWorker:
         settings, generator = self.settings, seeded_rng(self.settings.seed, item)
         task = settings.tasks[int(np.searchsorted(self._shares, generator.random(), side="right"))]
         epoch, place = divmod(item, len(self.photographs))
-        photograph, image = int(self._order(epoch)[place]), None
+        photograph = int(self._order(epoch)[place])
         for _ in range(MAX_TRIES):
             try:
-                image = self._crop(self._read(photograph), generator)
+                image = self._read(photograph)
+                if settings.crop == "random":
+                    image = random_square(image, settings.resolution, generator)
+                else:
+                    image = fit_image(image, settings.resolution, is_square=settings.crop == "square")
                 break
             except BadRow as error:
                 rejected[f"photograph {self.photographs.name(photograph)} {error.reason}"] += 1
                 photograph = int(generator.integers(len(self.photographs)))
-        if image is None:
+        else:
             return None
         is_heldout = {"train": 0, "heldout": 1, "both": int(generator.random() < 0.5)}[settings.phrasing_split]
         prompts = settings.phrasings[task.phrasings][is_heldout]
         prompt = prompts[generator.integers(len(prompts))]
         return PlannedPair(task, prompt, ("train", "heldout")[is_heldout], image, photograph, generator)
-
-    def _crop(self, image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        if self.settings.crop == "random":
-            return random_square(image, self.settings.resolution, generator)
-        return fit_image(image, self.settings.resolution, is_square=self.settings.crop == "square")
 
     def _make_row(self, pair: PlannedPair, result: np.ndarray, drawn: dict) -> dict:
         settings, photographs, teacher = self.settings, self.photographs, pair.task.teacher

@@ -103,15 +103,11 @@ def _load_diffusers_teacher(model: str, settings: TeacherSettings, rank: int, re
         pipeline = _open_pipeline(model, dtype, revision if is_hub_id(model) else None).to(device)
     pipeline.set_progress_bar_config(disable=True)
     accepted = inspect.signature(pipeline.__call__).parameters
+    kind, unknown = type(pipeline).__name__, sorted(settings.extra.keys() - accepted.keys())
     if not {"prompt", "image"} <= accepted.keys():
-        raise InputError(
-            f"{flag}: a {type(pipeline).__name__} does not accept a prompt and an image, so it cannot edit"
-        )
-    if unknown := sorted(settings.extra.keys() - accepted.keys()):
-        raise InputError(
-            f"--teacher_settings: a {type(pipeline).__name__} does not accept {', '.join(unknown)}; it accepts "
-            f"{', '.join(accepted)}"
-        )
+        raise InputError(f"{flag}: a {kind} does not accept a prompt and an image, so it cannot edit")
+    if unknown:
+        raise InputError(f"--teacher_settings: a {kind} does not accept {unknown[0]}; allowed: {', '.join(accepted)}")
 
     def teach(images: list, instructions: list, generators: list) -> list[tuple[np.ndarray, dict]]:
         seeds = [int(generator.integers(2**63)) for generator in generators]

@@ -9,24 +9,14 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from data_preparation.tasks.primitives import (
-    IntegerRange,
-    Range,
-    Ranges,
-    draw_parameters,
-    pixel_scale,
-    pseudo_depth,
-    smooth_field,
-    to_encoded,
-    to_linear,
-)
+from data_preparation.tasks.primitives import IntegerRange, Range, draw, pixel_scale, to_encoded, to_linear
 
-DEHAZE: Ranges = {
+DEHAZE = {
     "beta": Range(0.6, 1.8, "scattering: t = exp(-beta * depth), with a depth of 0.2 to 1"),
     "airlight": Range(0.7, 1.0, "light of the haze, relative to white, linear"),
     "tint": Range(-0.04, 0.04, "colour of the haze: blue more, red less by this share"),
 }
-DERAIN: Ranges = {
+DERAIN = {
     "slant": Range(-30, 30, "angle between the streaks and the vertical, degrees"),
     "length": Range(28, 60, "length of the nearest streaks, pixels at 512; the farthest have a third of it"),
     "streaks": IntegerRange(700, 4000, "number of streaks of all sizes in a square image"),
@@ -38,20 +28,21 @@ DERAIN: Ranges = {
 _LAYERS = ((0.35, 0.3, 0.4, 0.75), (0.6, 0.55, 0.7, 0.2), (1.0, 1.0, 1.0, 0.05))
 _BRIGHTNESSES = (0.45, 0.7, 1.0)
 _SHIFT = 4  # cv2 accepts coordinates in 1/16 of a pixel
-RAINDROP: Ranges = {
+RAINDROP = {
     "drops": IntegerRange(20, 80, "number of drops of all sizes in a square image"),
     "radius": Range(16, 36, "radius of the largest drops, pixels at 512; most are small"),
     "reach": Range(0.25, 0.45, "how far away the rim of the largest drop looks, relative to the shorter side"),
     "unsharpness": Range(1.2, 3.5, "standard deviation of the blur of the drops' edges, pixels at 512"),
     "shade": Range(0.1, 0.35, "share of the light lost at the rim"),
 }
+DropMaps = tuple[np.ndarray, np.ndarray, np.ndarray]  # cover, shift, shine: see `drop_maps`
 _SMALLEST_DROP = 0.18  # radius of the smallest drop, relative to the largest
 _REFRACTION_SHRINK = 6  # a drop shows much of the scene on few pixels: it samples an image this much smaller, at 512
 
 
 def dehaze(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
     """Add haze by Koschmieder's law: I = J t + A (1 - t), t = exp(-beta d), with a pseudo-depth d."""
-    parameters = draw_parameters(DEHAZE, rng)
+    parameters = draw(DEHAZE, rng)
     airlight = parameters["airlight"] * np.array([1 - parameters["tint"], 1, 1 + parameters["tint"]])
     transmission = np.exp(-parameters["beta"] * pseudo_depth(image, rng))
     return to_encoded(add_haze(to_linear(image), transmission, airlight)), parameters
@@ -63,9 +54,39 @@ def add_haze(linear: np.ndarray, transmission: np.ndarray, airlight: np.ndarray)
     return airlight + (linear - airlight) * transmission[..., None]
 
 
+def smooth_field(height: int, width: int, cells: int, rng: np.random.Generator) -> np.ndarray:
+    """(height, width) float32 in 0-1: smooth noise with about `cells` hills per side."""
+    grid = rng.random((cells + 2, cells + 2), dtype=np.float32)
+    return np.clip(cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC), 0, 1)
+
+
+def pseudo_depth(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """(H, W) float32 in 0.2-1: a guess of the distance of each pixel (1: farthest), smooth except at image edges.
+
+    The top of the image counts as far, and so do pale areas such as the sky (dark channel, He et al. 2009); a smooth
+    random field is added. A fast guided filter (He and Sun 2015) then aligns the guess with the outlines.
+    """
+    height, width = image.shape[:2]
+    shrink = min(1.0, 192 / min(height, width))
+    small_size = (max(8, round(width * shrink)), max(8, round(height * shrink)))
+    small = cv2.resize(image, small_size, interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+    rows = np.linspace(1, 0, small_size[1], dtype=np.float32)[:, None] ** 1.3
+    pale = cv2.blur(cv2.erode(small.min(axis=2), np.ones((7, 7), np.uint8)), (9, 9))
+    guess = 0.55 * rows + 0.45 * pale + 0.35 * smooth_field(small_size[1], small_size[0], 3, rng)
+    guide, radius = cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), (25, 25)
+    mean_guide, mean_guess = cv2.blur(guide, radius), cv2.blur(guess, radius)
+    covariance = cv2.blur(guide * guess, radius) - mean_guide * mean_guess
+    slope = covariance / (cv2.blur(guide * guide, radius) - mean_guide**2 + 4e-3)
+    offset = mean_guess - slope * mean_guide
+    slope, offset = (cv2.resize(cv2.blur(part, radius), (width, height)) for part in (slope, offset))
+    depth = slope * (cv2.cvtColor(image, cv2.COLOR_RGB2GRAY).astype(np.float32) / 255) + offset
+    low, high = float(depth.min()), float(depth.max())
+    return 0.2 + (depth - low) * np.float32(0.8 / max(high - low, 1e-6))
+
+
 def derain(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
     """Add rain: streaks at three distances, of uneven density, in front of a veil that thickens with depth."""
-    parameters, (height, width) = draw_parameters(DERAIN, rng), image.shape[:2]
+    parameters, (height, width) = draw(DERAIN, rng), image.shape[:2]
     airlight = np.full(3, parameters["airlight"], np.float32)
     veil = 1 - np.float32(parameters["veil"]) * pseudo_depth(image, rng)
     streaks = rain_streaks(height, width, pixel_scale(image, smallest=128), parameters, rng)
@@ -111,7 +132,7 @@ def _draw_lines(layer: np.ndarray, lines: np.ndarray, brightness: float, thickne
 
 def raindrop(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
     """Add raindrops on glass: each is a small, unsharp lens that shows the scene upside down."""
-    parameters, scale = draw_parameters(RAINDROP, rng), pixel_scale(image)
+    parameters, scale = draw(RAINDROP, rng), pixel_scale(image)
     linear = to_linear(image)
     cover, shift, shine = drop_maps(image.shape[:2], scale, parameters, rng)
     sigma = max(0.5, parameters["unsharpness"] * scale)
@@ -131,9 +152,6 @@ def _refract(linear: np.ndarray, shift: np.ndarray, shrink: int) -> np.ndarray:
     columns = (np.arange(width, dtype=np.float32)[None] + shift[..., 0]) * np.float32(size[0] / width)
     rows = (np.arange(height, dtype=np.float32)[:, None] + shift[..., 1]) * np.float32(size[1] / height)
     return cv2.remap(small, columns, rows, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT_101)
-
-
-DropMaps = tuple[np.ndarray, np.ndarray, np.ndarray]
 
 
 def drop_maps(size: tuple[int, int], scale: float, parameters: dict, rng: np.random.Generator) -> DropMaps:
