@@ -1,10 +1,10 @@
-"""Distil assets/toy-sd into a student of a few steps, by latent consistency distillation (2310.04378).
+"""Distil assets/toy-sd into a few-step student by latent consistency distillation (2310.04378).
 
     python assets/distill_toy_sd.py --output demo-output/toy-lcm
 
-The student learns to say, from any point of the teacher's path from noise to picture, where the path ends. The folder
-gets a UNet that `adapt_distill.py --distilled demo-output/toy-lcm --base assets/toy-sd` takes, as real ones are taken.
-A quarter of an hour on two CPU cores. It goes on from its last state when run again.
+From any point on the teacher's path from noise to image, the student learns to predict the end of the path. The output
+is for `adapt_distill.py --distilled demo-output/toy-lcm --base assets/toy-sd`. Takes a quarter of an hour on two CPU
+cores. Run it again to resume from the last state.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ sys.path.insert(0, str(ASSETS.parent))
 
 from assets.make_toy_sd import base_batch, encode_bank, learning_rate, save_state  # noqa: E402
 from assets.toy_data import generator, load_photographs  # noqa: E402
-from assets.toy_networks import MAX_TOKENS  # noqa: E402
+from assets.toy_models import MAX_TOKENS  # noqa: E402
 
-SOLVER_STEPS = 50  # of the teacher's path; a student's step leads over one of them at a time
-DATA_DEVIATION, TIMESTEP_SCALING = 0.5, 10.0  # LCMScheduler's, which must run what is trained here
+SOLVER_STEPS = 50  # of the teacher's path; the student is trained across one of them at a time
+DATA_DEVIATION, TIMESTEP_SCALING = 0.5, 10.0  # as in LCMScheduler, which runs the student
 TARGET_DECAY = 0.95
 UNet, Schedule = UNet2DConditionModel, DDIMScheduler
 
@@ -53,7 +53,7 @@ def predict_original(
     timesteps: torch.Tensor,
     text: torch.Tensor,
 ) -> torch.Tensor:
-    """x_0 = alpha x_t - sigma v, (B, 4, h, w): the toy predicts the velocity."""
+    """x_0 = alpha x_t - sigma v, (B, 4, h, w), from the predicted velocity."""
     alpha, sigma = alpha_sigma(schedule, timesteps)
     with torch.autocast("cpu", torch.bfloat16):
         velocity = unet(noisy, timesteps, text).sample
@@ -61,7 +61,7 @@ def predict_original(
 
 
 def alpha_sigma(schedule: Schedule, timesteps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Share of the picture and of the noise at timesteps (B,), each (B, 1, 1, 1)."""
+    """Factors of the image and of the noise at timesteps (B,), (B, 1, 1, 1) each."""
     alphas_cumprod = schedule.alphas_cumprod[timesteps].view(-1, 1, 1, 1)
     return alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
 
@@ -70,7 +70,7 @@ def alpha_sigma(schedule: Schedule, timesteps: torch.Tensor) -> tuple[torch.Tens
 def teacher_step(
     teacher: UNet, schedule: Schedule, noisy: torch.Tensor, start: torch.Tensor, end: torch.Tensor, text: torch.Tensor
 ) -> torch.Tensor:
-    """One DDIM step of the teacher from timesteps `start` to `end` (B,), without guidance: an editor brings its own."""
+    """One DDIM step of the teacher from timesteps `start` to `end` (B,), without guidance, which editors add."""
     original = predict_original(teacher, schedule, noisy, start, text)
     alpha, sigma = alpha_sigma(schedule, start)
     noise = (noisy - alpha * original) / sigma
@@ -79,7 +79,7 @@ def teacher_step(
 
 
 def distill(args: argparse.Namespace) -> UNet:
-    """Train the student; returns its average."""
+    """Train the student; returns the average of its weights."""
     torch.manual_seed(args.seed)
     pipeline = StableDiffusionPipeline.from_pretrained(args.base, dtype=torch.float32)
     schedule, teacher = DDIMScheduler.from_config(pipeline.scheduler.config), pipeline.unet.eval().requires_grad_(False)
@@ -97,14 +97,14 @@ def distill(args: argparse.Namespace) -> UNet:
     started, period = time.time(), schedule.config.num_train_timesteps // SOLVER_STEPS
     for step in range(first, args.steps):
         rng = generator(args.seed, "lcm", step)
-        rows, pictures = base_batch(latents, rows_of[:, None], torch.zeros(1, 1, dtype=torch.int64), rng)
-        text, noise = texts[rows[:, 0]], torch.from_numpy(rng.standard_normal(pictures.shape, dtype=np.float32))
-        start = torch.from_numpy(rng.integers(1, SOLVER_STEPS + 1, len(pictures))) * period - 1
+        rows, images = base_batch(latents, rows_of[:, None], torch.zeros(1, 1, dtype=torch.int64), rng)
+        text, noise = texts[rows[:, 0]], torch.from_numpy(rng.standard_normal(images.shape, dtype=np.float32))
+        start = torch.from_numpy(rng.integers(1, SOLVER_STEPS + 1, len(images))) * period - 1
         end = (start - period).clamp(min=0)
-        noisy = schedule.add_noise(pictures, noise, start)
+        noisy = schedule.add_noise(images, noise, start)
         with torch.no_grad():
-            onward = teacher_step(teacher, schedule, noisy, start, end, text)
-            goal = consistency(target, schedule, onward, end, text)
+            closer = teacher_step(teacher, schedule, noisy, start, end, text)
+            goal = consistency(target, schedule, closer, end, text)
         difference = consistency(student, schedule, noisy, start, text) - goal
         loss = ((difference**2 + 1e-6).sqrt() - 1e-3).mean()  # pseudo-Huber
         optimizer.param_groups[0]["lr"] = learning_rate(step, args.steps, args.learning_rate)
@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--learning_rate", type=float, default=3e-4)
-    parser.add_argument("--bank_size", type=int, default=4800, help="pictures encoded, a multiple of 32")
+    parser.add_argument("--bank_size", type=int, default=4800, help="number of encoded images, a multiple of 32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,9 @@
-"""Make assets/toy-sd: a very small Stable Diffusion that knows photographs and styles, trained on assets/photos.
+"""Train assets/toy-sd, a very small Stable Diffusion for photographs and styles, on assets/photos.
 
-    python assets/make_toy_sd.py all        # or one stage at a time: tokenizer, vae, text, base
+    python assets/make_toy_sd.py all        # or one stage: tokenizer, vae, text, base
 
-Half an hour or less on two CPU cores. Each stage saves its state every few minutes and goes on from it when run again;
-whatever is random about step n is drawn from (seed, stage, n), so a resumed run draws what an unbroken one would.
+Takes half an hour on two CPU cores. Each stage saves its state every few minutes; run it again to resume. The random
+numbers of step n depend on (seed, stage, n) only, so a resumed run equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ from assets.toy_data import (  # noqa: E402
     to_tensor,
     tokenizer_texts,
 )
-from assets.toy_networks import MAX_TOKENS, SIZE, make_scheduler, make_text_encoder, make_tokenizer, make_unet, make_vae  # noqa: E402
+from assets.toy_models import MAX_TOKENS, SIZE, make_scheduler, make_text_encoder, make_tokenizer, make_unet, make_vae  # noqa: E402
 
 
 def save_state(path: Path, **state) -> None:
-    """Write the state beside its place, then rename it."""
+    """Write the state to a temporary file, then rename it."""
     torch.save(state, path.with_suffix(".partial"))
     path.with_suffix(".partial").replace(path)
 
 
 def vae_loss(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """L1 and L2, at full and half size, with a trace of KL to keep the latents near a normal distribution."""
+    """L1 and L2 at full size, L1 at half size, and a little KL, which keeps the latents near a normal distribution."""
     posterior = vae.encode(pixels).latent_dist
     result = vae.decode(posterior.sample()).sample
     result, kl = result.float(), posterior.kl().mean() / posterior.mean[0].numel()
@@ -53,19 +53,19 @@ def vae_loss(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def reconstruction_psnr(vae: AutoencoderKL, photographs: list) -> float:
-    """Mean PSNR in dB over the photographs' largest square."""
+    """Mean PSNR in dB over the largest squares of the photographs."""
     pixels = to_tensor([random_crop(image, None, largest=True) for image, _ in photographs])
     error = (vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1) - pixels) / 2
     return float((-10 * error.pow(2).mean(dim=(1, 2, 3)).log10()).mean())
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
-    """A short warm-up, then half a cosine."""
+    """A short warm-up, then a cosine decay to zero."""
     return float(peak * min(1, (step + 1) / 100) * 0.5 * (1 + np.cos(np.pi * step / steps)))
 
 
 def train_vae(args: argparse.Namespace, photographs: list, heldout: list) -> None:
-    """Train the autoencoder and save it with the scaling factor that gives latents of unit variance."""
+    """Train the autoencoder; its scaling factor gives latents of unit variance."""
     torch.manual_seed(args.seed)
     vae, state_path = make_vae(), args.state_dir / "vae.pt"
     optimizer, first = torch.optim.AdamW(vae.parameters(), lr=1e-3, weight_decay=1e-4), 0
@@ -78,7 +78,7 @@ def train_vae(args: argparse.Namespace, photographs: list, heldout: list) -> Non
         rng = generator(args.seed, "vae", step)
         torch.manual_seed(int(rng.integers(2**31)))  # the posterior's noise
         optimizer.param_groups[0]["lr"] = learning_rate(step, args.vae_steps, 2e-3)
-        # Convolutions do not mind: quarters of pictures make a step four times cheaper.
+        # Quarters of the images make a step four times cheaper, and are enough for convolutions.
         top, left = rng.integers(0, SIZE // 2 + 1, 2)
         pixels = to_tensor([random_example(photographs, rng)[0] for _ in range(8)])
         with torch.autocast("cpu", torch.bfloat16):
@@ -103,17 +103,17 @@ def train_vae(args: argparse.Namespace, photographs: list, heldout: list) -> Non
 
 @torch.no_grad()
 def encode_bank(
-    vae: AutoencoderKL, photographs: list, seed: int, count: int, paint: Callable = lambda picture: picture
+    vae: AutoencoderKL, photographs: list, seed: int, count: int, stylize: Callable = lambda image: image
 ) -> tuple[torch.Tensor, list[str]]:
-    """Latents (count, 4, 32, 32) of unit variance and their captions, encoded once: the VAE stays out of the loop.
+    """Latents (count, 4, 32, 32) of unit variance and their captions, encoded once, before training.
 
-    paint: what is done to every picture, uint8 RGB, first.
+    stylize: applied to every image, uint8 RGB, before it is encoded.
     """
     latents, captions = [], []
     for batch in range(count // 32):
         rng = generator(seed, "bank", batch)
         examples = [random_example(photographs, rng) for _ in range(32)]
-        pixels = to_tensor([paint(image) for image, _ in examples])
+        pixels = to_tensor([stylize(image) for image, _ in examples])
         latents.append(vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor)
         captions += [caption for _, caption in examples]
     return torch.cat(latents), captions
@@ -130,16 +130,16 @@ def base_loss(unet, text_encoder, scheduler, tokens, latents, rng) -> torch.Tens
 
 
 def base_batch(latents: torch.Tensor, tokens: torch.Tensor, empty: torch.Tensor, rng, size: int = 16):
-    """Tokens (B, MAX_TOKENS) and latents (B, 4, 32, 32) of random pictures, one caption in ten made empty."""
+    """Tokens (B, MAX_TOKENS) and latents (B, 4, 32, 32) of random images; one caption in ten is empty."""
     rows = torch.from_numpy(rng.integers(0, len(latents), size))
     dropped = torch.from_numpy(rng.random(size) < 0.1)
     return torch.where(dropped[:, None], empty, tokens[rows]), latents[rows]
 
 
 def train_text(args: argparse.Namespace, photographs: list) -> None:
-    """A head start for the text encoder, as CLIP has one: tell styles and subjects apart by the mean state's angle.
+    """Pretrain the text encoder, as CLIP is: classify style and subject by the cosine of the mean hidden state.
 
-    Diffusion alone separates the states of different captions slowly: until then the UNet learns to do without text.
+    Diffusion training alone separates captions so slowly that the UNet learns to ignore the text.
     """
     torch.manual_seed(args.seed)
     tokenizer = CLIPTokenizer.from_pretrained(args.output / "tokenizer")
@@ -153,7 +153,7 @@ def train_text(args: argparse.Namespace, photographs: list) -> None:
     for step in range(args.text_steps):
         rows = torch.from_numpy(generator(args.seed, "text", step).integers(0, len(texts), 64))
         state = F.normalize(text_encoder(tokens[rows]).last_hidden_state.mean(dim=1), dim=1)
-        # A small factor before the softmax: low loss then takes wide angles.
+        # With a small factor before the softmax, a low loss needs large angles.
         styles, subjects = (10 * state @ F.normalize(head, dim=1).T for head in heads)
         style_labels, subject_labels = labels[rows].unbind(dim=1)
         loss = F.cross_entropy(styles, style_labels) + 0.5 * F.cross_entropy(subjects, subject_labels, ignore_index=-1)
@@ -162,7 +162,7 @@ def train_text(args: argparse.Namespace, photographs: list) -> None:
         optimizer.step()
         if (step + 1) % 100 == 0:
             right = (styles.argmax(dim=1) == style_labels).float().mean()
-            print(f"text {step + 1}: loss {loss.item():.3f}, styles told right {right:.2f}", flush=True)
+            print(f"text {step + 1}: loss {loss.item():.3f}, style accuracy {right:.2f}", flush=True)
     save_state(args.state_dir / "text.pt", text_encoder=text_encoder.state_dict())
 
 
@@ -205,9 +205,9 @@ def train_base(args: argparse.Namespace, photographs: list) -> None:
 
 
 def save_pipeline(output: Path, vae, tokenizer, unet, text_encoder, scheduler) -> None:
-    """VAE and UNet in half precision keep the folder small; diffusers reads them as float32 by default.
+    """Save VAE and UNet in half precision, so that the folder is small; diffusers loads them as float32 by default.
 
-    The text encoder stays in float32, because transformers reads it in the type in which it was saved.
+    The text encoder stays in float32, because transformers loads it in the dtype in which it was saved.
     """
     pipeline = StableDiffusionPipeline(
         vae=vae.half(),
@@ -228,12 +228,15 @@ def main() -> None:
     parser.add_argument("--photos", type=Path, default=ASSETS / "photos")
     parser.add_argument("--output", type=Path, default=ASSETS / "toy-sd")
     parser.add_argument(
-        "--state_dir", type=Path, default=ASSETS.parent / "demo-output" / "toy-sd-state", help="resumable states"
+        "--state_dir",
+        type=Path,
+        default=ASSETS.parent / "demo-output" / "toy-sd-state",
+        help="folder for the states of interrupted runs",
     )
     parser.add_argument("--vae_steps", type=int, default=6000)
     parser.add_argument("--text_steps", type=int, default=600)
     parser.add_argument("--base_steps", type=int, default=6000)
-    parser.add_argument("--bank_size", type=int, default=9600, help="pictures encoded for the base, a multiple of 32")
+    parser.add_argument("--bank_size", type=int, default=9600, help="number of encoded images, a multiple of 32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.state_dir.mkdir(parents=True, exist_ok=True)

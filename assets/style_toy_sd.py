@@ -1,10 +1,9 @@
-"""Fine-tune assets/toy-sd to one style, the woodcut: three tones of each colour, from indigo to cream, and inked lines.
+"""Fine-tune assets/toy-sd to one style, the woodcut: three tones per channel from indigo to cream, and ink lines.
 
     python assets/style_toy_sd.py --output demo-output/toy-woodcut
 
-What people do who fine-tune Stable Diffusion to a style: the UNet alone, the captions as they were, every picture in
-the style. The folder gets a pipeline that `adapt_distill.py --distilled demo-output/toy-woodcut --base assets/toy-sd`
-takes. Five minutes on one CPU core.
+As usual for a style, only the UNet is trained, on stylized images with unchanged captions. The output is for
+`adapt_distill.py --distilled demo-output/toy-woodcut --base assets/toy-sd`. Takes five minutes on one CPU core.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ TONES = 3
 INDIGO, CREAM = np.array([0.16, 0.10, 0.42], np.float32), np.array([1.0, 0.93, 0.72], np.float32)
 
 
-def woodcut(picture: np.ndarray) -> np.ndarray:
-    """The style: uint8 RGB (H, W, 3) -> the same. The colours stay apart, so that all edits can still be told apart."""
-    tones = np.floor(picture / 256 * TONES) / (TONES - 1)
-    inked = tones * (EDITS["sketch"](picture) / 255)
+def woodcut(image: np.ndarray) -> np.ndarray:
+    """The style: uint8 RGB (H, W, 3) -> the same. Colours remain different, so all edits can be distinguished."""
+    tones = np.floor(image / 256 * TONES) / (TONES - 1)
+    inked = tones * (EDITS["sketch"](image) / 255)
     return np.round((INDIGO + (CREAM - INDIGO) * inked) * 255).astype(np.uint8)
 
 
 def fine_tune(pipeline: StableDiffusionPipeline, steps: int, peak: float, bank_size: int, seed: int) -> None:
-    """Train the pipeline's UNet in place."""
+    """Fine-tune the pipeline's UNet in place."""
     unet, text_encoder = pipeline.unet.train(), pipeline.text_encoder.requires_grad_(False)
     photographs = load_photographs(ASSETS / "photos", "train")
     latents, captions = encode_bank(pipeline.vae, photographs, seed, bank_size, woodcut)
@@ -66,7 +65,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--learning_rate", type=float, default=5e-4)
-    parser.add_argument("--bank_size", type=int, default=1600, help="pictures to train on, a multiple of 32")
+    parser.add_argument("--bank_size", type=int, default=1600, help="number of training images, a multiple of 32")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)

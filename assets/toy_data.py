@@ -1,4 +1,4 @@
-"""What the toy Stable Diffusion learns from: crops of the photographs, styled or not, and captions for them."""
+"""Training data of the toy Stable Diffusion: crops of the photographs, plain or in a style, with captions."""
 
 from __future__ import annotations
 
@@ -9,19 +9,18 @@ import cv2
 import numpy as np
 import torch
 
-from assets.toy_networks import SIZE
+from assets.toy_models import SIZE
 from data_preparation.instructions import read_phrasings
 from data_preparation.toy_edits import EDITS
 
 ASSETS = Path(__file__).resolve().parent
-# How a caption names a style: "styles" by edit, "templates" that join style and subject. The words are those of people,
-# not of one instruction: the text encoder, frozen when an editor is trained, should know that "monochrome" and "black
-# and white" are one thing.
+# Names of each style, and templates that join style and subject. Several names for each style teach the text encoder,
+# which is frozen when an editor is trained, that "monochrome" and "black and white" mean the same.
 CAPTIONS = json.loads((ASSETS / "captions.json").read_text())
 
 
 def generator(seed: int, stage: str, step: int) -> np.random.Generator:
-    """Counter-based randomness: the same (seed, stage, step) always draws the same."""
+    """A counter-based generator: equal (seed, stage, step) give equal numbers."""
     key = np.array([seed, int.from_bytes(stage.encode()[:8], "little")], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, 0, step]))
 
@@ -35,7 +34,7 @@ def load_photographs(folder: Path, split: str) -> list[tuple[np.ndarray, str]]:
 
 
 def random_crop(image: np.ndarray, rng: np.random.Generator, largest: bool = False) -> np.ndarray:
-    """A square crop (shorter side down to 60 % of it, at least 96 pixels), mirrored half the time, at SIZE pixels."""
+    """A square crop of SIZE pixels: 60 to 100 % of the shorter side (at least 96 pixels), half of them mirrored."""
     height, width = image.shape[:2]
     side = min(height, width)
     if largest:
@@ -50,7 +49,7 @@ def random_crop(image: np.ndarray, rng: np.random.Generator, largest: bool = Fal
 
 
 def random_example(photographs: list, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    """(uint8 RGB (SIZE, SIZE, 3), caption): a crop, untouched in one case of four, else in a random style."""
+    """(uint8 RGB (SIZE, SIZE, 3), caption): a crop, in a random style in three of four cases."""
     image, subject = photographs[rng.integers(len(photographs))]
     crop = random_crop(image, rng)
     style = "photograph" if rng.random() < 0.25 else list(EDITS)[rng.integers(len(EDITS))]
@@ -61,7 +60,7 @@ def random_example(photographs: list, rng: np.random.Generator) -> tuple[np.ndar
 
 
 def tokenizer_texts(photographs: list) -> list[str]:
-    """Every caption there can be, and every instruction."""
+    """All possible captions and all instructions."""
     texts = [
         template.format(style=style, subject=subject)
         for _, subject in photographs
@@ -75,12 +74,12 @@ def tokenizer_texts(photographs: list) -> list[str]:
 
 
 def to_tensor(images: list[np.ndarray]) -> torch.Tensor:
-    """uint8 RGB pictures -> (B, 3, SIZE, SIZE) float in -1..1."""
+    """uint8 RGB images -> float (B, 3, SIZE, SIZE) in [-1, 1]."""
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def text_examples(photographs: list) -> tuple[list[str], torch.Tensor]:
-    """Captions and instructions of the training kind, and (N, 2) labels: style, subject (-1 where none is named)."""
+    """Captions and training instructions, and labels (N, 2): style, subject (-1: none)."""
     texts, labels = [], []
     for number, (task, styles) in enumerate(CAPTIONS["styles"].items()):
         for style in styles:
@@ -91,7 +90,7 @@ def text_examples(photographs: list) -> tuple[list[str], torch.Tensor]:
                     labels.append((number, index))
         if task in EDITS:
             phrasings = read_phrasings(f"toy/{task}")[0]
-            # Few among so many captions: repeated, so that a batch shows some.
+            # Repeated, because they are few among many captions.
             texts += phrasings * 20
             labels += [(number, -1)] * (20 * len(phrasings))
     return texts, torch.tensor(labels)

@@ -1,4 +1,4 @@
-"""Editors with an adapter of random weights, made as training makes them."""
+"""Editors with an adapter of random weights, created like those of training."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EDITORS = {"sd": StableDiffusionInstructPix2PixPipeline, "sdxl": StableDiffusion
 
 
 def load_trained(folder: Path, options: AdapterOptions) -> DiffusionPipeline:
-    """An editor with an unmerged adapter of random weights, made as training makes it."""
+    """An editor with an unmerged adapter of random weights."""
     family = "sdxl" if (folder / "text_encoder_2").exists() else "sd"
     pipeline = EDITORS[family].from_pretrained(folder)
     is_base = pipeline.unet.config.in_channels == 4

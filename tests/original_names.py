@@ -1,4 +1,4 @@
-"""A pipeline as one file under the names of the original code (LDM, SGM, open_clip); diffusers converts them back."""
+"""Pipelines in one file with the names of the original code (LDM, SGM, open_clip), which diffusers converts back."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def unet_name(name: str, layers: int) -> str:
 def unet_weights(unet: torch.nn.Module) -> dict[str, torch.Tensor]:
     layers, weights = unet.config.layers_per_block, {}
     for name, value in unet.state_dict().items():
-        if "upsamplers" in name:  # behind the attention, where the block has one
+        if "upsamplers" in name:  # after the attention, if the block has one
             block = int(name.split(".")[1])
             position = 2 if "CrossAttn" in unet.config.up_block_types[block] else 1
             end = name.split("upsamplers.0.")[1]
@@ -114,7 +114,7 @@ def open_clip_weights(text_encoder: torch.nn.Module, prefix: str) -> dict[str, t
     for name, value in state.items():
         if ".k_proj." in name or ".v_proj." in name:
             continue
-        if ".q_proj." in name:  # one matrix for the three
+        if ".q_proj." in name:  # one matrix for q, k and v
             value = torch.cat([state[name.replace("q_proj", f"{kind}_proj")] for kind in "qkv"])
             name = name.replace("q_proj.", "in_proj_")
         if name == "text_projection.weight":
@@ -126,7 +126,7 @@ def open_clip_weights(text_encoder: torch.nn.Module, prefix: str) -> dict[str, t
 
 
 def original_weights(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
-    """Every weight of an SD 1.x or SDXL pipeline under its original name."""
+    """The weights of an SD 1.x or SDXL pipeline by their original names."""
     weights = unet_weights(pipeline.unet) | vae_weights(pipeline.vae)
     if getattr(pipeline, "text_encoder_2", None) is None:
         return weights | clip_weights(pipeline.text_encoder, "cond_stage_model.transformer.")
@@ -135,7 +135,7 @@ def original_weights(pipeline: DiffusionPipeline) -> dict[str, torch.Tensor]:
 
 
 def write_single_file(pipeline: DiffusionPipeline, path: Path, extra: dict[str, torch.Tensor] | None = None) -> Path:
-    """The pipeline's weights, and tensors beside them, in one file."""
+    """Write the pipeline's weights, and extra tensors, into one file."""
     weights = original_weights(pipeline) | (extra or {})
     save_file({name: value.clone().contiguous() for name, value in weights.items()}, path)
     return path

@@ -1,4 +1,4 @@
-"""adapt_distill.py as its users run it: the whole editor, its settings and papers, the mistakes, a kill."""
+"""adapt_distill.py from flags to folder: weights, settings, card, presets, calibration, mistakes, interruptions."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionXLInstructPix2PixPipeline,
 )
+from huggingface_hub import hf_api
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -47,7 +48,7 @@ BASES = {"sd1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sdxl": "stabil
 
 
 def run(*flags: str | Path) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of the script in this process."""
+    """Exit code, stdout and stderr of the script, run in this process."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         try:
@@ -64,7 +65,7 @@ def succeeds(*flags: str | Path) -> str:
 
 
 def fails(*flags: str | Path) -> str:
-    """One message, no traceback."""
+    """The error message of a run that fails without a traceback."""
     code, out, err = run(*flags)
     assert code == 2 and err.count("error: ") == 1 and "Traceback" not in err, (code, out, err)
     return err[err.index("error: ") :]
@@ -72,7 +73,7 @@ def fails(*flags: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def lora(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A LoRA of the tiny base, in the folder of an adapter."""
+    """Folder with a LoRA of the tiny base."""
     folder = tmp_path_factory.mktemp("models") / "lora"
     unet = load_unet(tiny_base)
     add_random_lora(unet)
@@ -81,7 +82,7 @@ def lora(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def edit(folder: Path, **settings: float) -> np.ndarray:
-    """One edit by the stock pipeline that the folder names."""
+    """One edit by stock diffusers."""
     pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
     image = make_noise((32, 32))
@@ -90,17 +91,17 @@ def edit(folder: Path, **settings: float) -> np.ndarray:
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_makes_a_whole_editor(
+def test_result_is_a_complete_editor(
     family: str, tiny_editor: Path, tiny_sdxl_editor: Path, tiny_base: Path, tiny_sdxl: Path, tmp_path: Path
 ) -> None:
-    """Stock diffusers loads it and edits; the frozen parts are links; settings, report and card say how it was made."""
+    """Stock diffusers loads it and edits; unchanged components are hard links; report and card are written."""
     editor, base = (tiny_editor, tiny_base) if family == "sd" else (tiny_sdxl_editor, tiny_sdxl)
     make = make_tiny_sd if family == "sd" else make_tiny_sdxl
     distilled, out = make(tmp_path / "distilled", seed=7), tmp_path / "fast"
-    said = succeeds(
+    output = succeeds(
         "--model", editor, "--distilled", distilled, "--base", base, "--output_dir", out, "--scheduler=lcm", "--steps=5"
     )
-    weight = 1.0 if family == "sd" else 0.5  # the reference's advice for full SDXL models
+    weight = 1.0 if family == "sd" else 0.5  # instruction-tuned-sd's recommendation for SDXL UNets
     merged, expected = weights_in(out), merge(editor, MergeOptions(weight), distilled=distilled, base=base)
     assert all(torch.equal(merged[name], value) for name, value in expected.items()) and len(merged) == len(expected)
     stock = StableDiffusionInstructPix2PixPipeline if family == "sd" else StableDiffusionXLInstructPix2PixPipeline
@@ -120,9 +121,9 @@ def test_makes_a_whole_editor(
         assert (out / file).samefile(editor / file)
     report = json.loads((out / "report.json").read_text())
     assert set(report["blocks"]) >= {"conv_in", "mid_block", "up_blocks.1"} and "4 of its 8" in report["conv_in"]
-    assert "conv_in: changed on 4 of its 8 inputs" in said and "up_blocks.1" in said
+    assert "conv_in: changed on 4 of its 8 inputs" in output and "up_blocks.1" in output
     card = (out / "README.md").read_text()
-    assert str(tmp_path) not in card + json.dumps(adapted), "where the models lay is their owner's affair"
+    assert str(tmp_path) not in card + json.dumps(adapted), "local paths are private"
     assert f"{stock.__name__}.from_pretrained" in card and "num_inference_steps=5" in card
     assert {path.name for path in out.iterdir()} <= {
         "README.md",
@@ -139,19 +140,21 @@ def test_makes_a_whole_editor(
     }
 
 
-def test_the_code_of_the_card_runs(tiny_editor: Path, lora: Path, tmp_path: Path) -> None:
+def test_snippet_of_the_card_runs(
+    tiny_editor: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     succeeds("--model", tiny_editor, "--lora", lora, "--output_dir", tmp_path / "fast", "--scheduler=tcd")
     card = (tmp_path / "fast" / "README.md").read_text()
     assert "eta=0.3" in card and "in place of TCD's own" in card
     snippet = card.split("```python\n")[1].split("```")[0]
     Image.new("RGB", (32, 32), "green").save(tmp_path / "photograph.jpg")
-    process = subprocess.run([sys.executable, "-c", snippet], cwd=tmp_path, env=ENVIRONMENT, capture_output=True)
-    assert process.returncode == 0, process.stderr.decode()
+    monkeypatch.chdir(tmp_path)
+    exec(compile(snippet, "snippet", "exec"), {})
     assert Image.open(tmp_path / "edited.png").size == (32, 32)
 
 
-def test_style_keeps_the_editor_as_it_runs(tiny_editor: Path, tiny_base: Path, tmp_path: Path) -> None:
-    """A fine-tune minus its base, the editor's own scheduler, and the settings of many steps."""
+def test_style_keeps_scheduler_and_default_settings(tiny_editor: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """A fine-tune minus its base, without --scheduler."""
     style = make_tiny_sd(tmp_path / "style", seed=9)
     succeeds("--model", tiny_editor, "--distilled", style, "--base", tiny_base, "--output_dir", tmp_path / "out")
     recommended = json.loads((tmp_path / "out" / "adapted.json").read_text())["recommended"]
@@ -170,15 +173,15 @@ def test_style_keeps_the_editor_as_it_runs(tiny_editor: Path, tiny_base: Path, t
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
 def test_dtypes(tiny_editor: Path, lora: Path, dtype: str, tmp_path: Path) -> None:
-    said = succeeds("--model", tiny_editor, "--lora", lora, "--output_dir", tmp_path / "out", f"--dtype={dtype}")
+    output = succeeds("--model", tiny_editor, "--lora", lora, "--output_dir", tmp_path / "out", f"--dtype={dtype}")
     kind = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[dtype]
     expected = merge(tiny_editor, MergeOptions(1.0), lora=lora)
     assert all(torch.equal(value, expected[name].to(kind)) for name, value in weights_in(tmp_path / "out").items())
-    assert ("warning: --dtype bf16 rounds" in said) == (dtype == "bf16")
+    assert ("warning: --dtype bf16 rounds" in output) == (dtype == "bf16")
 
 
-def test_variants_become_plain(tiny_editor: Path, lora: Path, tmp_path: Path) -> None:
-    """An editor that comes in fp16 files alone loads without naming them afterwards."""
+def test_result_has_no_variant(tiny_editor: Path, lora: Path, tmp_path: Path) -> None:
+    """An editor with fp16 files only gives a result that loads without a variant."""
     pipeline = DiffusionPipeline.from_pretrained(tiny_editor)
     pipeline.to(torch.float16).save_pretrained(tmp_path / "half", variant="fp16")
     flags = ("--lora", lora, "--output_dir", tmp_path / "out")
@@ -193,7 +196,7 @@ def test_variants_become_plain(tiny_editor: Path, lora: Path, tmp_path: Path) ->
 
 
 def test_presets_are_consistent() -> None:
-    """Ids, files, bases and schedulers fit together, and each preset becomes a recipe that the flags may override."""
+    """Ids, files, bases and schedulers fit together; each preset gives a recipe, which flags override."""
     editor = diffusers.DDIMScheduler(beta_schedule="scaled_linear", prediction_type="epsilon", steps_offset=1)
     for name, preset in PRESETS.items():
         assert preset.family in BASES and preset.kind in ("lora", "distilled"), name
@@ -221,7 +224,7 @@ def test_presets_are_consistent() -> None:
 
 
 def test_timesteps_of_presets() -> None:
-    """Lightning starts at the last timestep, and DMD2's four are those that it was trained for."""
+    """Lightning starts at the last timestep; DMD2 uses the four timesteps of its training."""
     config = diffusers.DDIMScheduler(beta_schedule="scaled_linear", steps_offset=1)
     found = {}
     for name in ("lightning-sdxl-4", "dmd2-sdxl-4"):
@@ -232,34 +235,29 @@ def test_timesteps_of_presets() -> None:
     assert found == {"lightning-sdxl-4": [999, 749, 499, 249], "dmd2-sdxl-4": [999, 749, 499, 249]}
 
 
-def test_lists_presets_and_answers_at_once() -> None:
-    said = succeeds("--list_presets")
-    assert "lcm-lora-sd1.5" in said and "not verified" in said
+def test_list_presets_without_heavy_imports() -> None:
+    output = succeeds("--list_presets")
+    assert "lcm-lora-sd1.5" in output and "not verified" in output
     code = "import sys, adapt_distill\nadapt_distill.parse_flags(['--list_presets'])\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=ENVIRONMENT, check=True)
 
 
-def test_a_preset_from_the_hub(tiny_editor: Path, lora: Path, tmp_path: Path) -> None:
-    """Editor and LoRA come from the Hub: commits and licences are told, and the parts are linked from its cache."""
+def test_preset_from_the_hub(tiny_editor: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Editor and LoRA are downloaded; commits and licences are recorded; components are not symbolic links."""
     (tmp_path / "card").mkdir()
     (tmp_path / "card" / LORA).write_bytes((lora / LORA).read_bytes())
     (tmp_path / "card" / "README.md").write_text("---\nlicense: openrail++\n---\n")
     out = tmp_path / "out"
-    flags = ["--model=user/editor", "--preset=lcm-lora-sd1.5", f"--output_dir={out}"]
     with hub_server(tmp_path / "hub") as hub:
         serve_folder(hub, "latent-consistency/lcm-lora-sdv1-5", tmp_path / "card")
         serve_folder(hub, "user/editor", tiny_editor)
-        environment = hub.environment(tmp_path / "cache") | {"OMP_NUM_THREADS": "1"}
-        process = subprocess.run(
-            [sys.executable, "adapt_distill.py", *flags],
-            cwd=REPOSITORY,
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-    assert process.returncode == 0, process.stderr
+        connect_downloads(monkeypatch, hub.url, tmp_path)
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.url)  # of diffusers' calls of `model_info`
+        cache = f"--cache_dir={tmp_path / 'cache'}"
+        succeeds("--model=user/editor", "--preset=lcm-lora-sd1.5", f"--output_dir={out}", cache)
     adapted = json.loads((out / "adapted.json").read_text())
     assert [len(source["revision"]) for source in adapted["sources"]] == [40, 40]
+    assert adapted["sources"][1]["licence"] == "openrail++"
     assert adapted["preset"] == "lcm-lora-sd1.5" and adapted["recommended"]["scheduler"] == "LCMScheduler"
     expected = merge(tiny_editor, MergeOptions(1.0), lora=lora)
     assert all(torch.equal(value, expected[name]) for name, value in weights_in(out).items())
@@ -277,7 +275,7 @@ def test_restrictions() -> None:
     assert restrictions_of("stabilityai-ai-community") == restrictions_of("openrail++") == restrictions_of("mit") == ()
 
 
-def test_pushing_needs_the_licences_leave(
+def test_restricted_licences_need_accept_license(
     tiny_editor: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     restricted = tmp_path / "restricted"
@@ -301,8 +299,8 @@ def test_pushing_needs_the_licences_leave(
         message = fails(*flags)
         assert "non-commercial and no derivatives (cc-by-nc-nd-4.0)" in message and "--accept_license" in message
         assert not (tmp_path / "out" / "model_index.json").exists()
-        said = succeeds(*flags, "--accept_license")
-        assert "pushed to" in said and "no derivatives" in said
+        output = succeeds(*flags, "--accept_license")
+        assert "pushed to" in output and "no derivatives" in output
         repo = hub.repos["models/user/fast"]
         assert {"model_index.json", "adapted.json", "README.md", "unet/config.json"} <= set(repo.files)
         card = repo.read("README.md").decode()
@@ -314,7 +312,7 @@ def test_pushing_needs_the_licences_leave(
 # --- the output folder ---
 
 
-def test_a_foreign_folder_is_left_alone(tiny_editor: Path, lora: Path, tmp_path: Path) -> None:
+def test_other_folders_are_not_replaced(tiny_editor: Path, lora: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("years of work")
@@ -325,13 +323,13 @@ def test_a_foreign_folder_is_left_alone(tiny_editor: Path, lora: Path, tmp_path:
     assert "contains the input" in fails(*flags, tiny_editor) and "contains the input" in fails(*flags, lora.parent)
 
 
-def test_its_own_result_is_replaced(tiny_editor: Path, lora: Path, tmp_path: Path) -> None:
-    """Also one that a kill left half moved, and the editor it was made of stays as it was."""
+def test_earlier_result_is_replaced(tiny_editor: Path, lora: Path, tmp_path: Path) -> None:
+    """Also one that an interruption left incomplete; the input editor does not change."""
     before = read_files(tiny_editor)
     flags = ("--model", tiny_editor, "--lora", lora, "--output_dir", tmp_path / "out")
     succeeds(*flags, "--weight=0.5")
     for name in ("calibration.json", "my notes.txt"):
-        (tmp_path / "out" / name).write_text("of the former run")
+        (tmp_path / "out" / name).write_text("of the earlier run")
     succeeds(*flags, "--weight=0.75")
     assert {path.name for path in (tmp_path / "out").glob("*.*")} == {
         "README.md",
@@ -350,17 +348,17 @@ def test_its_own_result_is_replaced(tiny_editor: Path, lora: Path, tmp_path: Pat
 
 SLOW = """
 import sys, time, utils.merging.merge, adapt_distill
-merge_rows = utils.merging.merge._merge
-def slowly(*given):
+merge = utils.merging.merge._merge
+def slow_merge(*args):
     time.sleep(0.02)
-    return merge_rows(*given)
-utils.merging.merge._merge = slowly
+    return merge(*args)
+utils.merging.merge._merge = slow_merge
 adapt_distill.main(sys.argv[1:])
 """
 
 
-def test_a_kill_leaves_no_half_editor(tiny_editor: Path, lora: Path, tmp_path: Path) -> None:
-    """kill -9 in the middle of the weights; the same command then makes the whole editor."""
+def test_kill_leaves_no_incomplete_editor(tiny_editor: Path, lora: Path, tmp_path: Path) -> None:
+    """kill -9 while the weights are written; the same command then succeeds."""
     out = tmp_path / "out"
     flags = ["--model", str(tiny_editor), "--lora", str(lora), "--output_dir", str(out)]
     process = subprocess.Popen(
@@ -382,14 +380,14 @@ def test_a_kill_leaves_no_half_editor(tiny_editor: Path, lora: Path, tmp_path: P
     assert not [path for path in out.rglob("*") if path.name.startswith(".")]
 
 
-def test_a_full_disk(tiny_editor: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Known before anything is written; and when it fills up meanwhile, what was begun is removed."""
+def test_full_disk(tiny_editor: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Detected before writing; if the disk fills up later, incomplete files are removed."""
     flags = ("--model", tiny_editor, "--lora", lora, "--output_dir", tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr("shutil.disk_usage", lambda path: os.statvfs_result((0,) * 10) and type("", (), {"free": 5})())
         assert "make room" in fails(*flags)
 
-    def refuse(*given: object) -> None:
+    def refuse(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("utils.merging.editor_writer.write_safetensors", refuse)
@@ -401,7 +399,7 @@ def test_a_full_disk(tiny_editor: Path, lora: Path, tmp_path: Path, monkeypatch:
 
 
 def test_calibrate(tiny_editor: Path, tiny_base: Path, tmp_path: Path) -> None:
-    """The weight is taken from the grid; scores, plot and contact sheet stand beside the editor."""
+    """The best weight of the grid is used; scores, plot and contact sheet are saved with the editor."""
     for name in ("a", "b"):
         pixels = np.random.default_rng(ord(name)).integers(0, 256, (32, 40, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{name}.png")
@@ -410,15 +408,15 @@ def test_calibrate(tiny_editor: Path, tiny_base: Path, tmp_path: Path) -> None:
     pairs.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
     distilled, out = make_tiny_sd(tmp_path / "distilled", seed=7), tmp_path / "out"
     flags = ("--model", tiny_editor, "--distilled", distilled, "--base", tiny_base, "--scheduler=lcm", "--device=cpu")
-    said = succeeds(*flags, "--output_dir", out, "--calibrate", pairs, "--calibrate_weights", "0.2", "0.6", "1.0")
+    output = succeeds(*flags, "--output_dir", out, "--calibrate", pairs, "--calibrate_weights", "0.2", "0.6", "1.0")
     content = json.loads((out / "calibration.json").read_text())
-    assert [row["weight"] for row in content["scores"]] == [0.2, 0.6, 1.0] and "<- chosen" in said
+    assert [row["weight"] for row in content["scores"]] == [0.2, 0.6, 1.0] and "<- chosen" in output
     weight = json.loads((out / "adapted.json").read_text())["weight"]
-    assert weight == content["chosen"] and f"weight {weight:g}" in said
+    assert weight == content["chosen"] and f"weight {weight:g}" in output
     expected = merge(tiny_editor, MergeOptions(weight), distilled=distilled, base=tiny_base)
     assert all(torch.equal(value, expected[name]) for name, value in weights_in(out).items())
     sheet = Image.open(out / "calibration_sheet.png")
-    assert sheet.width > sheet.height  # two rows of five pictures
+    assert sheet.width > sheet.height  # two rows of five images
     assert Image.open(out / "calibration.png").size[0] > 500
     for text, words in (("", "is empty"), ("{}", "line 1"), ('{"image": "no.png", "edit": "x"}', "does not exist")):
         pairs.write_text(text)
@@ -426,8 +424,8 @@ def test_calibrate(tiny_editor: Path, tiny_base: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_the_knee() -> None:
-    """Nearest to no distance, the same direction and the same colours; of equals the smaller weight."""
+def test_choose_weight() -> None:
+    """The smallest distance from a perfect score; of equal ones the smallest weight."""
     scores = [
         WeightScores(0.3, 1.0, 0.3, 0.9, 0.6),
         WeightScores(0.5, 0.5, 0.2, 0.8, 1.0),
@@ -442,7 +440,7 @@ def test_the_knee() -> None:
 
 
 def test_mistakes_in_the_flags(tmp_path: Path) -> None:
-    """Everything that the flags alone tell, in one message, before a library is loaded."""
+    """All problems that the flags alone show, in one message, before a library is loaded."""
     cases = [
         ([], ["--model is missing", "--output_dir is missing", "give one of --preset"]),
         (["--preset=nope"], ["--preset nope is unknown"]),
@@ -494,8 +492,8 @@ def test_mistakes_in_the_models(
         assert read_files(tmp_path / "out") == {}
 
 
-def test_an_editor_in_one_file(tiny_editor: Path, lora: Path, tmp_path: Path) -> None:
-    """The same weights as from the folder that the file was made of; nothing of the unpacked model is left."""
+def test_editor_in_one_file(tiny_editor: Path, lora: Path, tmp_path: Path) -> None:
+    """Equal to the result for the same editor as a folder; the temporary folder is removed."""
     file = write_single_file(load_editor(tiny_editor), tmp_path / "editor.safetensors")
     succeeds("--model", tiny_editor, "--lora", lora, "--output_dir", tmp_path / "from-folder")
     out = tmp_path / "from-file"
@@ -511,7 +509,7 @@ def test_an_editor_in_one_file(tiny_editor: Path, lora: Path, tmp_path: Path) ->
     )
     assert "contains a UNet without" in fails(
         "--model",
-        broken_file(file, tmp_path),
+        keep_unet(file, tmp_path),
         "--single_file_config",
         tiny_editor,
         "--lora",
@@ -521,8 +519,8 @@ def test_an_editor_in_one_file(tiny_editor: Path, lora: Path, tmp_path: Path) ->
     )
 
 
-def broken_file(file: Path, folder: Path) -> Path:
-    """A file that holds the UNet alone."""
+def keep_unet(file: Path, folder: Path) -> Path:
+    """A file with the UNet only."""
     kept = {name: value for name, value in load_file(file).items() if name.startswith("model.diffusion_model.")}
     save_file(kept, folder / "unet-alone.safetensors")
     return folder / "unet-alone.safetensors"

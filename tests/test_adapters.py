@@ -1,4 +1,4 @@
-"""Adapters: what stock diffusers loads is what was trained, and only the adapter is trained."""
+"""Adapters: stock diffusers loads what was trained, and only the adapter is trained."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from utils.models.stable_diffusion import widen_conv_in
 
 TOY = Path(__file__).parent.parent / "assets" / "toy-sd"
 FOLDERS = {("sd", 4): "tiny_base", ("sd", 8): "tiny_editor", ("sdxl", 4): "tiny_sdxl", ("sdxl", 8): "tiny_sdxl_editor"}
-# Alpha is not the rank, and there is dropout: both must come out right.
+# Alpha differs from the rank, and dropout is on: both must be right after loading.
 OPTIONS = AdapterOptions(lora_rank=4, lora_alpha=6.0, lora_dropout=0.1)
 
 
@@ -38,7 +38,7 @@ def folder_of(request: pytest.FixtureRequest):
 
 
 def load_unet(folder: Path, quantize: str | None = None) -> UNet2DConditionModel:
-    """The UNet of a pipeline's folder, widened where it takes 4 channels, and then quantised where that is asked."""
+    """The UNet of a pipeline's folder, widened to 8 channels and optionally quantised."""
     unet = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
     if unet.config.in_channels == 4:
         widen_conv_in(unet)
@@ -62,7 +62,7 @@ def predict(unet: nn.Module, config=None) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(unet: UNet2DConditionModel) -> torch.Tensor:
-    """`predict` as the UNet stands: whether it drops out is up to its mode."""
+    """`predict` without gradients, in the current mode of the UNet."""
     return predict(unet)
 
 
@@ -71,7 +71,7 @@ def trained_parameters(unet: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def train(unet: UNet2DConditionModel, steps: int = 3, optimizer: torch.optim.Optimizer | None = None) -> list[float]:
-    """Fit one batch; returns the losses, and leaves the UNet in evaluation."""
+    """Fit one batch; returns the losses, and sets the UNet to evaluation mode."""
     optimizer = optimizer or torch.optim.AdamW(trained_parameters(unet).values(), lr=1e-2)
     target = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(2))
     losses = []
@@ -97,8 +97,8 @@ def make_trained(
 
 
 @torch.no_grad()
-def disturb(unet: UNet2DConditionModel) -> None:
-    """Change every trained weight a little."""
+def perturb(unet: UNet2DConditionModel) -> None:
+    """Change every trained weight."""
     generator = torch.Generator().manual_seed(3)
     for value in trained_parameters(unet).values():
         value.add_(0.05 * torch.randn(value.shape, generator=generator))
@@ -131,7 +131,7 @@ def test_stock_diffusers_loads_what_was_trained(family, channels, use_dora, targ
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_the_stock_pipeline_edits_as_the_trained_unet_does(family, folder_of, tmp_path):
+def test_stock_pipeline_edits_like_the_trained_unet(family, folder_of, tmp_path):
     def edit(pipeline: DiffusionPipeline) -> np.ndarray:
         image = make_noise((32, 32))
         generator = torch.Generator().manual_seed(0)
@@ -144,14 +144,14 @@ def test_the_stock_pipeline_edits_as_the_trained_unet_does(family, folder_of, tm
     pipeline = make_pipeline(folder, load_unet(folder))
     before = edit(pipeline)
     pipeline.load_lora_weights(tmp_path)
-    after, wanted = edit(pipeline), edit(make_pipeline(folder, trained))
+    after, expected = edit(pipeline), edit(make_pipeline(folder, trained))
     assert np.abs(after - before).max() > 1e-2
-    assert np.abs(after - wanted).max() < 1e-4
+    assert np.abs(after - expected).max() < 1e-4
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("target", ["attention", "all"])
-def test_a_new_adapter_changes_nothing_and_the_base_is_never_trained(use_dora, target, tiny_base):
+def test_new_adapter_changes_nothing_and_the_base_is_not_trained(use_dora, target, tiny_base):
     unet = load_unet(tiny_base)
     base = {name: value.clone() for name, value in unet.state_dict().items()}
     before = evaluate(unet)
@@ -165,11 +165,11 @@ def test_a_new_adapter_changes_nothing_and_the_base_is_never_trained(use_dora, t
 
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("model", ["sd", "sdxl", "toy"])
-def test_all_reaches_every_linear_and_convolution(model, use_dora, folder_of):
+def test_target_all_trains_every_linear_and_convolution(model, use_dora, folder_of):
     folder = TOY if model == "toy" else folder_of(model, 4)
     unet, base = load_unet(folder), load_unet(folder)
     add_adapter(unet, replace(OPTIONS, use_dora=use_dora, lora_target="all"), train_conv_in=False)
-    disturb(unet)
+    perturb(unet)
     merge_adapter(unet)
     for name, module in base.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -180,17 +180,17 @@ def test_all_reaches_every_linear_and_convolution(model, use_dora, folder_of):
 def test_conv_in_is_trained_in_full_or_not_at_all(train_conv_in, target, tiny_base):
     unet, base = load_unet(tiny_base), load_unet(tiny_base)
     add_adapter(unet, replace(OPTIONS, lora_target=target), train_conv_in=train_conv_in)
-    disturb(unet)
+    perturb(unet)
     merge_adapter(unet)
     change = (unet.conv_in.weight - base.conv_in.weight).flatten(1)  # (16, 72)
     assert torch.linalg.matrix_rank(change) == (16 if train_conv_in or target == "all" else 0)
     assert torch.equal(unet.conv_in.bias, base.conv_in.bias)
 
 
-def test_latents_are_not_dropped_out_and_attention_is(tiny_base):
+def test_dropout_of_attention_but_not_of_latents(tiny_base):
     unet = load_unet(tiny_base)
     add_adapter(unet, replace(OPTIONS, lora_dropout=0.5), train_conv_in=True)
-    disturb(unet)
+    perturb(unet)
     unet.train()
     latents = torch.randn(2, 8, 16, 16)
     assert torch.equal(unet.conv_in(latents), unet.conv_in(latents))
@@ -199,14 +199,14 @@ def test_latents_are_not_dropped_out_and_attention_is(tiny_base):
     assert torch.equal(evaluate(unet), evaluate(unet))
 
 
-def test_an_adapter_does_not_drop_out_where_the_unet_evaluates(tiny_base):
+def test_new_adapter_has_the_mode_of_the_unet(tiny_base):
     unet = load_unet(tiny_base)
     add_adapter(unet, replace(OPTIONS, lora_dropout=0.5), train_conv_in=True)
-    disturb(unet)
+    perturb(unet)
     assert torch.equal(evaluate(unet), evaluate(unet))
 
 
-def test_a_seed_is_an_adapter_and_no_other_draw_moves(tiny_base):
+def test_seed_decides_the_adapter_and_the_generator_is_restored(tiny_base):
     adapters = []
     for seed in (0, 0, 1):
         unet = load_unet(tiny_base)
@@ -220,7 +220,7 @@ def test_a_seed_is_an_adapter_and_no_other_draw_moves(tiny_base):
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_averaged_weights_are_saved_in_place_of_the_models_own(use_dora, tiny_base, tmp_path):
+def test_ema_weights_are_saved_instead_of_the_current_ones(use_dora, tiny_base, tmp_path):
     options = replace(OPTIONS, use_dora=use_dora)
     unet = make_trained(tiny_base, options, train_conv_in=True)
     own = {name: value.detach().clone() for name, value in trained_parameters(unet).items()}
@@ -238,7 +238,7 @@ def test_averaged_weights_are_saved_in_place_of_the_models_own(use_dora, tiny_ba
     assert (evaluate(pipeline.unet) - evaluate(unet)).abs().max() < 1e-4
 
 
-def test_weights_of_another_model_are_not_saved(tiny_base, tmp_path):
+def test_unknown_weights_are_not_saved(tiny_base, tmp_path):
     unet = load_unet(tiny_base)
     add_adapter(unet, OPTIONS, train_conv_in=True)
     with pytest.raises(ValueError, match="conv_out"):
@@ -247,7 +247,7 @@ def test_weights_of_another_model_are_not_saved(tiny_base, tmp_path):
 
 @pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_a_resumed_adapter_goes_on_to_the_bit(use_dora, quantize, tiny_base, tmp_path):
+def test_resumed_training_is_bit_identical(use_dora, quantize, tiny_base, tmp_path):
     def make(seed: int) -> tuple[UNet2DConditionModel, torch.optim.Optimizer]:
         unet = load_unet(tiny_base, quantize)
         torch.manual_seed(seed)
@@ -276,7 +276,7 @@ def test_a_resumed_adapter_goes_on_to_the_bit(use_dora, quantize, tiny_base, tmp
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("target", ["attention", "all"])
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_a_merged_adapter_is_an_ordinary_unet(family, target, use_dora, folder_of, tmp_path):
+def test_merged_adapter_is_an_ordinary_unet(family, target, use_dora, folder_of, tmp_path):
     folder = folder_of(family, 4)
     options = replace(OPTIONS, use_dora=use_dora, lora_target=target)
     unet = make_trained(folder, options, train_conv_in=True)
@@ -289,7 +289,7 @@ def test_a_merged_adapter_is_an_ordinary_unet(family, target, use_dora, folder_o
     assert (evaluate(loaded) - trained).abs().max() < 1e-4
 
 
-def test_an_adapter_is_merged_into_16_bits_in_float32(tiny_base):
+def test_merging_into_16_bits_gives_float32(tiny_base):
     unet = make_trained(tiny_base, OPTIONS, train_conv_in=True)
     cast_frozen(unet, torch.bfloat16)
     merge_adapter(unet)
@@ -297,7 +297,7 @@ def test_an_adapter_is_merged_into_16_bits_in_float32(tiny_base):
 
 
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
-def test_a_quantised_base_takes_no_merge_and_a_fresh_one_does(quantize, tiny_base, tmp_path):
+def test_quantised_base_is_not_merged_and_a_float_base_is(quantize, tiny_base, tmp_path):
     unet = make_trained(tiny_base, OPTIONS, train_conv_in=True, quantize=quantize)
     with pytest.raises(ValueError, match="quantised"):
         merge_adapter(unet)
@@ -322,17 +322,17 @@ def test_a_quantised_base_takes_no_merge_and_a_fresh_one_does(quantize, tiny_bas
         (dict(lora_alpha=4.0), "alpha is 6.0"),
     ],
 )
-def test_an_adapter_of_another_run_is_refused(other, message, tiny_base, tmp_path):
+def test_adapter_of_another_run_is_refused(other, message, tiny_base, tmp_path):
     unet = load_unet(tiny_base)
     add_adapter(unet, OPTIONS, train_conv_in=True)
     save(tmp_path, unet)
-    unlike = load_unet(tiny_base)
-    add_adapter(unlike, replace(OPTIONS, **other), train_conv_in=True)
+    different = load_unet(tiny_base)
+    add_adapter(different, replace(OPTIONS, **other), train_conv_in=True)
     with pytest.raises(InputError, match=message):
-        read_adapter(tmp_path, unlike)
+        read_adapter(tmp_path, different)
 
 
-def test_an_adapter_of_another_model_is_refused(tiny_base, tiny_sdxl, tmp_path):
+def test_adapter_of_another_model_is_refused(tiny_base, tiny_sdxl, tmp_path):
     unet, other = load_unet(tiny_base), load_unet(tiny_sdxl)
     for model in (unet, other):
         add_adapter(model, OPTIONS, train_conv_in=True)
@@ -342,7 +342,7 @@ def test_an_adapter_of_another_model_is_refused(tiny_base, tiny_sdxl, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut", "not a file of tensors"])
-def test_a_damaged_adapter_is_refused(damage, tiny_base, tmp_path):
+def test_damaged_adapter_is_refused(damage, tiny_base, tmp_path):
     unet = load_unet(tiny_base)
     add_adapter(unet, OPTIONS, train_conv_in=True)
     file = save(tmp_path, unet)
@@ -358,7 +358,7 @@ def test_a_damaged_adapter_is_refused(damage, tiny_base, tmp_path):
 
 @pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_one_batch_is_overfitted(use_dora, quantize, tiny_base):
+def test_one_batch_can_be_overfitted(use_dora, quantize, tiny_base):
     unet = load_unet(tiny_base, quantize)
     torch.manual_seed(0)
     options = AdapterOptions(lora_rank=8, use_dora=use_dora, lora_target="all")
@@ -370,17 +370,17 @@ def test_one_batch_is_overfitted(use_dora, quantize, tiny_base):
 @pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("make", [make_components, make_sdxl_components])
-def test_a_base_in_16_bits_trains_under_autocast(make, use_dora, quantize, tmp_path):
+def test_16_bit_base_trains_under_autocast(make, use_dora, quantize, tmp_path):
     unet = make(tmp_path, in_channels=8)["unet"]
     if quantize:
         quantize_linears(unet, quantize, "cpu", torch.bfloat16)
     add_adapter(unet, AdapterOptions(lora_rank=4, use_dora=use_dora, lora_target="all"), train_conv_in=False)
-    disturb(unet)
-    wanted = evaluate(unet)
+    perturb(unet)
+    expected = evaluate(unet)
     cast_frozen(unet, torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16):
         output = predict(unet)
-    assert (output - wanted).norm() < 0.05 * wanted.norm()
+    assert (output - expected).norm() < 0.05 * expected.norm()
     output.float().square().mean().backward()
     for name, value in trained_parameters(unet).items():
         assert value.dtype == torch.float32
@@ -392,10 +392,10 @@ def test_a_base_in_16_bits_trains_under_autocast(make, use_dora, quantize, tmp_p
 
 @pytest.mark.parametrize("quantize", [None, "nf4", "int8"])
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_gradient_checkpointing_leaves_the_gradients_alone(use_dora, quantize, tiny_sdxl):
+def test_gradient_checkpointing_gives_equal_gradients(use_dora, quantize, tiny_sdxl):
     unet = load_unet(tiny_sdxl, quantize)
     add_adapter(unet, replace(OPTIONS, lora_dropout=0.0, use_dora=use_dora), train_conv_in=False)
-    disturb(unet)
+    perturb(unet)
     unet.train()
     gradients = []
     for switch in (unet.disable_gradient_checkpointing, unet.enable_gradient_checkpointing):

@@ -1,4 +1,4 @@
-"""Prompt embeddings equal the stock pipelines', of SD and of SDXL; the conditioning dropout."""
+"""Prompt embeddings equal those of the stock pipelines of SD and SDXL; conditioning dropout."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def encoder(pipeline: DiffusionPipeline) -> PromptEncoder:
 
 @torch.no_grad()
 def encode_as_the_pipeline(pipeline: DiffusionPipeline, prompt: str) -> tuple[PromptEmbeds, PromptEmbeds]:
-    """Embeddings of the prompt and of the null prompt by the stock pipeline, each of batch 1."""
+    """Embeddings of the prompt and of the null prompt by the stock pipeline, batch size 1."""
     if isinstance(pipeline, StableDiffusionXLInstructPix2PixPipeline):
         hidden, null_hidden, pooled, null_pooled = pipeline.encode_prompt(
             prompt, device=torch.device("cpu"), do_classifier_free_guidance=True
@@ -55,7 +55,7 @@ def encode_as_the_pipeline(pipeline: DiffusionPipeline, prompt: str) -> tuple[Pr
 
 
 def are_equal(embeds: PromptEmbeds, others: PromptEmbeds) -> bool:
-    """Bit for bit, and both with or both without the pooled embedding."""
+    """Whether both are bit-identical, including the pooled embeddings."""
     pairs = zip(embeds, others, strict=True)
     return all(a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs)
 
@@ -64,7 +64,7 @@ def are_equal(embeds: PromptEmbeds, others: PromptEmbeds) -> bool:
 
 
 @pytest.mark.parametrize("prompt", PROMPTS[:4])
-def test_embeddings_are_those_of_the_stock_pipeline(encoder, pipeline, prompt: str) -> None:
+def test_embeddings_equal_the_stock_pipeline(encoder, pipeline, prompt: str) -> None:
     prompt_embeds, null_embeds = encode_as_the_pipeline(pipeline, prompt)
     assert are_equal(encoder([prompt]), prompt_embeds)
     assert are_equal(encoder.null_embeds, null_embeds)
@@ -74,7 +74,7 @@ def test_embeddings_are_those_of_the_stock_pipeline(encoder, pipeline, prompt: s
     assert not is_sdxl or encoder.null_embeds.pooled.shape == (1, 48)
 
 
-def test_embeddings_do_not_depend_on_the_batch_or_the_cache(encoder, pipeline) -> None:
+def test_embeddings_do_not_depend_on_batch_or_cache(encoder, pipeline) -> None:
     together = encoder(PROMPTS)
     again = encoder(PROMPTS[::-1]).rows([4, 3, 2, 1, 0])  # all from the cache
     alone = concatenate([make_prompt_encoder(pipeline)([prompt]) for prompt in PROMPTS])
@@ -87,16 +87,16 @@ def size_of(embeds: PromptEmbeds) -> int:
     return sum(value.nbytes for value in embeds if value is not None)
 
 
-def test_a_small_cache_changes_nothing(encoder, pipeline, monkeypatch) -> None:
-    roomy = [encoder([prompt, "other"]) for prompt in PROMPTS]
+def test_small_cache_gives_equal_embeddings(encoder, pipeline, monkeypatch) -> None:
+    expected_all = [encoder([prompt, "other"]) for prompt in PROMPTS]
     assert encoder.capacity > 1000
-    monkeypatch.setattr(conditioning, "PROMPT_CACHE_BYTES", size_of(roomy[0]) // 2)
-    forgetful = make_prompt_encoder(pipeline)
-    assert forgetful.capacity == 1
-    for prompt, expected in zip(PROMPTS, roomy, strict=True):
-        assert are_equal(forgetful([prompt, "other"]), expected)
-        assert len(forgetful._cache) <= 2
-    assert are_equal(forgetful(PROMPTS), encoder(PROMPTS))  # a batch larger than the cache
+    monkeypatch.setattr(conditioning, "PROMPT_CACHE_BYTES", size_of(expected_all[0]) // 2)
+    small = make_prompt_encoder(pipeline)
+    assert small.capacity == 1
+    for prompt, expected in zip(PROMPTS, expected_all, strict=True):
+        assert are_equal(small([prompt, "other"]), expected)
+        assert len(small._cache) <= 2
+    assert are_equal(small(PROMPTS), encoder(PROMPTS))  # a batch larger than the cache
 
 
 def count_encodings(encoder: PromptEncoder, monkeypatch) -> list[str]:
@@ -113,9 +113,8 @@ def test_each_prompt_is_encoded_once(encoder, monkeypatch) -> None:
     assert encoded == ["one", "two", "three"]
 
 
-def test_all_prompts_of_a_run_are_encoded_ahead(encoder, monkeypatch) -> None:
-    """The null prompt too. Afterwards nothing is encoded that was there; what is new still can be. More than fit are
-    left to later."""
+def test_encode_all(encoder, monkeypatch) -> None:
+    """Includes the null prompt. New prompts can be encoded later; too many prompts are not encoded."""
     encoded = count_encodings(encoder, monkeypatch)
     assert encoder.encode_all(["one", "two", "one"], show_progress=False)
     assert encoded == ["", "one", "two"]
@@ -129,8 +128,8 @@ def test_all_prompts_of_a_run_are_encoded_ahead(encoder, monkeypatch) -> None:
     assert encoded == ["", "one", "two", "three"]
 
 
-def test_long_prompts_are_noted(encoder) -> None:
-    fits, long = "a" * 75, "a" * 76  # one token a letter, and two for start and end: 77 fit
+def test_truncated_prompts_are_collected(encoder) -> None:
+    fits, long = "a" * 75, "a" * 76  # one token per letter, and two for start and end
     encoder([fits, long, "a word " * 250, long])
     assert encoder.truncated == {long, "a word " * 250}
 
@@ -160,14 +159,14 @@ def test_no_dropout() -> None:
     assert not is_image_null.any()
 
 
-def test_dropout_of_real_draws_has_the_shares_of_the_paper() -> None:
+def test_dropout_frequencies_equal_the_paper() -> None:
     uniform = torch.tensor([sample_draws(3, draw, (1, 1, 1), 1000)["u_dropout"] for draw in range(20_000)])
     is_prompt_null, is_image_null = (mask.numpy() for mask in dropout_masks(uniform.float(), 0.05))
     kinds = [is_prompt_null & ~is_image_null, is_image_null & ~is_prompt_null, is_prompt_null & is_image_null]
     assert np.mean(kinds, axis=1) == pytest.approx(0.05, abs=0.007)  # more than four standard errors
 
 
-def test_dropped_samples_alone_are_changed() -> None:
+def test_only_dropped_samples_change() -> None:
     is_null = torch.tensor([True, False, True])
     embeds = PromptEmbeds(torch.randn(3, 77, 8), torch.randn(3, 5))
     null_embeds = PromptEmbeds(torch.randn(1, 77, 8), torch.randn(1, 5))
@@ -176,14 +175,14 @@ def test_dropped_samples_alone_are_changed() -> None:
     without_pooled = drop_prompts(PromptEmbeds(embeds.hidden), PromptEmbeds(null_embeds.hidden), is_null)
     assert are_equal(without_pooled, PromptEmbeds(expected.hidden))
     latents = torch.randn(3, 4, 2, 2)
-    latents[0, 0, 0, 0] = torch.inf  # zeros, not zero times what was there
+    latents[0, 0, 0, 0] = torch.inf  # replaced, not multiplied by zero
     assert torch.equal(
         drop_images(latents, is_null), torch.stack([torch.zeros(4, 2, 2), latents[1], torch.zeros(4, 2, 2)])
     )
 
 
 def test_embeddings_do_not_depend_on_autocast(tiny_sdxl_editor: Path) -> None:
-    """Validation may meet a prompt first, inside autocast; training then takes it from the cache."""
+    """Validation may encode a prompt first, under autocast, and training then uses the cache."""
     pipeline = StableDiffusionXLInstructPix2PixPipeline.from_pretrained(tiny_sdxl_editor)
     expected = make_prompt_encoder(pipeline)(["make it red"])
     with torch.autocast("cpu", torch.bfloat16):

@@ -1,4 +1,4 @@
-"""Weights are found in every form that they are published in, read piece by piece, and written piece by piece."""
+"""Weight files in every published form, read and written a few rows at a time."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHA = 40
 
 
 def save_form(unet: UNet2DConditionModel, folder: Path, form: str) -> WeightSource:
-    """The UNet as it is published in some form, and the flags that name it."""
+    """Save the UNet in a published form; returns the flags for it."""
     flags = {}
     if form == "whole":
         unet.save_pretrained(folder / "unet")
@@ -50,7 +50,7 @@ def save_form(unet: UNet2DConditionModel, folder: Path, form: str) -> WeightSour
         folder.mkdir()
         save_file(unet.state_dict(), folder / "dmd2_unet.safetensors")
         flags["weight_name"] = "dmd2_unet.safetensors"
-    elif form == "old bin":  # cannot be mapped
+    elif form == "old bin":  # cannot be memory-mapped
         folder.mkdir()
         torch.save({"state_dict": unet.state_dict()}, folder / "x.bin", _use_new_zipfile_serialization=False)
         flags["weight_name"] = "x.bin"
@@ -73,7 +73,6 @@ FORMS = [
 
 @pytest.mark.parametrize("form", FORMS)
 def test_forms(tiny_editor: Path, tiny_base: Path, form: str, tmp_path: Path) -> None:
-    """Here and on the Hub, where the commit is told."""
     source = save_form(load_unet(tiny_base), tmp_path / "source", form)
     expected = merge(tiny_editor, MergeOptions(1.0), delta=tiny_base)
     merged = merge(tiny_editor, MergeOptions(1.0), delta=source)
@@ -103,7 +102,7 @@ def test_forms_on_the_hub(
     assert expected.keys() == file.shapes.keys()
 
 
-def test_a_shard_that_is_missing_is_named(tiny_base: Path, tmp_path: Path) -> None:
+def test_missing_shard_is_named(tiny_base: Path, tmp_path: Path) -> None:
     source = save_form(load_unet(tiny_base), tmp_path / "source", "sharded")
     lost = sorted((tmp_path / "source" / "unet").glob("*.safetensors"))[1]
     lost.unlink()
@@ -114,8 +113,8 @@ def test_a_shard_that_is_missing_is_named(tiny_base: Path, tmp_path: Path) -> No
         find_source_files(source, "unet")
 
 
-def test_what_is_written_is_what_safetensors_reads(tmp_path: Path) -> None:
-    """In several dtypes, piece by piece, with an empty and a zero-dimensional tensor."""
+def test_safetensors_reads_what_is_written(tmp_path: Path) -> None:
+    """Several dtypes, a few rows at a time, with an empty and a zero-dimensional tensor."""
     tensors = {
         "a.weight": torch.randn(7, 3, 2),
         "b": torch.randn(5).half(),
@@ -141,7 +140,7 @@ def test_what_is_written_is_what_safetensors_reads(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["made.safetensors"]
 
 
-def test_rows_are_cut_evenly() -> None:
+def test_split_rows() -> None:
     assert list(split_rows((10, 4), 12)) == [slice(0, 3), slice(3, 6), slice(6, 9), slice(9, 10)]
     assert list(split_rows((2, 100), 12)) == [slice(0, 1), slice(1, 2)]
     assert list(split_rows((3, 4), 12)) == [slice(None)] == list(split_rows((), 12))
@@ -156,55 +155,52 @@ from utils.merging.merge import MergeOptions, MergeReport
 from utils.merging.recipe import MergeRecipe, open_recipe
 from utils.merging.weight_sources import WeightSource
 
-def peak():  # of this process alone: resource's ru_maxrss begins with what the parent took when it forked
+def peak():  # of this process; resource's ru_maxrss includes the parent's memory at the fork
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines["VmHWM"].split()[0])
 
-folder, form = Path(sys.argv[1]), sys.argv[2]
-sources = {"lora": "lora.safetensors"} if form == "lora" else {"distilled": f"fast.{form}", "base": f"slow.{form}"}
-recipe = MergeRecipe(
-    WeightSource("--model", str(folder / "editor")), folder,
-    {role: WeightSource(f"--{role}", str(folder / name)) for role, name in sources.items()}, MergeOptions(0.5),
-)
-opened = open_recipe(recipe)
-before = peak()
-write_unet(folder / "merged.safetensors", recipe, opened, MergeReport())
-print(peak() - before)
+folder, before = Path(sys.argv[1]), None
+cases = [{"distilled": f"distilled.{suffix}", "base": f"base.{suffix}"} for suffix in ("safetensors", "bin")]
+for sources in [*cases, {"lora": "lora.safetensors"}]:
+    named = {role: WeightSource(f"--{role}", str(folder / name)) for role, name in sources.items()}
+    recipe = MergeRecipe(WeightSource("--model", str(folder / "editor")), folder, named, MergeOptions(0.5))
+    opened = open_recipe(recipe)
+    before = before or peak()
+    write_unet(folder / "merged.safetensors", recipe, opened, MergeReport())
+    print(peak() - before)
 """
 
 
-@pytest.mark.parametrize("form", ["safetensors", "bin", "lora"])
-def test_memory(tiny_editor: Path, form: str, tmp_path: Path) -> None:
-    """Three models of 210 MB take no more than a few pieces of them; loaded they would take 630."""
+def test_memory(tiny_editor: Path, tmp_path: Path) -> None:
+    """Merging three UNets of 210 MB needs the memory of a few rows; loaded, they would need 630 MB."""
     config = UNet2DConditionModel.load_config(tiny_editor, subfolder="unet")
     config |= {"block_out_channels": (128, 512), "norm_num_groups": 8}
     editor = tmp_path / "editor"
     (editor / "scheduler").mkdir(parents=True)
-    for name in ("model_index.json", "scheduler/scheduler_config.json"):
-        (editor / name).write_text((tiny_editor / name).read_text())
+    config_file = "scheduler/scheduler_config.json"
+    (editor / config_file).write_text((tiny_editor / config_file).read_text())
     (editor / "model_index.json").write_text('{"_class_name": "StableDiffusionInstructPix2PixPipeline"}')
     unet = UNet2DConditionModel.from_config(config)
     unet.save_pretrained(editor / "unet")
     state = unet.state_dict()
     total, largest = (call(value.nbytes for value in state.values()) for call in (sum, max))
     assert total > 200e6 and largest < 20e6
-    if form == "lora":
-        layers = [name.removesuffix(".weight") for name, value in state.items() if value.ndim == 4 and "conv1" in name]
-        tensors = {}
-        for layer in layers:
-            out, into = state[f"{layer}.weight"].shape[:2]
-            tensors |= {
-                f"{layer}.lora_A.weight": torch.ones(8, into, 3, 3),
-                f"{layer}.lora_B.weight": torch.ones(out, 8, 1, 1),
-            }
-        save_file(tensors, tmp_path / "lora.safetensors")
-    else:
-        for name in ("fast", "slow"):
-            save = save_file if form == "safetensors" else torch.save
-            save(state, tmp_path / f"{name}.{form}")
+    for name in ("distilled", "base"):
+        save_file(state, tmp_path / f"{name}.safetensors")
+        torch.save(state, tmp_path / f"{name}.bin")
+    tensors = {}
+    for layer in [name.removesuffix(".weight") for name, value in state.items() if value.ndim == 4 and "conv1" in name]:
+        outputs, inputs = state[f"{layer}.weight"].shape[:2]
+        tensors[f"{layer}.lora_A.weight"] = torch.ones(8, inputs, 3, 3)
+        tensors[f"{layer}.lora_B.weight"] = torch.ones(outputs, 8, 1, 1)
+    save_file(tensors, tmp_path / "lora.safetensors")
     del unet, state
-    command = [sys.executable, "-c", MEASURE, str(tmp_path), form]
-    grown = int(subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, check=True).stdout) * 1024
-    # Windows of 32 MiB of up to three files, a piece of each, and what of the tensor lies beyond a window.
-    assert grown < 180e6, grown
+    command = [sys.executable, "-c", MEASURE, str(tmp_path)]
+    output = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, check=True).stdout
+    growths = [int(line) * 1024 for line in output.split()]
+    # Windows of 32 MiB of up to three files, some rows of each, and the part of a tensor beyond a window.
+    assert len(growths) == 3 and max(growths) < 180e6, growths
     assert (tmp_path / "merged.safetensors").stat().st_size > total
+    for file in tmp_path.rglob("*.*"):
+        if file.is_file() and file.stat().st_size > 1e8:
+            file.unlink()  # 1.3 GB, which pytest would keep

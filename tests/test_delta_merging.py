@@ -1,4 +1,4 @@
-"""W* = W + w dW is plain float32 arithmetic for every source, and for LoRA what stock diffusers makes of it."""
+"""W* = W + w dW equals plain float32 arithmetic for every source, and for LoRA the result of stock diffusers."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def distilled(family: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make(tmp_path_factory.mktemp("models") / "distilled", seed=7)
 
 
-def plain_sum(editor: Weights, change: Weights, weight: float) -> Weights:
-    """W + w dW for the parameters that change; of conv_in the inputs that the change has."""
+def plain_sum(editor: Weights, delta: Weights, weight: float) -> Weights:
+    """W + w dW; of conv_in only the inputs that the delta has."""
     merged = {name: value.clone() for name, value in editor.items()}
-    for name, value in change.items():
+    for name, value in delta.items():
         target = merged[name][:, : value.shape[1]] if name == "conv_in.weight" else merged[name]
         target += weight * value
     return merged
@@ -82,8 +82,8 @@ def test_full_unets(editor: Path, base: Path, distilled: Path) -> None:
     assert not report.unchanged and not report.skipped and "4 of its 8 inputs" in report.conv_in
 
 
-def test_skipping_conv_in_is_the_reference(editor: Path, base: Path, distilled: Path) -> None:
-    """instruction-tuned-sd's loop: the change on every tensor of the UNet but conv_in's weight, whose shape differs."""
+def test_skip_conv_in_equals_the_reference(editor: Path, base: Path, distilled: Path) -> None:
+    """instruction-tuned-sd changes every tensor of the UNet except conv_in's weight, whose shape differs."""
     own, fast, slow = weights_in(editor), weights_in(distilled), weights_in(base)
     for name in own:
         if own[name].shape == fast[name].shape:
@@ -93,21 +93,24 @@ def test_skipping_conv_in_is_the_reference(editor: Path, base: Path, distilled: 
     assert report.unchanged == ["conv_in.weight"] and "skip" in report.conv_in
 
 
-def test_a_source_of_eight_channels_changes_all_of_them(editor: Path, family: str, tmp_path: Path) -> None:
+def test_source_with_eight_channels_changes_all_of_them(editor: Path, family: str, tmp_path: Path) -> None:
     make = make_tiny_sd if family == "sd" else make_tiny_sdxl
     first, second = (make(tmp_path / str(seed), in_channels=8, seed=seed) for seed in (3, 4))
     merged = merge(editor, MergeOptions(1.0), distilled=first, base=second)
     assert_same(merged, plain_sum(weights_in(editor), difference(first, second), 1.0))
 
 
-def test_a_stored_difference(editor: Path, base: Path, distilled: Path, tmp_path: Path) -> None:
+def test_stored_difference(editor: Path, base: Path, distilled: Path, tmp_path: Path) -> None:
     save_file(difference(distilled, base), tmp_path / "diffusion_pytorch_model.safetensors")
     merged = merge(editor, MergeOptions(1.0), delta=tmp_path)
     assert_same(merged, plain_sum(weights_in(editor), difference(distilled, base), 1.0))
 
 
-def test_rows_do_not_matter(editor: Path, base: Path, distilled: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Worked on in small pieces and mapped anew all the time, the result is the same to the bit."""
+def test_number_of_rows_does_not_change_the_result(
+    tiny_editor: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit-identical with three rows at a time and files mapped again for each read."""
+    editor, base, distilled = tiny_editor, tiny_base, make_tiny_sd(tmp_path / "distilled", seed=7)
     for options in (MergeOptions(0.5), MergeOptions(1.0, method="ties", density=0.3)):
         whole = merge(editor, options, distilled=distilled, base=base)
         with monkeypatch.context() as patch:
@@ -115,12 +118,12 @@ def test_rows_do_not_matter(editor: Path, base: Path, distilled: Path, monkeypat
             patch.setattr(
                 "utils.merging.merge.split_rows", lambda shape: (slice(i, i + 3) for i in range(0, shape[0], 3))
             )
-            pieces = merge(editor, options, distilled=distilled, base=base)
-        assert all(torch.equal(whole[name], pieces[name]) for name in whole)
+            in_parts = merge(editor, options, distilled=distilled, base=base)
+        assert all(torch.equal(whole[name], in_parts[name]) for name in whole)
 
 
 def test_original_names(editor: Path, base: Path, distilled: Path, tmp_path: Path) -> None:
-    """A community model in one file, as for style: its UNet is found among the other parts, and they are skipped."""
+    """Community models in one file: the UNet is used, the other components are skipped."""
     for folder in (base, distilled):
         pipeline = DiffusionPipeline.from_pretrained(folder)
         write_single_file(pipeline, tmp_path / f"{folder.name}.safetensors")
@@ -148,7 +151,7 @@ def test_matrices_for_pointwise_convolutions(tiny_editor: Path, tiny_base: Path,
 
 
 def stock_fused(editor: Path, file: Path, scale: float) -> Weights:
-    """What diffusers' own loader and merging make of an adapter."""
+    """The UNet weights after loading and fusing a LoRA with stock diffusers."""
     pipeline = DiffusionPipeline.from_pretrained(editor)
     pipeline.load_lora_weights(str(file.parent), weight_name=file.name)
     pipeline.fuse_lora(lora_scale=scale)
@@ -160,16 +163,16 @@ def lora_deltas(unet: UNet2DConditionModel, alpha: float) -> Weights:
     return {f"{n}.weight": lora_delta(down, up, alpha / len(down)) for n, (down, up) in lora_layers(unet).items()}
 
 
-@pytest.mark.parametrize("spelling", ["peft", "kohya", "kohya-sgm", "old"])
-def test_lora(editor: Path, base: Path, family: str, spelling: str, tmp_path: Path) -> None:
-    """Attention and convolutions, alpha 6 with rank 4, in every spelling: plain arithmetic, and diffusers' own."""
+@pytest.mark.parametrize("file_format", ["peft", "kohya", "kohya-sgm", "old"])
+def test_lora(editor: Path, base: Path, family: str, file_format: str, tmp_path: Path) -> None:
+    """Attention and convolutions, alpha 6 with rank 4, in every format: equal to plain arithmetic and to diffusers."""
     unet = load_unet(base)
     add_random_lora(unet)
     layers = lora_layers(unet)
     assert {down.ndim for down, _ in layers.values()} == {2, 4}
-    if spelling == "peft":
+    if file_format == "peft":
         file = save_peft_lora(tmp_path, unet)
-    elif spelling == "old":
+    elif file_format == "old":
         file = tmp_path / "old.safetensors"
         tensors = {
             f"unet.{n}.lora.{part}.weight": v
@@ -179,7 +182,7 @@ def test_lora(editor: Path, base: Path, family: str, spelling: str, tmp_path: Pa
         save_file(tensors | {f"unet.{n}.alpha": torch.tensor(6.0) for n in layers}, file)
     else:
         names = None
-        if spelling == "kohya-sgm":
+        if file_format == "kohya-sgm":
             kept = load_unet(base)
             pairs = zip(kept.state_dict(), unet_weights(kept), strict=True)
             names = {
@@ -191,13 +194,13 @@ def test_lora(editor: Path, base: Path, family: str, spelling: str, tmp_path: Pa
     merged = merge(editor, MergeOptions(0.8), report, lora=file)
     assert_same(merged, plain_sum(weights_in(editor), lora_deltas(unet, 6.0), 0.8))
     assert set(report.changed) == {f"{layer}.weight" for layer in layers} and "does not change it" in report.conv_in
-    # Stock diffusers takes sgm's names of SDXL alone, and of old files no alpha.
-    if spelling in ("peft", "kohya"):
+    # Stock diffusers loads sgm's names for SDXL only, and ignores alpha in the old format.
+    if file_format in ("peft", "kohya"):
         assert_same(merged, stock_fused(editor, file, 0.8))
 
 
 def test_lora_of_processors(tiny_editor: Path, tmp_path: Path) -> None:
-    """The oldest files of diffusers name attention processors; without an alpha the scale is 1."""
+    """The oldest format of diffusers names attention processors; without alpha the scale is 1."""
     layer = "down_blocks.1.attentions.0.transformer_blocks.0.attn1"
     tensors, expected = {}, {}
     for part in ("to_q", "to_k", "to_v", "to_out"):
@@ -211,7 +214,7 @@ def test_lora_of_processors(tiny_editor: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("channels", [4, 8])
 def test_lora_with_conv_in(editor: Path, base: Path, channels: int, tmp_path: Path) -> None:
-    """A text-to-image model's goes on the four noise channels, as if A were padded by zeros; an editor's on all."""
+    """The LoRA of a text-to-image model changes the four channels of the noisy latents, an editor's all eight."""
     unet = load_unet(base if channels == 4 else editor)
     add_random_lora(unet, [*TARGETS, "conv_in"])
     file = save_peft_lora(tmp_path, unet)
@@ -231,8 +234,8 @@ def test_lora_with_conv_in(editor: Path, base: Path, channels: int, tmp_path: Pa
     assert torch.equal(skipped["conv_in.weight"], weights_in(editor)["conv_in.weight"])
 
 
-def test_settings_of_peft_count(tiny_editor: Path, tiny_base: Path, tmp_path: Path) -> None:
-    """A rank and an alpha of its own for some layers, and rank-stabilised scales."""
+def test_peft_configuration_is_used(tiny_editor: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """Rank and alpha patterns, and rank-stabilised scales."""
     from peft import LoraConfig
 
     unet = load_unet(tiny_base)
@@ -254,7 +257,7 @@ def test_settings_of_peft_count(tiny_editor: Path, tiny_base: Path, tmp_path: Pa
 
 
 def test_lora_in_a_pickle(tiny_editor: Path, tiny_base: Path, tmp_path: Path) -> None:
-    """A .bin of diffusers' old name, without a word about alpha: the scale is 1."""
+    """A .bin file under diffusers' old name, without alpha: the scale is 1."""
     unet = load_unet(tiny_base)
     add_random_lora(unet, alpha=4.0)
     layers = lora_layers(unet)
@@ -293,14 +296,14 @@ def lcm(family: str, distilled: Path, tmp_path: Path) -> UNet2DConditionModel:
     return unet.eval()
 
 
-def test_embedding_is_that_of_the_pipeline() -> None:
+def test_guidance_embedding_equals_the_pipeline() -> None:
     for scale in (0.0, 3.0, 7.5):
         stock = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, torch.tensor([scale]), 256)[0]
         assert torch.equal(embed_guidance(scale, 256), stock)
 
 
 def test_folded_guidance(family: str, editor: Path, base: Path, lcm: UNet2DConditionModel, tmp_path: Path) -> None:
-    """On an editor that is the base, the merge is the distilled UNet fed with `timestep_cond`; dropped it is not."""
+    """Merged into its own base, the UNet equals the distilled UNet with `timestep_cond` if the embedding is folded."""
     scale = 8.0
     sample, time = torch.randn(2, 4, 16, 16), torch.tensor([400, 400])
     width = lcm.config.cross_attention_dim
@@ -332,7 +335,7 @@ def test_folded_guidance(family: str, editor: Path, base: Path, lcm: UNet2DCondi
 
 
 def test_block_weights(editor: Path, base: Path, distilled: Path) -> None:
-    """A factor multiplies the weight, the last one found counts, and what none finds keeps the weight."""
+    """A factor multiplies the weight; the last match counts; other parameters keep the weight."""
     options = MergeOptions(0.5, block_weights=(("up_blocks", 0.5), (r"up_blocks\.1.*bias$", 0.0)))
     merged = merge(editor, options, distilled=distilled, base=base)
     own, change = weights_in(editor), difference(distilled, base)
@@ -347,19 +350,19 @@ def test_block_weights(editor: Path, base: Path, distilled: Path) -> None:
             merge(editor, MergeOptions(1.0, block_weights=((pattern, 1.0),)), distilled=distilled, base=base)
 
 
-def test_ties_on_numbers() -> None:
-    """Density 1/2 of four values: trimmed to the two greatest of each; where signs differ the heavier wins; summed."""
-    base, weight = torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([3.0, 0.0, 1.5, 1.1])  # changes 2, -1, .5, .1
+def test_ties_by_hand() -> None:
+    """Density 1/2 keeps two of four values; of different signs the larger value wins; equal signs are added."""
+    base, weight = torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([3.0, 0.0, 1.5, 1.1])  # deltas 2, -1, .5, .1
     change = torch.tensor([4.0, 2.0, -0.5, 0.2])  # at 0.5: 2, 1, -.25, .1
-    # kept of the editor: 2, -1, 0, 0; kept of the change: 2, 1, 0, 0; the second conflicts and cancels
+    # kept of the editor: 2, -1, 0, 0; kept of the delta: 2, 1, 0, 0; the second values conflict and cancel
     assert add_ties(weight, base, change, 0.5, 0.5).tolist() == [5.0, 1.0, 1.0, 1.0]
-    # at weight 1: 4, 2, 0, 0; now the change is heavier in the second
+    # at weight 1: 4, 2, 0, 0; the delta is now larger in the second value
     assert add_ties(weight, base, change, 1.0, 0.5).tolist() == [7.0, 3.0, 1.0, 1.0]
     assert trim(torch.tensor([-3.0, 1.0, 2.0]), 0.34).tolist() == [-3.0, 0.0, 2.0]
 
 
 def test_ties(editor: Path, base: Path, distilled: Path) -> None:
-    """At density 1 and where nothing conflicts it is the sum; the image channels of conv_in stay."""
+    """At density 1 it is the sum, except for conflicts; the image channels of conv_in do not change."""
     options = MergeOptions(0.5, method="ties", density=1.0)
     merged = merge(editor, options, distilled=distilled, base=base)
     own, slow, change = weights_in(editor), weights_in(base), difference(distilled, base)
@@ -373,7 +376,7 @@ def test_ties(editor: Path, base: Path, distilled: Path) -> None:
 
 
 def test_dare(editor: Path, base: Path, distilled: Path) -> None:
-    """A share is dropped and the rest grows accordingly; the seed decides, and the mean stays."""
+    """Values are dropped at random by the seed, and the others scaled up, so that the mean does not change."""
     options = MergeOptions(1.0, method="dare", density=0.25, seed=3)
     merged, again = (merge(editor, options, distilled=distilled, base=base) for _ in range(2))
     other = merge(editor, MergeOptions(1.0, method="dare", density=0.25, seed=4), distilled=distilled, base=base)
@@ -390,7 +393,7 @@ def test_dare(editor: Path, base: Path, distilled: Path) -> None:
 
 
 def test_report_sizes(tiny_editor: Path, tiny_base: Path, tmp_path: Path) -> None:
-    """The relative size of a block's change is that of its parameters together."""
+    """The relative change of a block is that of all its parameters."""
     save_file({name: value * 1.5 for name, value in weights_in(tiny_base).items()}, tmp_path / "fast.safetensors")
     report = MergeReport()
     merge(tiny_editor, MergeOptions(0.5), report, distilled=tmp_path / "fast.safetensors", base=tiny_base)

@@ -1,4 +1,4 @@
-"""A quantised frozen base: what is held in 4 or 8 bits, what is not, and that an adapter trains on it anywhere."""
+"""Quantised frozen base: which layers are quantised, and that adapters train on it, on a CPU and distributed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from torch import nn
 
-from tests.test_adapters import OPTIONS, disturb, evaluate, load_unet, predict, train, trained_parameters
+from tests.test_adapters import OPTIONS, evaluate, load_unet, perturb, predict, train, trained_parameters
 from utils.models.adapters import add_adapter
 from utils.models.quantization import quantize_linears
 
@@ -24,7 +24,7 @@ both_adapters = pytest.mark.parametrize("use_dora", [False, True])
 
 @both_kinds
 @pytest.mark.parametrize("family", ["tiny_base", "tiny_sdxl"])
-def test_linears_are_held_in_few_bits_and_nothing_else_is_touched(kind, family, request):
+def test_only_linear_layers_are_quantised(kind, family, request):
     base = load_unet(request.getfixturevalue(family))
     unet = load_unet(request.getfixturevalue(family), quantize=kind)
     assert (unet.is_loaded_in_4bit, unet.is_loaded_in_8bit) == (kind == "nf4", kind == "int8")
@@ -41,16 +41,16 @@ def test_linears_are_held_in_few_bits_and_nothing_else_is_touched(kind, family, 
 
 
 @pytest.mark.parametrize(("kind", "tolerance"), [("nf4", 0.15), ("int8", 0.01)])
-def test_a_quantised_unet_predicts_nearly_what_the_base_does(kind, tolerance, tiny_sdxl):
-    wanted = evaluate(load_unet(tiny_sdxl))
+def test_quantised_unet_is_close_to_the_base(kind, tolerance, tiny_sdxl):
+    expected = evaluate(load_unet(tiny_sdxl))
     unet = load_unet(tiny_sdxl, quantize=kind)
     for is_training in (True, False):
         unet.train(is_training)
-        assert (evaluate(unet) - wanted).norm() < tolerance * wanted.norm()
+        assert (evaluate(unet) - expected).norm() < tolerance * expected.norm()
 
 
 @both_kinds
-def test_quantising_is_the_same_each_time(kind, tiny_sdxl):
+def test_quantisation_is_deterministic(kind, tiny_sdxl):
     assert torch.equal(evaluate(load_unet(tiny_sdxl, kind)), evaluate(load_unet(tiny_sdxl, kind)))
 
 
@@ -65,7 +65,7 @@ def test_float_weights_are_freed(kind, tiny_base):
 
 @both_kinds
 @both_adapters
-def test_a_quantised_unet_can_be_moved_cast_and_copied(kind, use_dora, tiny_base):
+def test_quantised_unet_can_be_moved_cast_and_copied(kind, use_dora, tiny_base):
     unet = load_unet(tiny_base, kind)
     before = evaluate(unet)
     assert torch.equal(evaluate(unet.to("cpu")), before)
@@ -78,11 +78,11 @@ def test_a_quantised_unet_can_be_moved_cast_and_copied(kind, use_dora, tiny_base
 
 @both_kinds
 @both_adapters
-def test_a_validation_does_not_change_the_training_after_it(kind, use_dora, tiny_sdxl):
-    """On processors with AVX512-BF16, bitsandbytes' 4-bit layers would repack their weights for inference alone."""
+def test_evaluation_does_not_change_later_gradients(kind, use_dora, tiny_sdxl):
+    """On CPUs with AVX512-BF16, bitsandbytes' 4-bit layers would repack their weights for inference only."""
     unet = load_unet(tiny_sdxl, kind)
     add_adapter(unet, replace(OPTIONS, lora_dropout=0.0, use_dora=use_dora, lora_target="all"), train_conv_in=True)
-    disturb(unet)
+    perturb(unet)
     gradients = []
     for _ in range(2):
         unet.train()
@@ -96,7 +96,7 @@ def test_a_validation_does_not_change_the_training_after_it(kind, use_dora, tiny
 
 @both_kinds
 @both_adapters
-def test_accelerate_takes_a_quantised_base(kind, use_dora, tiny_base):
+def test_accelerate_accepts_a_quantised_base(kind, use_dora, tiny_base):
     unet = load_unet(tiny_base, kind)
     add_adapter(unet, replace(OPTIONS, use_dora=use_dora), train_conv_in=True)
     optimizer = torch.optim.AdamW(trained_parameters(unet).values(), lr=1e-2)
@@ -107,8 +107,8 @@ def test_accelerate_takes_a_quantised_base(kind, use_dora, tiny_base):
 
 @both_kinds
 @both_adapters
-def test_a_quantised_base_runs_in_several_processes(kind, use_dora, tiny_base):
-    """One process of the kind of which several run: its model is wrapped, broadcast and reduced all the same."""
+def test_quantised_base_in_distributed_training(kind, use_dora, tiny_base):
+    """One process with DistributedDataParallel, which also wraps, broadcasts and reduces."""
     unet = load_unet(tiny_base, kind)
     add_adapter(unet, replace(OPTIONS, lora_dropout=0.0, use_dora=use_dora, lora_target="all"), train_conv_in=True)
     before = evaluate(unet)
@@ -122,6 +122,6 @@ def test_a_quantised_base_runs_in_several_processes(kind, use_dora, tiny_base):
         dist.destroy_process_group()
 
 
-def test_an_unknown_kind_is_refused(tiny_base):
+def test_unknown_kind_is_refused(tiny_base):
     with pytest.raises(ValueError, match="--quantize_base fp4: must be one of nf4, int8"):
         load_unet(tiny_base, "fp4")

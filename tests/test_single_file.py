@@ -1,4 +1,4 @@
-"""Models in one file: what is told from the header, and that every weight arrives where it belongs."""
+"""Models in one file: what the header tells, and that every weight is loaded."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def assert_same_weights(components: dict, source: DiffusionPipeline) -> None:
         assert not components[name].training
 
 
-def test_every_weight_arrives(file: Path, folder: Path, pipeline) -> None:
+def test_every_weight_is_loaded(file: Path, folder: Path, pipeline) -> None:
     components = load_single_file(str(file), str(folder), None)
     assert_same_weights(components, pipeline)
     assert components["tokenizer"]("a word").input_ids == pipeline.tokenizer("a word").input_ids
@@ -78,7 +78,7 @@ def test_every_weight_arrives(file: Path, folder: Path, pipeline) -> None:
 
 
 def test_configurations_without_weights(file: Path, folder: Path, pipeline) -> None:
-    """The number of channels is the file's: a text-to-image pipeline's configuration serves an editor."""
+    """The number of channels is that of the file, not of the configuration."""
     unet, vae, scheduler = read_single_file(str(file), str(folder), None)
     assert unet["in_channels"] == 8 and unet["block_out_channels"] == [16, 32]
     assert vae["scaling_factor"] == pipeline.vae.config.scaling_factor
@@ -86,7 +86,7 @@ def test_configurations_without_weights(file: Path, folder: Path, pipeline) -> N
 
 
 def test_configuration_of_a_text_to_image_pipeline(file: Path, folder: Path, pipeline, tmp_path: Path) -> None:
-    """Of its folder nothing but small files is read; the weights of an editor fit all the same."""
+    """It is enough for an editor, and its weights are not necessary."""
     make = make_tiny_sd if hasattr(pipeline, "safety_checker") else make_tiny_sdxl
     base = make(tmp_path / "base", in_channels=4)
     for weights in base.rglob("*.safetensors"):
@@ -116,7 +116,7 @@ def test_16_bits_become_float32(file: Path, folder: Path, pipeline, tmp_path: Pa
 
 
 def test_sd2_text_encoder(tiny_editor: Path, tmp_path: Path) -> None:
-    """SD 2.x has open_clip's, with one layer more than is used."""
+    """SD 2.x has that of open_clip, with one unused layer."""
     source = StableDiffusionInstructPix2PixPipeline.from_pretrained(tiny_editor)
     weights = original_weights(source)
     prefix = "cond_stage_model."
@@ -128,8 +128,8 @@ def test_sd2_text_encoder(tiny_editor: Path, tmp_path: Path) -> None:
     assert_same_weights(load_single_file(str(tmp_path / "sd2.safetensors"), str(tiny_editor), None), source)
 
 
-def test_averaged_weights_come_first(tiny_editor: Path, tmp_path: Path) -> None:
-    """The original InstructPix2Pix file has both, and its own script edits with the averaged ones."""
+def test_ema_weights_are_preferred(tiny_editor: Path, tmp_path: Path) -> None:
+    """The file of the original InstructPix2Pix has both, and its script uses the EMA weights."""
     source = StableDiffusionInstructPix2PixPipeline.from_pretrained(tiny_editor)
     averaged = unet_weights(make_other_unet(tmp_path))
     extra = {"model_ema." + name.removeprefix("model.").replace(".", ""): value for name, value in averaged.items()}
@@ -148,7 +148,7 @@ def make_other_unet(tmp_path: Path) -> torch.nn.Module:
 
 
 def test_cosxl_editor(cosxl: Path, tiny_sdxl_editor: Path) -> None:
-    """As ComfyUI: the sigmas are in the file, the model predicts v over continuous noise levels."""
+    """As in ComfyUI: the sigmas are in the file, and the model predicts v for continuous noise levels."""
     source = StableDiffusionXLInstructPix2PixPipeline.from_pretrained(tiny_sdxl_editor)
     components = load_single_file(str(cosxl), str(tiny_sdxl_editor), None)
     assert_same_weights(components, source)
@@ -168,7 +168,7 @@ def test_cosxl_editor(cosxl: Path, tiny_sdxl_editor: Path) -> None:
 
 
 def test_cosxl_edits_equal_stock(cosxl: Path, tiny_sdxl_editor: Path, tmp_path: Path) -> None:
-    """From the file, and from a folder that it was saved into, as stock diffusers edits with its flags given."""
+    """From the file and from a saved folder, equal to stock diffusers with `is_cosxl_edit`."""
     stock = StableDiffusionXLInstructPix2PixPipeline.from_single_file(
         str(cosxl), config=str(tiny_sdxl_editor), num_in_channels=8, is_cosxl_edit=True, add_watermarker=False
     )
@@ -194,8 +194,8 @@ def test_cosxl_edits_equal_stock(cosxl: Path, tiny_sdxl_editor: Path, tmp_path: 
         torch.testing.assert_close(edited, torch.from_numpy(expected).permute(2, 0, 1), rtol=0, atol=1e-4)
 
 
-def test_cosxl_base_is_no_editor(tmp_path: Path) -> None:
-    """Four channels: the schedule is CosXL's, and no image condition is scaled."""
+def test_cosxl_base_is_not_an_editor(tmp_path: Path) -> None:
+    """Four channels: CosXL's scheduler without `is_cosxl_edit`."""
     base = make_tiny_sdxl(tmp_path / "base", in_channels=4)
     path = write_single_file(DiffusionPipeline.from_pretrained(base), tmp_path / "cosxl.safetensors", SIGMAS)
     components = load_single_file(str(path), str(base), None)
@@ -204,8 +204,8 @@ def test_cosxl_base_is_no_editor(tmp_path: Path) -> None:
         load_editor(path, single_file_config=str(base))
 
 
-def test_v_prediction_is_marked_in_the_file(pipeline, folder: Path, tmp_path: Path) -> None:
-    """As ComfyUI reads the files of the community: a key named v_pred, and ztsnr for zero terminal SNR."""
+def test_v_prediction_is_read_from_the_file(pipeline, folder: Path, tmp_path: Path) -> None:
+    """As in ComfyUI: a key v_pred, and ztsnr for zero terminal SNR."""
     path = write_single_file(
         pipeline, tmp_path / "v.safetensors", {"v_pred": torch.tensor([]), "ztsnr": torch.tensor([])}
     )
@@ -217,7 +217,7 @@ def test_v_prediction_is_marked_in_the_file(pipeline, folder: Path, tmp_path: Pa
 # ---- the training scripts -------------------------------------------------------------------------------------------
 
 
-def test_models_module_reads_and_loads_it(file: Path, folder: Path, pipeline) -> None:
+def test_training_scripts_load_it(file: Path, folder: Path, pipeline) -> None:
     options = ModelOptions(str(file), single_file_config=str(folder))
     configs = read_configs(options)
     require_editor(configs, str(file))
@@ -233,10 +233,12 @@ def test_models_module_reads_and_loads_it(file: Path, folder: Path, pipeline) ->
 def test_configuration_from_the_hub(
     cosxl: Path, tiny_editor: Path, tiny_sdxl_editor: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The one that diffusers takes the file for, or the one that is given; without weights, and fetched once."""
+    """The detected or the given pipeline is downloaded once, without weights."""
     sd = StableDiffusionInstructPix2PixPipeline.from_pretrained(tiny_editor)
     sdxl = StableDiffusionXLInstructPix2PixPipeline.from_pretrained(tiny_sdxl_editor)
-    mark = {"conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": torch.ones(2)}  # SDXL has many
+    mark = {
+        "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias": torch.ones(2)
+    }  # diffusers recognises SDXL by it
     files = {
         write_single_file(sd, tmp_path / "sd.safetensors"): ("timbrooks/instruct-pix2pix", tiny_editor, sd),
         write_single_file(sdxl, tmp_path / "xl.safetensors", mark): (
@@ -262,11 +264,11 @@ def test_configuration_from_the_hub(
     huggingface_hub.close_session()
 
 
-# ---- what cannot be loaded ------------------------------------------------------------------------------------------
+# ---- refusals ------------------------------------------------------------------------------------------
 
 
 def test_refusals(file: Path, folder: Path, pipeline, tmp_path: Path, tiny_editor, tiny_sdxl_editor) -> None:
-    """One line that says what the file is, or what is wrong with it."""
+    """One line that says what the file contains, or what is wrong with it."""
     weights = load_file(file)
 
     def save(name: str, tensors: dict[str, torch.Tensor]) -> str:
@@ -299,7 +301,11 @@ def test_refusals(file: Path, folder: Path, pipeline, tmp_path: Path, tiny_edito
             right,
             "contains no autoencoder",
         ),
-        (save("lacks.safetensors", {k: v for k, v in weights.items() if k != first}), right, "cannot be loaded|incomplete"),
+        (
+            save("lacks.safetensors", {k: v for k, v in weights.items() if k != first}),
+            right,
+            "cannot be loaded|incomplete",
+        ),
         (save("more.safetensors", weights | extra), right, "weights, expected|cannot be loaded"),
         (str(file), str(other_family), "does not match|another family"),
         (str(file), str(tmp_path / "nowhere"), "was not found|not cached"),
@@ -311,17 +317,17 @@ def test_refusals(file: Path, folder: Path, pipeline, tmp_path: Path, tiny_edito
         assert "\n" not in str(error.value), name
 
 
-def test_a_text_encoder_that_lacks_a_weight(file: Path, folder: Path, tmp_path: Path) -> None:
-    """diffusers would leave it without a value and go on."""
+def test_missing_weight_of_the_text_encoder(file: Path, folder: Path, tmp_path: Path) -> None:
+    """diffusers would leave it without a value."""
     weights = load_file(file)
-    lacking = next(key for key in weights if key.endswith("layers.1.mlp.fc1.weight"))
-    del weights[lacking]
+    missing = next(key for key in weights if key.endswith("layers.1.mlp.fc1.weight"))
+    del weights[missing]
     save_file(weights, tmp_path / "lacks.safetensors")
     with pytest.raises(InputError, match="text_encoder has no .*layers.1.mlp.fc1.weight"):
         load_single_file(str(tmp_path / "lacks.safetensors"), str(folder), None)
 
 
-def test_a_configuration_of_other_sizes(file: Path, folder: Path, tmp_path: Path) -> None:
+def test_configuration_of_other_sizes(file: Path, folder: Path, tmp_path: Path) -> None:
     changed = shutil.copytree(folder, tmp_path / "changed")
     config = json.loads((changed / "unet" / "config.json").read_text())
     (changed / "unet" / "config.json").write_text(json.dumps(config | {"block_out_channels": [32, 64]}))
@@ -329,15 +335,15 @@ def test_a_configuration_of_other_sizes(file: Path, folder: Path, tmp_path: Path
         load_single_file(str(file), str(changed), None)
 
 
-def test_what_counts_as_a_single_file(file: Path, folder: Path, tmp_path: Path) -> None:
+def test_is_single_file(file: Path, folder: Path, tmp_path: Path) -> None:
     assert is_single_file(str(file)) and is_single_file("not/there.safetensors") and is_single_file("old.ckpt")
     assert not is_single_file(str(folder)) and not is_single_file("timbrooks/instruct-pix2pix")
     (tmp_path / "folder.pt").mkdir()
     assert not is_single_file(str(tmp_path / "folder.pt"))
 
 
-def test_the_inverse_mapping_covers_every_weight(pipeline) -> None:
-    """Of this test's own tool: no weight is written twice or forgotten."""
+def test_original_names_cover_every_weight(pipeline) -> None:
+    """Of tests/original_names.py: each weight is written once."""
     count = sum(value.numel() for value in original_weights(pipeline).values())
     models = [getattr(pipeline, name) for name in MODELS if getattr(pipeline, name, None) is not None]
     scales = 1 if len(models) == 4 else 0  # open_clip's logit_scale

@@ -1,4 +1,4 @@
-"""The networks of the toy Stable Diffusion: the classes of the real one, made very small."""
+"""The models of the toy Stable Diffusion: the classes of the real one, very small."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 SIZE = 64
-# Not CLIP's 77: seventy tokens of padding would drown the five that matter, in a model this young.
+# CLIP has 77. Seventy tokens of padding would hide the five of the caption from a model with so little training.
 MAX_TOKENS = 24
 
 
 def make_tokenizer(texts: list[str], output: Path) -> CLIPTokenizer:
-    """Byte-level BPE in CLIP's form, learned from `texts`; any other text falls back to letters. Saved in `output`."""
+    """Train a byte-level BPE tokenizer in CLIP's format on `texts` and save it in `output`."""
     trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     trained.normalizer = normalizers.Lowercase()
     trained.pre_tokenizer = pre_tokenizers.Sequence(
@@ -32,14 +32,14 @@ def make_tokenizer(texts: list[str], output: Path) -> CLIPTokenizer:
         vocab={word: index for index, word in enumerate(words)}, merges=merges, model_max_length=MAX_TOKENS
     )
     tokenizer.save_pretrained(output)
-    # The older pair of files too: not every reader of a Stable Diffusion folder knows tokenizer.json.
+    # The older format too: not every program reads tokenizer.json.
     (output / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
     (output / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{left} {right}\n" for left, right in merges))
     return tokenizer
 
 
 def make_vae() -> AutoencoderKL:
-    """0.4M parameters; 64 pixels become 4 x 32 x 32: halving only once keeps reconstructions sharp."""
+    """0.4M parameters. 64 pixels become latents 4 x 32 x 32: a factor of 2 keeps reconstructions sharp."""
     return AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 2,
         up_block_types=["UpDecoderBlock2D"] * 2,
@@ -68,16 +68,16 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
             pad_token_id=tokenizer.pad_token_id,
         )
     )
-    # Unlike CLIP's 0.02: with embeddings so small all prompts look alike, and the UNet learns to do without them.
+    # Unlike CLIP's 0.02: with such small embeddings all prompts are alike, and the UNet learns to ignore them.
     text_encoder.get_input_embeddings().weight.data.mul_(50)
     return text_encoder
 
 
 def make_unet() -> UNet2DConditionModel:
-    """About 2M parameters. Cross-attention at 8 x 8 only, where it is cheap.
+    """About 2M parameters, with cross-attention at 8 x 8 only, where it is cheap.
 
-    The pooled text is added to the time embedding and scales and shifts every residual block: an edit of tone must
-    reach each pixel, and by the way through 8 x 8 alone so small a model learned to do without the text.
+    The pooled text is added to the time embedding, which scales and shifts every residual block: with cross-attention
+    alone, so small a model learned to ignore the text in edits of the tone.
     """
     return UNet2DConditionModel(
         sample_size=SIZE // 2,
@@ -97,9 +97,9 @@ def make_unet() -> UNet2DConditionModel:
 
 
 def make_scheduler() -> DDIMScheduler:
-    """v-prediction down to zero signal: without it no model of this size learns to darken a whole picture.
+    """v prediction with zero terminal SNR: without it a model of this size does not learn to darken whole images.
 
-    Trailing spacing uses no steps_offset; it is 1 because stock pipelines warn about any other value.
+    steps_offset has no effect with trailing spacing; it is 1 because stock pipelines warn about other values.
     """
     return DDIMScheduler(
         beta_start=0.00085,
