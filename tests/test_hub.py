@@ -311,6 +311,7 @@ def test_the_card_has_the_licence_of_a_local_base(trained: Path, tmp_path: Path)
     card = ModelCard.load(trained / "README.md")
     assert card.data.license == "creativeml-openrail-m" and "OpenRAIL" in card.text and "`toy base`" in card.text
     assert not {"base_model", "datasets", "widget", "model-index"} & set(card.data.to_dict())
+    assert "## Samples" in card.text and "## Results" in card.text
     assert str(tmp_path) not in card.content
 
 

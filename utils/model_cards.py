@@ -52,15 +52,14 @@ def write_trained_card(output_dir: Path, model: TrainedModel, token: str | None 
     name = (model.repo_id or output_dir.resolve().name).split("/")[-1]
     license_fields = read_license_fields(model.base_model, token)
     license_name = license_fields.get("license_name") or license_fields.get("license", "")
+    hyperparameters = {name: value for name, value in model.hyperparameters.items() if "token" not in name}
     scheduler_file = output_dir / "scheduler" / "scheduler_config.json"
     scheduler = json.loads(scheduler_file.read_text("utf-8")) if scheduler_file.is_file() else {}
-    path, prompt = model.widget[0] if model.widget else (None, None)
     snippet = make_snippet(
         model.pipeline_class,
         model.repo_id or output_dir.name,
         {"num_inference_steps": 20, "guidance_scale": 7.0, "image_guidance_scale": 1.5},
-        prompt=prompt,
-        image_path=path,
+        example=model.widget[0] if model.widget else None,
         is_on_hub=bool(model.repo_id),
         max_side=model.resolution,
         adapter_base=public_name(model.base_model) if model.is_adapter else None,
@@ -84,9 +83,7 @@ def write_trained_card(output_dir: Path, model: TrainedModel, token: str | None 
         results=make_table(("measure", "value"), model.results),
         command=fence(shlex.join(redact(list(model.command), token or get_token())), "bash"),
         curve=quote(model.curve) if model.curve else None,
-        hyperparameters=make_table(
-            ("name", "value"), {key: value for key, value in model.hyperparameters.items() if "token" not in key}
-        ),
+        hyperparameters=make_table(("name", "value"), hyperparameters),
         licences=describe_licences([Licence(model.base_model, license_name, restrictions_of(license_name))]),
     )
 
@@ -157,8 +154,7 @@ def make_snippet(
     model: str,
     settings: Mapping[str, float],
     *,
-    prompt: str | None = None,
-    image_path: str | None = None,
+    example: tuple[str, str] | None = None,
     is_on_hub: bool = False,
     max_side: int | None = None,
     adapter_base: str | None = None,
@@ -166,19 +162,15 @@ def make_snippet(
 ) -> str:
     """A fenced Python example that edits an image with stock diffusers, on a GPU or the CPU.
 
-    model: Hub id or folder. settings: arguments of the pipeline call. image_path: an image in the model's repository or
-    folder; "photograph.jpg" by default. adapter_base: the base model that `model` is a LoRA of.
+    model: Hub id or folder. settings: arguments of the pipeline call. example: (image in the model's repository or
+    folder, prompt). adapter_base: the base model that `model` is a LoRA of.
     """
-    image = '"photograph.jpg"'
-    if image_path:
-        literal = _literal(image_path)
-        image = f"hf_hub_download(model, {literal})" if is_on_hub else f'model + "/" + {literal}'
-    loading = [f"pipeline = {pipeline_class}.from_pretrained(model).to(device, dtype)"]
-    if adapter_base:
-        loading = _adapter_loading(pipeline_class, adapter_base, needs_widening)
-    call = dict(settings)
-    if "XL" in pipeline_class:  # without a size, the SDXL pipeline squashes the image into a square
-        call = {"height": "image.height // 8 * 8", "width": "image.width // 8 * 8"} | call
+    image, prompt = '"photograph.jpg"', "make it a watercolor painting"
+    if example:
+        path, prompt = _literal(example[0]), example[1]
+        image = f"hf_hub_download(model, {path})" if is_on_hub else f'model + "/" + {path}'
+    # Without a size, the SDXL pipeline squashes the image into a square.
+    size = {"height": "image.height // 8 * 8", "width": "image.width // 8 * 8"} if "XL" in pipeline_class else {}
     lines = [
         "import torch",
         f"from diffusers import {pipeline_class}{', UNet2DConditionModel' if adapter_base else ''}",
@@ -188,14 +180,14 @@ def make_snippet(
         f"model = {_literal(model)}",
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
         'dtype = torch.float16 if device == "cuda" else torch.float32',
-        *loading,
+        *_loading(pipeline_class, adapter_base, needs_widening),
         "",
         f"image = load_image({image})",
         *([f"image.thumbnail(({max_side}, {max_side}))"] if max_side else []),
         "edited = pipeline(",
-        f"    {_literal(prompt or 'make it a watercolor painting')},",
+        f"    {_literal(prompt)},",
         "    image=image,",
-        *(f"    {name}={value}," for name, value in call.items()),
+        *(f"    {name}={value}," for name, value in (size | dict(settings)).items()),
         "    generator=torch.manual_seed(0),",
         ").images[0]",
         'edited.save("edited.png")',
@@ -203,7 +195,10 @@ def make_snippet(
     return fence("\n".join(lines), "python")
 
 
-def _adapter_loading(pipeline_class: str, base: str, needs_widening: bool) -> list[str]:
+def _loading(pipeline_class: str, adapter_base: str | None, needs_widening: bool) -> list[str]:
+    """The lines that load the pipeline onto `device`, or the adapter onto its base."""
+    if not adapter_base:
+        return [f"pipeline = {pipeline_class}.from_pretrained(model).to(device, dtype)"]
     widening = [
         "# Four more input channels for the image latents; the adapter fills them.",
         "old = unet.conv_in",
@@ -214,7 +209,7 @@ def _adapter_loading(pipeline_class: str, base: str, needs_widening: bool) -> li
     ]
     return [
         "",
-        f"base = {_literal(base)}",
+        f"base = {_literal(adapter_base)}",
         'unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")',
         *(widening if needs_widening else []),
         f"pipeline = {pipeline_class}.from_pretrained(base, unet=unet)",
