@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline
-from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image, ImageOps
-from transformers import CLIPConfig, CLIPImageProcessor
 
+from tests.edits import counting, make_safety_checker
 from utils.editing.edit_images import (
     SamplingSettings,
     edit_images,
@@ -137,38 +136,19 @@ def plain_edit(pipeline, image: Image.Image, prompt: str, seed: int, steps: int,
 def test_rows_of_the_unet(editor, photos, scales: tuple[float, float], branches: int) -> None:
     """One UNet call per step, with branches x images rows."""
     set_scheduler(editor, "ddim")
-    rows = []
-    hook = editor.unet.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[0]))
-    try:
-        settings = dict(num_inference_steps=3, guidance_scale=scales[0], image_guidance_scale=scales[1])
-        edit_pixels(editor, photos, PROMPTS, [0, 1], SamplingSettings(**settings))
-    finally:
-        hook.remove()
-    assert rows == [2 * branches] * 3
+    settings = SamplingSettings(num_inference_steps=3, guidance_scale=scales[0], image_guidance_scale=scales[1])
+    with counting(editor) as counts:
+        edit_pixels(editor, photos, PROMPTS, [0, 1], settings)
+    assert counts["rows"] == [2 * branches] * 3
 
 
 def test_each_image_and_prompt_is_encoded_once(editor, photos) -> None:
-    """Six edits of two images by two instructions: two images and three texts (with the null prompt) are encoded."""
+    """Six edits of two images with two instructions: two images and three texts (with the null prompt) are encoded."""
     set_scheduler(editor, "ddim")
-    counts = {"texts": 0, "images": 0}
-
-    def count(name: str):
-        def hook(module, inputs, output) -> None:
-            counts[name] += inputs[0].shape[0]
-
-        return hook
-
-    hooks = [
-        editor.text_encoder.register_forward_hook(count("texts")),
-        editor.vae.encoder.register_forward_hook(count("images")),
-    ]
-    try:
-        images = [photos[0], photos[1], photos[0].copy(), photos[1], photos[0], photos[1]]
+    images = [photos[0], photos[1], photos[0].copy(), photos[1], photos[0], photos[1]]
+    with counting(editor) as counts:
         edit_pixels(editor, images, PROMPTS * 3, list(range(6)), SamplingSettings(num_inference_steps=1))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    assert counts == {"texts": 3, "images": 2}
+    assert (counts["texts"], counts["images"]) == (3, 2)
 
 
 @pytest.mark.parametrize(("scales", "expected"), [((1.0, 1.0), ["x"]), ((2.0, 1.0), ["", "x"])], ids=str)
@@ -266,20 +246,10 @@ def test_autocast_with_frozen_models_in_half_precision(tiny_editor: Path, photos
     assert torch.stack(edit_pixels(mixed, photos, PROMPTS, [3, 4], SamplingSettings(**noise))[0]).isfinite().all()
 
 
-def make_safety_checker(liked: Image.Image, disliked: Image.Image):
-    """A safety checker with random weights, and its processor, that flags only images like `disliked`."""
+def make_picky_checker(liked: Image.Image, disliked: Image.Image):
+    """A safety checker, and its processor, that flags only images like `disliked`."""
     torch.manual_seed(0)
-    vision = dict(
-        hidden_size=32,
-        intermediate_size=37,
-        num_attention_heads=4,
-        num_hidden_layers=2,
-        image_size=30,
-        patch_size=3,
-        projection_dim=64,
-    )
-    checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=vision, projection_dim=64)).eval()
-    processor = CLIPImageProcessor(size={"shortest_edge": 30}, crop_size={"height": 30, "width": 30})
+    checker, processor = make_safety_checker()
     with torch.no_grad():
         pixels = processor([disliked, liked], return_tensors="pt").pixel_values
         embeds = checker.visual_projection(checker.vision_model(pixels)[1])  # (2, 64)
@@ -294,7 +264,7 @@ def test_safety_checker(editor, photos, caplog) -> None:
     set_scheduler(editor, "ddim")
     settings = dict(num_inference_steps=2)
     unchecked = edit_images(editor, photos, PROMPTS, [1, 2], SamplingSettings(**settings))
-    checker, processor = make_safety_checker(liked=unchecked[1], disliked=unchecked[0])
+    checker, processor = make_picky_checker(liked=unchecked[1], disliked=unchecked[0])
     checked_editor = copy.copy(editor)
     checked_editor.register_modules(safety_checker=checker, feature_extractor=processor)
     with caplog.at_level(logging.WARNING):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import diffusers
 import numpy as np
@@ -13,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from tests.edits import counting
 from utils.editing.edit_images import SamplingSettings, edit_pixels
 from utils.editing.guidance import branch_coefficients, coefficients_of_steps
 from utils.editing.schedulers import SCHEDULERS, choose_scheduler
@@ -41,15 +40,6 @@ def editor_with(loaded_editors: dict[str, DiffusionPipeline], family: str, sched
     pipeline = copy.copy(loaded_editors[family])
     pipeline.scheduler = choose_scheduler(pipeline.scheduler, *FEW_STEPS[scheduler])
     return pipeline
-
-
-@contextmanager
-def counting_rows(pipeline: DiffusionPipeline) -> Iterator[list[int]]:
-    """The batch size of each call of the UNet."""
-    rows: list[int] = []
-    hook = pipeline.unet.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[0]))
-    yield rows
-    hook.remove()
 
 
 def stock_pixels(pipeline: DiffusionPipeline, photo: Image.Image, **settings) -> torch.Tensor:
@@ -108,11 +98,11 @@ def test_equals_the_three_branches_of_stock(
     pipeline = editor_with(loaded_editors, family, scheduler)
     settings = dict(num_inference_steps=STEPS, guidance_scale=scales[0], image_guidance_scale=scales[1])
     settings["eta"] = ETA.get(scheduler, 0.0)
-    with counting_rows(pipeline) as stock_rows:
+    with counting(pipeline) as stock:
         expected = stock_pixels(pipeline, photo, **settings)
-    with counting_rows(pipeline) as rows:
+    with counting(pipeline) as ours:
         edited = edit_pixels(pipeline, [photo], [PROMPT], [SEED], SamplingSettings(**settings))[0][0]
-    assert stock_rows == [3] * STEPS and rows == [branches] * STEPS
+    assert stock["rows"] == [3] * STEPS and ours["rows"] == [branches] * STEPS
     assert expected.std() > 0.02, "a flat image proves nothing"
     torch.testing.assert_close(edited, expected, rtol=0, atol=1e-4)
 
@@ -129,13 +119,13 @@ def test_follows_the_formula_where_stock_drops_guidance(
     """s_T <= 1 or s_I < 1: stock evaluates one branch, ours all that the formula needs."""
     pipeline = editor_with(loaded_editors, family, scheduler)
     settings = dict(num_inference_steps=STEPS, guidance_scale=scales[0], image_guidance_scale=scales[1])
-    with counting_rows(pipeline) as rows:
+    with counting(pipeline) as counts:
         edited = edit_pixels(pipeline, [photo], [PROMPT], [SEED], SamplingSettings(eta=None, **settings))[0][0]
-    assert rows == [branches] * STEPS
+    assert counts["rows"] == [branches] * STEPS
     torch.testing.assert_close(edited, three_branches(pipeline, photo, *scales), rtol=0, atol=1e-4)
-    with counting_rows(pipeline) as stock_rows:
+    with counting(pipeline) as counts:
         stock = stock_pixels(pipeline, photo, eta=ETA.get(scheduler, 0.0), **settings)
-    assert stock_rows == [1] * STEPS
+    assert counts["rows"] == [1] * STEPS
     is_same = (stock - edited).abs().max() <= 1e-4
     assert bool(is_same) == (scales == (1.0, 1.0))
 
@@ -188,11 +178,11 @@ def test_guidance_interval(loaded_editors, photo, family: str) -> None:
     settings = dict(num_inference_steps=4, guidance_scale=5.0, image_guidance_scale=1.5)
 
     def edit(interval: tuple[float, float] | None) -> tuple[torch.Tensor, list[int]]:
-        with counting_rows(pipeline) as rows:
+        with counting(pipeline) as counts:
             edited = edit_pixels(
                 pipeline, [photo], [PROMPT], [SEED], SamplingSettings(guidance_interval=interval, **settings)
             )[0][0]
-        return edited, rows
+        return edited, counts["rows"]
 
     whole, rows = edit(None)
     assert rows == [3] * 4

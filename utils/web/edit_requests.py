@@ -97,7 +97,7 @@ def _is_finite(value: object) -> bool:
 def to_query(request: EditRequest) -> str:
     """The part of a link after "?", with all settings, so that changed defaults do not change the link."""
     values = {field.name: getattr(request, field.name) for field in fields(request)}
-    return urlencode({name: value for name, value in values.items() if value not in ("", False)})
+    return urlencode({name: value for name, value in values.items() if value != "" and value is not False})
 
 
 def from_query(query: Mapping[str, str], default: EditRequest, models: list[str]) -> tuple[EditRequest, list[str]]:

@@ -1,0 +1,287 @@
+"""What runs behind the page: requests and their links, the queue, the model cache, and running a request."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from pathlib import Path
+from urllib.parse import parse_qsl
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import infer
+from tests.pairs import make_noise
+from utils.editing.edit_images import SamplingSettings, edit_images, fit_to_model
+from utils.editing.editor_setup import open_editor
+from utils.editing.flags import EditorOptions
+from utils.editing.loading import load_editor
+from utils.editing.service import EditService
+from utils.editing.settings import DEFAULT_SETTINGS, LIMITS, EditSettings
+from utils.errors import InputError
+from utils.web.edit_requests import (
+    PAGE_LIMITS,
+    EditRequest,
+    PageEdit,
+    RequestRunner,
+    check_request,
+    from_query,
+    to_query,
+)
+from utils.web.handlers import PageHandlers
+from utils.web.model_cache import ModelCache, name_models
+from utils.web.request_queue import RequestProgress, RequestQueue, Stopped
+
+
+def load_service(model: str) -> EditService:
+    return EditService(open_editor(EditorOptions(model, device="cpu")), batch_size=2)
+
+
+def make_runner(models: list[Path], *, timeout: float = 600, load=load_service) -> RequestRunner:
+    cache = ModelCache([str(model) for model in models], load, capacity=2)
+    return RequestRunner(cache, RequestQueue(timeout, 5), resolution=None, max_pixels=10**6, max_bytes=10**6)
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("photo") / "photo.png"
+    make_noise((40, 44)).save(path)
+    return path
+
+
+def test_queue_is_first_come_first_served():
+    requests = RequestQueue(timeout=60, max_waiting=2)
+    first, second, third = requests.join(), requests.join(), requests.join()
+    assert [requests.wait(slot, 0) for slot in (first, second, third)] == [0, 1, 2]
+    with pytest.raises(InputError, match="3 requests are waiting already"):
+        requests.join()
+    requests.leave(second)
+    assert requests.wait(third, 0) == 1
+    moved = []
+    waiting = threading.Thread(target=lambda: moved.append(requests.wait(third, 60)))
+    waiting.start()
+    requests.leave(first)
+    waiting.join(timeout=60)
+    assert moved == [0]
+
+
+def test_waiting_does_not_count_as_time():
+    slot = RequestQueue(timeout=0, max_waiting=1).join()
+    slot.check()
+    slot.start_clock()
+    with pytest.raises(Stopped, match="0 seconds.*fewer steps"):
+        slot.check()
+
+
+def test_models_are_loaded_when_first_used_and_the_last_ones_are_kept():
+    loaded = []
+    cache = ModelCache(["a", "b", "c"], lambda model: loaded.append(model) or object(), capacity=2)
+    assert loaded == []
+    first = cache.get("a")
+    cache.get("b")
+    assert cache.get("a") is first and loaded == ["a", "b"]
+    cache.get("c")  # instead of b, which is the least recently used
+    assert cache.is_loaded("a") and not cache.is_loaded("b")
+    assert cache.get("a") is first
+    cache.get("b")
+    assert loaded == ["a", "b", "c", "b"]
+
+
+def test_names_in_the_menu(tmp_path):
+    for folder in ("x/editor", "y/editor", "other"):
+        (tmp_path / folder).mkdir(parents=True)
+    models = [str(tmp_path / folder) for folder in ("x/editor", "y/editor", "other")] + ["timbrooks/instruct-pix2pix"]
+    assert list(name_models(models + models[:1])) == [*models[:2], "other", "timbrooks/instruct-pix2pix"]
+
+
+FEW_STEPS = {"steps": 4, "guidance_scale": 1.0, "image_guidance_scale": 1.0, "eta": 0.3}
+
+
+def recommend(folder: Path, settings: dict) -> Path:
+    (folder / "adapted.json").write_text(json.dumps({"recommended": settings, "weight": 1.0}))
+    return folder
+
+
+def test_recommended_settings_of_an_adapted_editor(tmp_path):
+    recommend(tmp_path, FEW_STEPS | {"scheduler": "TCDScheduler"})
+    cache = ModelCache([str(tmp_path), "plain"], None, 1)
+    assert cache.settings(tmp_path.name) == FEW_STEPS and cache.has_recommended(tmp_path.name)
+    assert cache.settings("plain") == DEFAULT_SETTINGS and not cache.has_recommended("plain")
+    recommend(tmp_path, {"steps": "few"})
+    with pytest.raises(InputError, match="adapted.json"):
+        ModelCache([str(tmp_path)], None, 1)
+
+
+def test_link_restores_the_request():
+    request = EditRequest("make it “snowy” & 100% ☃ + cold?", "a", "b", 7, 2**53 - 1, 3, 2.35, 0.0, "euler_a", True)
+    restored, ignored = from_query(dict(parse_qsl(to_query(request))), EditRequest(model="b"), ["a", "b"])
+    assert restored == request and ignored == []
+    assert "scheduler" not in to_query(EditRequest(model="a")) and "keep_size" not in to_query(EditRequest(model="a"))
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        {"steps": "0"},
+        {"steps": "many"},
+        {"seed": "-1"},
+        {"cfg_text": "nan"},
+        {"cfg_image": "inf"},
+        {"model": "/etc"},
+        {"images": "1e9"},
+        {"seed": str(10**30)},
+        {"instruction": "x" * 5000},
+        {"scheduler": "eulr"},
+        {"keep_size": "perhaps"},
+    ],
+)
+def test_invalid_values_of_a_link_are_ignored_and_reported(query):
+    valid = {"steps": "3"} if "cfg_text" in query else {"cfg_text": "3"}
+    restored, ignored = from_query(query | valid, EditRequest(model="a"), ["a"])
+    assert restored == EditRequest(model="a", **{name: float(value) for name, value in valid.items()})
+    assert len(ignored) == 1 and next(iter(query)) in ignored[0]
+
+
+def test_all_mistakes_of_a_request_in_one_message():
+    request = EditRequest(" ", "none", "", 2.5, None, 0, float("nan"), scheduler="eulr", keep_size="yes")
+    with pytest.raises(InputError) as caught:
+        check_request(request, ["a"])
+    for word in ("empty", "'none'", "steps 2.5", "images 0", "cfg_text nan", "seed None", "'eulr'", "keep_size yes"):
+        assert word in str(caught.value)
+
+
+def test_limits_of_every_number():
+    """Those of the page are within those of infer.py."""
+    names = dict(images="num_images", cfg_text="guidance_scale", cfg_image="image_guidance_scale")
+    for name, (smallest, largest) in PAGE_LIMITS.items():
+        bounds = LIMITS[names.get(name, name)]
+        assert bounds[0] <= smallest < largest <= bounds[1]
+        for value in (smallest, largest):
+            assert getattr(check_request(EditRequest("snow", "a", **{name: value}), ["a"]), name) == value
+        with pytest.raises(InputError, match=name):
+            check_request(EditRequest("snow", "a", **{name: largest + 1}), ["a"])
+
+
+# ---- running requests -----------------------------------------------------------------------------------------------
+
+
+def run(runner: RequestRunner, photo: Path, request: EditRequest, slots: list | None = None) -> list:
+    """All events of a request."""
+    return list(runner.run(str(photo), request, ([] if slots is None else slots).append))
+
+
+def test_edits_equal_those_of_infer(tiny_editor, photo):
+    """In batches of two; the progress says which images are edited."""
+    request = EditRequest("make it snowy", "editor", steps=2, seed=5, images=3, cfg_text=3.0, cfg_image=1.2)
+    events = run(make_runner([tiny_editor]), photo, request)
+    edits = [event.result for event in events if isinstance(event, PageEdit)]
+    assert [edit.record["seed"] for edit in edits] == [5, 6, 7]
+    assert [edit.record["batch"] for edit in edits] == [[0, 2], [1, 2], [0, 1]]
+    texts = [event.text for event in events if isinstance(event, RequestProgress)]
+    assert any("images 1 to 2 of 3" in text for text in texts) or any("image 3 of 3" in text for text in texts)
+    pipeline = load_editor(tiny_editor)
+    image = fit_to_model(Image.open(photo).convert("RGB"), pipeline)
+    settings = SamplingSettings(num_inference_steps=2, guidance_scale=3.0, image_guidance_scale=1.2)
+    expected = edit_images(pipeline, [image] * 3, ["make it snowy"] * 3, [5, 6, 7], settings)
+    for edit, image in zip(edits, expected, strict=True):  # batches of another size: the same but for the last bit
+        assert np.abs(np.asarray(edit.image, int) - np.asarray(image, int)).max() <= 1
+
+
+def test_saved_edits_are_repeated_by_infer(tiny_editor, photo, tmp_path, monkeypatch, capsys):
+    """Bit for bit, from the downloaded file and the uploaded image: every image of both models, out of batches."""
+    twin = recommend(Path(shutil.copytree(tiny_editor, tmp_path / "twin")), FEW_STEPS | {"steps": 3})
+    handlers = PageHandlers(make_runner([tiny_editor, twin]), [photo])
+    request = EditRequest("make it snowy", "editor", "twin", 2, 5, 2, 3.0, 1.2, "euler_a", True)
+    updates = list(handlers.edit(str(photo), request, False, True, [], "visitor"))
+    items = [update["items"] for update in updates if "items" in update][-1]
+    assert [(item.model, item.seed) for item in items] == [(m, s) for s in (5, 6) for m in ("editor", "twin")]
+    original = tmp_path / "original.png"
+    original.write_bytes(photo.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    for number, item in enumerate(items):
+        assert Image.open(item.edited).size == Image.open(item.original).size == (44, 40)  # keep_size
+        downloaded = Path(shutil.copy(item.edited, tmp_path / f"download-{number}.png"))
+        assert str(photo.parent) not in downloaded.read_bytes().decode("latin-1")  # no folder of the server
+        model = {"editor": tiny_editor, "twin": twin}[item.model]
+        assert infer.main([f"--repeat={downloaded}", f"--input={original}", f"--model={model}"]) == 0
+        assert f"identical to {downloaded}" in capsys.readouterr().out
+
+
+def test_stops_at_the_next_step(tiny_editor, photo):
+    """And the next request runs."""
+    runner, calls, slots = make_runner([tiny_editor]), [], []
+
+    def count(*_: object) -> None:
+        calls.append(1)
+        if len(calls) == 3:
+            slots[0].stop()
+
+    hook = runner.models.get("editor").pipeline.unet.register_forward_hook(count)
+    with pytest.raises(Stopped):
+        run(runner, photo, EditRequest("snow", "editor", steps=50), slots)
+    assert len(calls) == 3
+    hook.remove()
+    assert isinstance(run(runner, photo, EditRequest("snow", "editor", steps=1))[-1], PageEdit)
+
+
+def test_waiting_request_can_be_stopped(tiny_editor, photo):
+    runner, slots = make_runner([tiny_editor]), []
+    before = runner.requests.join()
+    events = runner.run(str(photo), EditRequest("snow", "editor", steps=1), slots.append)
+    assert next(events) == RequestProgress("Waiting: 1 request before yours")
+    slots[0].stop()
+    with pytest.raises(Stopped):
+        list(events)
+    assert runner.requests.wait(runner.requests.join(), 0) == 1
+    runner.requests.leave(before)
+
+
+def test_abandoned_request_is_stopped(tiny_editor, photo):
+    runner, slots = make_runner([tiny_editor]), []
+    events = runner.run(str(photo), EditRequest("snow", "editor", steps=200, images=16), slots.append)
+    next(events)
+    events.close()
+    with pytest.raises(Stopped):
+        slots[0].check()
+    assert isinstance(run(runner, photo, EditRequest("snow", "editor", steps=1))[-1], PageEdit)
+
+
+def test_failure_is_reported_and_the_next_request_runs(tiny_editor, photo):
+    def fail(model: str) -> None:
+        raise RuntimeError("out of order")
+
+    runner = make_runner([tiny_editor], load=fail)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="out of order"):
+            run(runner, photo, EditRequest("snow", "editor"))
+
+
+def test_impossible_scheduler_is_reported(tiny_editor, photo):
+    """In the words of the page, which has no flags."""
+    handlers = PageHandlers(make_runner([tiny_editor]), [photo])
+    request = EditRequest("snow", "editor", steps=1, scheduler="edm_euler")
+    last = list(handlers.edit(str(photo), request, False, False, [], "visitor"))[-1]
+    assert ">scheduler edm_euler has other noise levels" in last["status"]
+
+
+def test_timeout(tiny_editor, photo):
+    runner = make_runner([tiny_editor], timeout=0)
+    with pytest.raises(Stopped, match="the longest time for one request"):
+        run(runner, photo, EditRequest("snow", "editor", steps=200))
+
+
+def test_settings_of_the_second_model(tiny_editor, tmp_path):
+    """Its recommended ones, if one of the two has any; otherwise those of the page."""
+    (tmp_path / "adapted").mkdir()
+    runner = make_runner([tiny_editor, recommend(tmp_path / "adapted", FEW_STEPS), tmp_path])
+    few, plain, other = EditSettings(**FEW_STEPS), EditSettings(**DEFAULT_SETTINGS), tmp_path.name
+    request = EditRequest("snow", "editor", "adapted", steps=30, cfg_text=5.0, scheduler="ddim")
+    assert runner.settings_for(request, "editor") == EditSettings(30, 5.0, 1.5, scheduler="ddim")
+    assert runner.settings_for(request, "adapted") == few
+    request = EditRequest("snow", "adapted", "editor", steps=6, cfg_text=1.5, cfg_image=1.0)
+    assert runner.settings_for(request, "adapted") == EditSettings(6, 1.5, 1.0)  # the service adds the eta
+    assert runner.settings_for(request, "editor") == plain
+    request = EditRequest("snow", "editor", other, steps=9, cfg_text=4.0)
+    assert runner.settings_for(request, other) == runner.settings_for(request, "editor") == EditSettings(9, 4.0, 1.5)
