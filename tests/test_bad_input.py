@@ -301,7 +301,7 @@ def test_push_while_offline(flags: list[str]) -> None:
 
 def test_push_to_an_unreachable_hub(flags: list[str], hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed_port()}")
-    fails_early([*flags, "--push_to_hub", "--hub_token=hf_some"], "cannot be reached", "train without --push_to_hub")
+    fails_early([*flags, "--push_to_hub", "--hub_token=hf_some"], "cannot be reached", "drop --push_to_hub")
 
 
 def test_upload_that_is_refused_after_training(flags: list[str], hub: Hub, tmp_path: Path) -> None:
