@@ -28,9 +28,9 @@ from data_preparation.captions.prompts import (  # noqa: E402
     check_triple,
     comparable_text,
     example_messages,
-    legacy_completion,
     legacy_prompt,
 )
+from utils.atomic_files import write_atomically  # noqa: E402
 from utils.cli import FlagParser  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
 from utils.json_lines import parse_json_object  # noqa: E402
@@ -139,7 +139,8 @@ def split_triples(triples: list[Triple], share: float, seed: int) -> tuple[list[
 def format_line(triple: Triple, is_legacy: bool) -> str:
     """{"prompt", "completion"} with the original's delimiters, or the {"messages"} of a chat, as one line of JSON."""
     if is_legacy:
-        row = {"prompt": legacy_prompt(triple.caption), "completion": legacy_completion(triple)}
+        completion = f"{triple.edit}{SEPARATOR}{triple.output}{STOP}"
+        row = {"prompt": legacy_prompt(triple.caption), "completion": completion}
     else:
         row = {"messages": [{"role": "system", "content": TASK}, *example_messages(triple)]}
     return json.dumps(row, ensure_ascii=False) + "\n"
@@ -155,11 +156,9 @@ def prepare(args: argparse.Namespace, outputs: dict[str, Path]) -> str:
         raise InputError(f"--validation_split {args.validation_split}: {problem}")
     lines = []
     for (purpose, path), part in zip(outputs.items(), parts, strict=False):
-        unfinished = path.with_name(f"{path.name}.unfinished")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished.write_text("".join(format_line(triple, is_legacy) for triple in part), encoding="utf-8")
-            unfinished.replace(path)
+            write_atomically(path, "".join(format_line(triple, is_legacy) for triple in part).encode())
         except OSError as error:
             raise InputError(f"--output {path}: cannot be written ({error.strerror or error})") from error
         lines.append(f"wrote {len(part):,} lines for {purpose} to {path}")

@@ -16,7 +16,7 @@ import pytest
 from data_preparation import prepare_for_finetuning, prompt_app
 from data_preparation.captions.prompts import PARSERS, Triple
 from data_preparation.prepare_for_finetuning import read_triples, split_triples
-from tests.browser import CHROMIUM, INSTALL, PATIENCE, WORDS, running_chromium
+from tests.browser import CHROMIUM, INSTALL, PATIENCE, STATUS, running_chromium
 from tests.chat_server import Fault, chat_server
 from tests.runs import ENVIRONMENT, REPOSITORY
 
@@ -54,7 +54,7 @@ def triples(tmp_path: Path) -> Path:
 def test_lines_for_finetuning(triples, tmp_path, capsys):
     flags = [f"--input={triples}", f"--output={tmp_path}/out.jsonl", "--validation_split=0.25"]
     assert prepare_for_finetuning.main([*flags, "--format=legacy"]) == 0
-    said = capsys.readouterr().out
+    message = capsys.readouterr().out
     for reason, lines in (
         ("delimiter inside the text", "46, 47, 48"),
         ("no JSON object", "41, 42"),
@@ -65,7 +65,7 @@ def test_lines_for_finetuning(triples, tmp_path, capsys):
         ("edit too long", "50"),
         ("not text", "51"),
     ):
-        assert re.search(rf"left out, {reason}: \d+ \(line {lines}\)", said), reason
+        assert re.search(rf"left out, {reason}: \d+ \(line {lines}\)", message), reason
     parts = [
         [json.loads(line) for line in (tmp_path / name).read_text().splitlines()]
         for name in ("out.jsonl", "out-validation.jsonl")
@@ -156,19 +156,19 @@ class Visitor:
         self.requested: list[str] = []
         self.page.on("request", lambda request: self.requested.append(request.url))
         self.page.goto(url)
-        self.page.wait_for_selector(WORDS)
+        self.page.wait_for_selector(STATUS)
 
     def ask(self, caption: str) -> str:
         """The final status."""
         self.page.locator("#caption").locator("input, textarea").fill(caption)
-        before = self.page.inner_text(WORDS)
+        before = self.page.inner_text(STATUS)
         self.page.locator("#caption").locator("input, textarea").press("Enter")
         self.page.wait_for_function(
             "([words, before]) => { const text = document.querySelector(words)?.innerText ?? '';"
             " return text && text !== before && !text.startsWith('Asking'); }",
-            arg=[WORDS, before],
+            arg=[STATUS, before],
         )
-        return self.page.inner_text(WORDS)
+        return self.page.inner_text(STATUS)
 
 
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason=INSTALL)
@@ -178,8 +178,8 @@ in_chromium = pytest.mark.skipif(CHROMIUM is None, reason=INSTALL)
 @pytest.mark.parametrize("width", [320, 700, 1280])
 def test_candidates_at_all_widths(page, chromium, width):
     visitor = Visitor(chromium, page[1], width)
-    said = visitor.ask("a <script>boat</script> on " + "a very long and winding river " * 4)
-    assert said.startswith("Done: 4 of 4 answers for “a <script>boat</script> on a very")
+    message = visitor.ask("a <script>boat</script> on " + "a very long and winding river " * 4)
+    assert message.startswith("Done: 4 of 4 answers for “a <script>boat</script> on a very")
     cards = visitor.page.locator(".candidate")
     visitor.page.wait_for_function("document.querySelectorAll('.candidate').length === 4")
     assert all("<script>boat</script>" in text for text in cards.all_inner_texts())

@@ -387,7 +387,7 @@ def test_no_heavy_imports_for_a_server(captions, server, tmp_path):
 @pytest.mark.slow
 def test_killed_runs_resume_with_the_same_rows(captions, server, tmp_path):
     server.delay = 0.03
-    flags = flags_of(captions, server.url, tmp_path, "--items_per_shard=1", "--edits_per_caption=3", "--concurrency=1")
+    flags = flags_of(captions, server.url, tmp_path, "--items_per_shard=1", "--concurrency=1")
     flags = [flag for flag in flags if not flag.startswith("--data_root")]
     imports = ("openai", "data_preparation.captions.triple_generation", "data_preparation.captions.server")
     uninterrupted, outputs = kill_and_resume("data_preparation.generate_captions", flags, tmp_path, 20, imports)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from data_preparation.captions.prompts import Question, SamplingOptions
+from data_preparation.captions.prompts import PARSERS, Question, Rejected, SamplingOptions, Triple
 
 
 class Answer(NamedTuple):
@@ -72,6 +72,9 @@ class ServerOptions:
     concurrency: int = 8
 
 
+ModelOptions = LocalModelOptions | ServerOptions
+
+
 class Backend(Protocol):
     """model: {"id", "revision"}; style: how questions are put, apart from the sampling. Both are stored in each row."""
 
@@ -86,7 +89,7 @@ class Backend(Protocol):
         """
 
 
-def open_backend(options: LocalModelOptions | ServerOptions, sampling: SamplingOptions, rank: int = 0) -> Backend:
+def open_backend(options: ModelOptions, sampling: SamplingOptions, rank: int = 0) -> Backend:
     """Load the model, or connect to the server. rank: index of the worker. Raises InputError."""
     if isinstance(options, ServerOptions):
         from data_preparation.captions.server import ServerBackend
@@ -95,6 +98,15 @@ def open_backend(options: LocalModelOptions | ServerOptions, sampling: SamplingO
     from data_preparation.captions.local import LocalBackend
 
     return LocalBackend(options, sampling, rank)
+
+
+def ask_model(backend: Backend, questions: Sequence[Question], sampling: SamplingOptions) -> list[Triple | Rejected]:
+    """The parsed answers, in the order of the questions. Raises InputError if the model cannot be used at all."""
+    parse, results = PARSERS[sampling.format], []
+    for question, answer in zip(questions, backend.answer(questions, sampling), strict=True):
+        refused = Rejected("refused by the server", answer.refusal or "")
+        results.append(refused if answer.refusal else parse(question.caption, answer.text, answer.is_finished))
+    return results
 
 
 class UsageLog:

@@ -9,26 +9,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from data_preparation.captions.backends import Backend, LocalModelOptions, ServerOptions
+from data_preparation.captions.backends import Backend, LocalModelOptions, ModelOptions, ServerOptions
 from data_preparation.captions.prompts import comparable_text, read_examples
 from data_preparation.generation.user_functions import call_function, find_function_problem, load_function
 from utils.errors import InputError
 
-LIMITS = {
-    "temperature": (0, 5),
-    "top_p": (1e-6, 1),
-    "max_tokens": (8, 8192),
-    "frequency_penalty": (-2, 2),
-    "num_examples": (0, len(read_examples())),
-    "batch_size": (1, 4096),
-    "concurrency": (1, 1024),
-    "timeout": (0.1, 3600),
-    "retries": (0, 100),
-    "retry_wait": (0, 60),
-    "requests_per_minute": (0.01, 1e6),
-    "price_in": (0, 1e6),
-    "price_out": (0, 1e6),
-}
+SAMPLING_LIMITS = {"temperature": (0, 5), "top_p": (1e-6, 1), "max_tokens": (8, 8192), "frequency_penalty": (-2, 2)}
+SIZE_LIMITS = {"num_examples": (0, len(read_examples())), "batch_size": (1, 4096)}
+SERVER_LIMITS = {"timeout": (0.1, 3600), "retries": (0, 100), "retry_wait": (0, 60), "concurrency": (1, 1024)}
+RATE_LIMITS = {"requests_per_minute": (0.01, 1e6), "price_in": (0, 1e6), "price_out": (0, 1e6)}
+LIMITS = SAMPLING_LIMITS | SIZE_LIMITS | SERVER_LIMITS | RATE_LIMITS
 SERVER_FLAGS = ("api_key_env", "structure", "concurrency", "requests_per_minute", "timeout", "retries", "retry_wait")
 LOCAL_FLAGS = ("revision", "device", "dtype", "batch_size")
 MODERATIONS = "blocklist:FILE (one word or phrase per line), server (/v1/moderations), or python:FILE:FUNCTION"
@@ -100,7 +90,7 @@ def find_url_problem(base_url: str) -> str | None:
     return None if is_http else f"--base_url {base_url}: must be an http(s) address, {URL_EXAMPLE}"
 
 
-def choose_model(args: argparse.Namespace, num_workers: int = 1) -> LocalModelOptions | ServerOptions:
+def choose_model(args: argparse.Namespace, num_workers: int = 1) -> ModelOptions:
     """The model of the flags. num_workers: workers that share --requests_per_minute."""
     names = SERVER_FLAGS if args.base_url else LOCAL_FLAGS
     given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}

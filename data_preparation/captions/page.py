@@ -12,11 +12,10 @@ from typing import Any
 
 import gradio as gr
 
-from data_preparation.captions.backends import Backend
+from data_preparation.captions.backends import Backend, ask_model
 from data_preparation.captions.model_flags import LIMITS, Moderator
 from data_preparation.captions.prompts import (
     NUM_SEEDS,
-    PARSERS,
     Question,
     Rejected,
     SamplingOptions,
@@ -25,6 +24,7 @@ from data_preparation.captions.prompts import (
     read_examples,
 )
 from utils.errors import InputError
+from utils.web.page_text import CSS as PAGE_CSS
 from utils.web.page_text import error_html, status_html
 
 Candidate = Triple | Rejected
@@ -33,15 +33,11 @@ SAMPLING_FIELDS = ("temperature", "top_p", "num_examples")  # that the page can 
 TITLE = "Captions to edits"
 INTRODUCTION = f"""# {TITLE}
 Write the caption of an image and press **Enter**: the language model invents edits, and the caption after each edit."""
-CSS = """
-.gradio-container .main.app { max-width: 1100px !important; margin: 0 auto; }
-#title h1 { margin: 0; }
-#columns { display: grid; align-items: start; grid-template-columns: 1fr 1fr; grid-template-rows: auto 1fr;
-  grid-template-areas: "request result" "settings result"; }
-#request { grid-area: request; } #result { grid-area: result; } #settings { grid-area: settings; }
+CANDIDATES_CSS = """
+.gradio-container .main.app { max-width: 1100px !important; }
 #result .html-container { padding: 0; }
 #status { min-height: 1.6em; }
-#status .error { border-left: 4px solid #d33; padding-left: 10px; overflow-wrap: anywhere; }
+#status .error { overflow-wrap: anywhere; }
 .candidate { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 10px 14px; margin: 0 0 10px; }
 .candidate p { margin: 0 0 4px; overflow-wrap: anywhere; }
 .candidate .edit { font-weight: 600; }
@@ -49,14 +45,10 @@ CSS = """
 .candidate .seed { font-size: 0.85em; }
 .candidate mark { background: var(--color-accent-soft); color: inherit; border-radius: 3px; padding: 0 2px;
   text-decoration: underline 2px var(--color-accent); text-underline-offset: 3px; }
-@media (max-width: 700px) {
-  #columns { grid-template-columns: minmax(0, 1fr); grid-template-areas: "request" "result" "settings"; }
-  .gradio-container .main.app { padding: 12px !important; }
-}
 """
 LAUNCH_OPTIONS = dict(  # system fonts, because Gradio's own would be loaded from another server
     theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
-    css=CSS,
+    css=PAGE_CSS + CANDIDATES_CSS,
     footer_links=[],
     run_history=False,
     ssr_mode=False,
@@ -75,13 +67,7 @@ class CandidateService:
         if self._moderator([caption])[0]:
             raise InputError("The moderation of this page refuses the caption.")
         questions = [Question(caption, (seed + number) % NUM_SEEDS) for number in range(count)]
-        sampling = replace(self.sampling, **changes)
-        candidates: list[Candidate] = []
-        for answer in self._backend.answer(questions, sampling):
-            result = Rejected(f"refused by the server ({answer.refusal})")
-            if not answer.refusal:
-                result = PARSERS[sampling.format](caption, answer.text, answer.is_finished)
-            candidates.append(result)
+        candidates = ask_model(self._backend, questions, replace(self.sampling, **changes))
         texts = [f"{each.edit}\n{each.output}" if isinstance(each, Triple) else "" for each in candidates]
         pairs = zip(candidates, self._moderator(texts), strict=True)
         return [Rejected("refused by moderation") if is_refused else each for each, is_refused in pairs], questions
@@ -112,7 +98,7 @@ def render_candidates(candidates: list[Candidate], questions: list[Question]) ->
     for candidate, question in zip(candidates, questions, strict=True):
         seed = f'<p class="seed">seed {question.seed}</p>'
         if isinstance(candidate, Rejected):
-            reason = html.escape(candidate.reason)
+            reason = html.escape(f"{candidate.reason} {candidate.detail}")
             cards.append(f'<div class="candidate rejected"><p>rejected: {reason}</p>{seed}</div>')
         else:
             edit, output = html.escape(candidate.edit), mark_changes(candidate.caption, candidate.output)

@@ -51,9 +51,10 @@ class Triple(NamedTuple):
 
 
 class Rejected(NamedTuple):
-    """The reason why an answer is not a usable triple. Reasons are fixed texts, because they are counted."""
+    """Why an answer is not a usable triple. reason: one of few texts, which are counted; detail: of this answer."""
 
     reason: str
+    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,11 +121,6 @@ def plain_prompt(question: Question, num_examples: int) -> str:
 def legacy_prompt(caption: str) -> str:
     """The prompt of the original InstructPix2Pix."""
     return f"{caption}{PROMPT_END}"
-
-
-def legacy_completion(triple: Triple) -> str:
-    """The answer that a model fine-tuned on the original's format gives to `legacy_prompt`."""
-    return f"{triple.edit}{SEPARATOR}{triple.output}{STOP}"
 
 
 def _chat_answer(example: Triple) -> str:

@@ -50,9 +50,10 @@ class ServerClient:
         self._key = os.environ.get(options.api_key_env, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise InputError(f"--api_key_env {options.api_key_env}: the key contains characters that keys cannot have")
+        url = options.base_url.rstrip("/")
         try:
             self.openai = openai.OpenAI(
-                base_url=api_url(options.base_url),
+                base_url=url if urlsplit(url).path else f"{url}/v1",
                 api_key=self._key or "none",  # without an argument the package reads OPENAI_API_KEY
                 timeout=openai.Timeout(options.timeout, connect=min(10.0, options.timeout)),
                 max_retries=0,
@@ -61,13 +62,7 @@ class ServerClient:
             reason = redact(f"{type(error).__name__}: {error}", self._key)
             raise InputError(f"--base_url {options.base_url} cannot be used: {reason}") from error
 
-    def request(
-        self,
-        send: Callable[..., Any],
-        body: dict[str, Any],
-        read: Callable[[Any], Any],
-        cancelled: threading.Event | None = None,
-    ) -> Any:
+    def request(self, send: Callable, body: dict, read: Callable, cancelled: threading.Event | None = None) -> Any:
         """`read(send(**body))`, repeated after temporary errors and after a ValueError of `read`.
 
         Raises RequestRefused; InputError if no request can succeed, or when `cancelled` is set.
@@ -148,6 +143,7 @@ class ServerBackend:
     def __init__(self, options: ServerOptions, sampling: SamplingOptions) -> None:
         self.usage, self._client = UsageCounter(), ServerClient(options)
         self._options, self._is_legacy = options, sampling.format == "legacy"
+        self._flag = f"--base_url {options.base_url}"
         self._answered = self._refused = 0
         answered_by = self._negotiate(sampling)
         # A name such as gpt-4o-mini stands for different versions over time; servers return the exact one.
@@ -196,8 +192,7 @@ class ServerBackend:
             except RequestRefused as refusal:
                 simpler = simplify_format(self._format, str(refusal), keeps_structure=structure != "auto")
                 if simpler is None:
-                    problem = f"the server refused a simple request: {refusal}"
-                    raise InputError(f"--base_url {self._options.base_url}: {problem}") from None
+                    raise InputError(f"{self._flag}: the server refused a simple request: {refusal}") from None
                 self._format = simpler
 
     def _answer(self, question: Question, sampling: SamplingOptions, cancelled: threading.Event) -> Answer:
@@ -206,15 +201,12 @@ class ServerBackend:
         except RequestRefused as refusal:
             self._refused += 1
             if self._refused >= MAX_REFUSALS and not self._answered:
-                problem = f"the server refused the first {self._refused} captions: {refusal}"
-                raise InputError(f"--base_url {self._options.base_url}: {problem}") from None
+                raise InputError(f"{self._flag}: the server refused the first captions: {refusal}") from None
             return Answer(refusal=str(refusal))
         self._answered += 1
         return answer
 
-    def _send(
-        self, question: Question, sampling: SamplingOptions, cancelled: threading.Event | None
-    ) -> tuple[Answer, Any]:
+    def _send(self, question: Question, sampling: SamplingOptions, cancelled: threading.Event | None) -> tuple:
         """(answer, name of the model that gave it)."""
         endpoint = self._client.openai.completions if self._is_legacy else self._client.openai.chat.completions
         return self._client.request(endpoint.create, self._body(question, sampling), self._read, cancelled)
@@ -251,9 +243,8 @@ class ServerBackend:
         if not isinstance(text, str):
             raise ValueError("no text")
         usage = getattr(completion, "usage", None)
-        counts = [getattr(usage, name, None) for name in ("prompt_tokens", "completion_tokens")]
-        is_number = [isinstance(count, (int, float)) and math.isfinite(count) for count in counts]
-        self.usage.add(*(int(count) if is_valid else 0 for count, is_valid in zip(counts, is_number, strict=True)))
+        counts = [getattr(usage, name, 0) for name in ("prompt_tokens", "completion_tokens")]
+        self.usage.add(*(count if isinstance(count, int) else 0 for count in counts))
         is_finished = getattr(choice, "finish_reason", None) in ("stop", None)
         answer = Answer(refusal=str(refusal)) if refusal else Answer(text, is_finished)
         return answer, getattr(completion, "model", None)
@@ -269,12 +260,6 @@ def simplify_format(request_format: RequestFormat, refusal: str, keeps_structure
     if keeps_structure or request_format.structure == STRUCTURES[-1]:
         return None
     return replace(request_format, structure=STRUCTURES[STRUCTURES.index(request_format.structure) + 1])
-
-
-def api_url(base_url: str) -> str:
-    """`base_url`, with /v1 if it has no path."""
-    bare = base_url.rstrip("/")
-    return bare if urlsplit(bare).path else f"{bare}/v1"
 
 
 def read_retry_after(value: str | None) -> float | None:

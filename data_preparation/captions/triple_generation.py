@@ -13,11 +13,10 @@ from pathlib import Path
 
 import datasets
 
-from data_preparation.captions.backends import Backend, LocalModelOptions, ServerOptions, UsageLog, open_backend
+from data_preparation.captions.backends import Backend, ModelOptions, UsageLog, ask_model, open_backend
 from data_preparation.captions.model_flags import Moderator, open_moderator
 from data_preparation.captions.prompts import (
     NUM_SEEDS,
-    PARSERS,
     Question,
     Rejected,
     SamplingOptions,
@@ -25,11 +24,12 @@ from data_preparation.captions.prompts import (
     clean_text,
     comparable_text,
 )
-from data_preparation.generation.dataset_folder import DATA, write_atomically
+from data_preparation.generation.dataset_folder import DATA
 from data_preparation.generation.inputs import Captions, OpenCaptions
 from data_preparation.generation.pair_rows import as_json
 from data_preparation.generation.runner import GeneratedRows
 from data_preparation.photographs import seeded_rng
+from utils.atomic_files import write_atomically
 from utils.checks.prompt_checks import MAX_TOKENS, estimate_tokens
 
 COLUMNS = ("caption", "edit", "output", "url", "source", "source_dataset", "source_license", "model")
@@ -47,7 +47,7 @@ class TripleGenerator:
 
     num_items: int
     captions: Captions
-    model: LocalModelOptions | ServerOptions
+    model: ModelOptions
     sampling: SamplingOptions
     seed: int
     edits_per_caption: int
@@ -135,24 +135,17 @@ class OpenTripleGenerator:
 
     def _ask(self, captions: dict[int, dict]) -> dict[tuple[int, int], tuple[Triple | Rejected, int, int]]:
         """(item, edit) -> (last result, its seed, its try from 1)."""
-        settings, sampling = self._settings, self._settings.sampling
-        results, pending = {}, [(item, edit) for item in captions for edit in range(settings.edits_per_caption)]
-        seeds = {item: self._draw_seeds(item) for item in captions}
+        settings, results = self._settings, {}
+        shape = (settings.edits_per_caption, settings.tries)
+        seeds = {item: seeded_rng(settings.seed, item).integers(0, NUM_SEEDS, shape).tolist() for item in captions}
+        pending = [(item, edit) for item in captions for edit in range(settings.edits_per_caption)]
         for attempt in range(settings.tries):
             questions = [Question(captions[item]["caption"], seeds[item][edit][attempt]) for item, edit in pending]
-            answers = self._backend.answer(questions, sampling)
-            for key, question, answer in zip(pending, questions, answers, strict=True):
-                result = Rejected("refused by the server")
-                if not answer.refusal:
-                    result = PARSERS[sampling.format](question.caption, answer.text, answer.is_finished)
+            answers = ask_model(self._backend, questions, settings.sampling)
+            for key, question, result in zip(pending, questions, answers, strict=True):
                 results[key] = (result, question.seed, attempt + 1)
             pending = [key for key in pending if isinstance(results[key][0], Rejected)]
         return results
-
-    def _draw_seeds(self, item: int) -> list[list[int]]:
-        """The seed of each edit and try of an item."""
-        shape = (self._settings.edits_per_caption, self._settings.tries)
-        return seeded_rng(self._settings.seed, item).integers(0, NUM_SEEDS, shape).tolist()
 
     def _rows(self, captions: dict[int, dict], results: dict, rejected: Counter) -> Iterator[dict]:
         rejected.update(result.reason for result, _, _ in results.values() if isinstance(result, Rejected))
