@@ -8,6 +8,7 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -33,19 +34,7 @@ SAMPLING_FIELDS = ("temperature", "top_p", "num_examples")  # that the page can 
 TITLE = "Captions to edits"
 INTRODUCTION = f"""# {TITLE}
 Write the caption of an image and press **Enter**: the language model invents edits, and the caption after each edit."""
-CANDIDATES_CSS = """
-.gradio-container .main.app { max-width: 1100px !important; }
-#result .html-container { padding: 0; }
-#status { min-height: 1.6em; }
-#status .error { overflow-wrap: anywhere; }
-.candidate { border: 1px solid var(--border-color-primary); border-radius: 8px; padding: 10px 14px; margin: 0 0 10px; }
-.candidate p { margin: 0 0 4px; overflow-wrap: anywhere; }
-.candidate .edit { font-weight: 600; }
-.candidate .seed, .candidate.rejected p { color: var(--body-text-color-subdued); font-weight: 400; }
-.candidate .seed { font-size: 0.85em; }
-.candidate mark { background: var(--color-accent-soft); color: inherit; border-radius: 3px; padding: 0 2px;
-  text-decoration: underline 2px var(--color-accent); text-underline-offset: 3px; }
-"""
+CANDIDATES_CSS = Path(__file__).with_name("candidates.css").read_text("utf-8")
 LAUNCH_OPTIONS = dict(  # system fonts, because Gradio's own would be loaded from another server
     theme=gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
     css=PAGE_CSS + CANDIDATES_CSS,
