@@ -1,4 +1,4 @@
-"""The app as its user starts it, and visitors in a real Chromium."""
+"""app.py as a process, and visitors of its page in Chromium."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.runs import ENVIRONMENT, REPOSITORY
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 INSTALL = "no Chromium here: `apt-get install --no-install-recommends chromium` brings Debian's"
-WORDS = "#status [role]"  # Gradio keeps a clock of its own beside them
-PATIENCE = 120_000  # milliseconds; a limit for what never comes, and no measure of anything
+STATUS = "#status [role]"  # without Gradio's own timer
+PATIENCE = 120_000  # milliseconds until something counts as missing
 
 
 class Server:
-    """`python app.py` in a process of its own."""
+    """`python app.py` in its own process."""
 
     def __init__(self, log: Path, *flags: str) -> None:
         with socket.socket() as free:
@@ -43,7 +43,7 @@ class Server:
         raise AssertionError(f"the server does not answer: {log.read_text()}")
 
     def end(self) -> int:
-        """SIGTERM, as a service manager sends it; the exit code."""
+        """Send SIGTERM, as a service manager does, and return the exit code."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(timeout=PATIENCE / 1000)
 
@@ -60,7 +60,7 @@ def running_chromium() -> Iterator:
 
 
 class Visitor:
-    """One open page in a browser context of its own: own cookies, own session."""
+    """One open page with its own cookies and session."""
 
     def __init__(self, chromium, url: str, query: str = "", width: int = 1280, height: int = 900) -> None:
         self.context = chromium.new_context(viewport={"width": width, "height": height})
@@ -69,7 +69,7 @@ class Visitor:
         self.requested: list[str] = []
         self.page.on("request", lambda request: self.requested.append(request.url))
         self.page.goto(url + query)
-        self.wait_for_status(".", "the page does not come up")  # its first words come after the link is restored
+        self.wait_for_status(".", "the page does not load")  # the first status comes after the link is restored
 
     @property
     def instruction(self):
@@ -80,26 +80,26 @@ class Visitor:
         return self.page.locator("#gallery .thumbnail-item")
 
     def wait_for_edits(self, count: int) -> None:
-        """The gallery draws its images a moment after the last word."""
+        """The gallery may draw its images after the last status."""
         self.page.wait_for_function(
             "count => document.querySelectorAll('#gallery .thumbnail-item').length === count", arg=count
         )
 
     @property
-    def pictures_compared(self) -> list[str]:
+    def compared_images(self) -> list[str]:
         return [image.get_attribute("src") for image in self.page.locator("#comparison img").all()]
 
     def status(self) -> str:
-        return self.page.inner_text(WORDS)
+        return self.page.inner_text(STATUS)
 
     def upload(self, path: Path) -> None:
-        """Choose a file and wait for what the page says of it."""
+        """Choose a file and wait for the status of the upload."""
         self.forget_status()
-        self.page.locator("#picture input[type=file]").set_input_files(path)
-        self.wait_for_status(".", "no word on the upload")
+        self.page.locator("#image input[type=file]").set_input_files(path)
+        self.wait_for_status(".", "no status of the upload")
 
     def set(self, name: str, value: object) -> None:
-        """A slider's or a field's number."""
+        """Set the number of a slider or field."""
         field = self.page.locator(f"#{name} input[type=number]")
         field.fill(str(value))
         field.press("Tab")
@@ -112,27 +112,27 @@ class Visitor:
         self.page.get_by_role("option", name=option, exact=True).click()
 
     def edit(self, instruction: str) -> None:
-        """Ask for an edit and wait until it is done."""
+        """Start an edit and wait until it is done."""
         self.instruction.fill(instruction)
         self.forget_status()
         self.page.click("#run")
         self.wait_until_done()
 
     def forget_status(self) -> None:
-        """So that the last word on one edit is not taken for that on the next."""
-        self.page.evaluate("words => { document.querySelector(words).innerText = '' }", WORDS)
+        """Clear the status, so that the one before is not mistaken for the next one."""
+        self.page.evaluate("selector => { document.querySelector(selector).innerText = '' }", STATUS)
 
     def wait_until_done(self) -> None:
         self.wait_for_status(r"^(Done|\d+ images)", "the edit does not end")
 
-    def wait_for_status(self, pattern: str, complaint: str) -> str:
+    def wait_for_status(self, pattern: str, problem: str) -> str:
         try:
             self.page.wait_for_function(
-                "([words, pattern]) => new RegExp(pattern).test(document.querySelector(words)?.innerText ?? '')",
-                arg=[WORDS, pattern],
+                "([selector, pattern]) => new RegExp(pattern).test(document.querySelector(selector)?.innerText ?? '')",
+                arg=[STATUS, pattern],
             )
         except Exception as error:
-            raise AssertionError(f"{complaint}: {self.status()!r}") from error
+            raise AssertionError(f"{problem}: {self.status()!r}") from error
         return self.status()
 
     def bytes_of(self, url: str) -> bytes:

@@ -181,8 +181,8 @@ def test_animation_and_contact_sheet(editor, photos: Path, tmp_path: Path) -> No
     assert stills[1][1] == 80
     (sheet,) = save_sheets(jobs)
     assert sheet.name == "contact-sheet.png"
-    with Image.open(sheet) as picture:
-        assert picture.size == (3 * 256, 2 * (16 + 171) + 16 + 256)
+    with Image.open(sheet) as image:
+        assert image.size == (3 * 256, 2 * (16 + 171) + 16 + 256)
     alone = plan_input(str(photos / "a.png"), str(tmp_path / "alone.png"), ["x"], EditSettings(steps=1))
     edit_jobs(make_service(editor), alone, 0)
     assert [path.name for path in (*save_animations(alone), *save_sheets(alone))] == ["alone.gif", "alone-grid.png"]

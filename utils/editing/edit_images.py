@@ -111,17 +111,14 @@ def edit_images(
     prompts: list[str],
     seeds: list[int],
     settings: SamplingSettings = DEFAULTS,
-    *,
-    encodings: Encodings | None = None,
-    on_step: Callable[[int, int], None] | None = None,
+    **options: Any,
 ) -> list[Image.Image]:
     """Edit image i with instruction i; the edited images in the same order and of the same sizes.
 
-    As `edit_pixels`. `image.info["flagged"]` is True for an image that the safety checker replaced by a black one.
+    options: of `edit_pixels`. `image.info["flagged"]` is True if the safety checker replaced an image by a black one.
     """
     edited = []
-    pixels, flags = edit_pixels(pipeline, images, prompts, seeds, settings, encodings=encodings, on_step=on_step)
-    for values, is_flagged in zip(pixels, flags, strict=True):
+    for values, is_flagged in zip(*edit_pixels(pipeline, images, prompts, seeds, settings, **options), strict=True):
         # (3, H, W) in [0, 1] -> (H, W, 3) bytes, rounded as the pipelines do
         edited.append(Image.fromarray((values.permute(1, 2, 0).numpy() * 255).round().astype("uint8")))
         edited[-1].info["flagged"] = is_flagged

@@ -68,17 +68,9 @@ def open_editor(options: EditorOptions, record: dict | None = None, image: Path 
     """
     device, dtype = choose_device(options.device, options.dtype)
     scale = 1.0 if options.lora_scale is None else options.lora_scale
-    pipeline = load_editor(
-        options.model,
-        dtype=dtype,
-        device=device,
-        revision=options.revision,
-        variant=options.variant,
-        lora=options.lora,
-        lora_scale=scale,
-        single_file_config=options.single_file_config,
-        safety_checker=not options.no_safety_checker,
-    )
+    source = {name: getattr(options, name) for name in ("revision", "variant", "lora", "single_file_config")}
+    machine = dict(dtype=dtype, device=device, safety_checker=not options.no_safety_checker)
+    pipeline = load_editor(options.model, lora_scale=scale, **source, **machine)
     weights = _digest_weights(pipeline)
     if record and record["model"].get("weights") != weights:
         raise InputError(f"--model {options.model} is not the model that made {image}: its weights differ")

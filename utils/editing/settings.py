@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
 from typing import Any
 
 # The smallest and largest value of every number that infer.py, a file of jobs or the page accepts.
@@ -22,51 +23,8 @@ LIMITS: dict[str, tuple[float, float]] = {
 DEFAULT_SETTINGS: dict[str, Any] = {"steps": 20, "guidance_scale": 7.5, "image_guidance_scale": 1.5, "eta": None}
 SCALES = ("guidance_scale", "image_guidance_scale")
 ADAPTED = "adapted.json"  # adapt_distill.py writes recommended settings, keys of `DEFAULT_SETTINGS`, into this file
-EASY_INSTRUCTIONS = (  # the toy editor has been trained on these
-    "turn it into a cartoon",
-    "make it a pencil drawing",
-    "make it night",
-    "give it a sepia tone",
-    "make it foggy",
-    "put it in the light of a sunset",
-    "make it black and white",
-    "turn it into a mosaic",
-)
-INSTRUCTIONS = (
-    *EASY_INSTRUCTIONS,
-    "make it snow",
-    "make it a rainy night",
-    "turn the season to autumn",
-    "make it spring, with blossoms everywhere",
-    "put it under water",
-    "set it on the moon",
-    "as if seen through a window with raindrops",
-    "add a rainbow to the sky",
-    "add hot-air balloons to the sky",
-    "add fireworks",
-    "turn it into a watercolour",
-    "turn it into an oil painting by Van Gogh",
-    "turn it into a woodblock print by Hokusai",
-    "turn it into a stained glass window",
-    "turn it into a charcoal sketch",
-    "turn it into pixel art",
-    "turn it into a Lego model",
-    "turn it into a clay figure scene",
-    "turn it into a paper cut-out",
-    "make it look like a 1970s postcard",
-    "give it the colours of a neon sign",
-    "make it cyberpunk",
-    "make it steampunk",
-    "make it medieval",
-    "make it look abandoned and overgrown",
-    "make everything of gold",
-    "make everything of glass",
-    "make everything of wood",
-    "make it look like a miniature model",
-    "light it with candles",
-    "make it look like a dream",
-    "make it a festival",
-)
+INSTRUCTIONS = tuple(Path(__file__).with_name("random_instructions.txt").read_text("utf-8").splitlines())
+EASY_INSTRUCTIONS = INSTRUCTIONS[:8]  # the toy editor was trained on these
 SPREAD = 0.2  # as edit_app.py, which draws 6 to 9 around 7.5 and 1.2 to 1.8 around 1.5
 
 

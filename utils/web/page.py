@@ -87,7 +87,7 @@ class Page:
                 self._add("new_seed", gr.Checkbox, True, label="Randomize seed")
                 self._add("new_guidance", gr.Checkbox, False, label="Randomize guidance")
         with gr.Row():
-            schedulers = [("the model's own", ""), *SCHEDULERS]
+            schedulers = [("default", ""), *SCHEDULERS]
             self._add("scheduler", gr.Dropdown, schedulers, value="", label="Scheduler", min_width=90)
             with gr.Column(min_width=130):
                 self._add("keep_size", gr.Checkbox, False, label="Keep size", info="edits as large as the image")
