@@ -363,7 +363,7 @@ def test_one_batch_can_be_overfitted(use_dora, quantize, tiny_base):
     torch.manual_seed(0)
     options = AdapterOptions(lora_rank=8, use_dora=use_dora, lora_target="all")
     add_adapter(unet, options, train_conv_in=True)
-    losses = train(unet, steps=40)
+    losses = train(unet, steps=20)
     assert losses[-1] < 0.5 * losses[0]
 
 

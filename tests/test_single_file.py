@@ -302,7 +302,7 @@ def test_refusals(file: Path, folder: Path, pipeline, tmp_path: Path, tiny_edito
             "contains no autoencoder",
         ),
         (
-            save("lacks.safetensors", {k: v for k, v in weights.items() if k != first}),
+            save("incomplete.safetensors", {k: v for k, v in weights.items() if k != first}),
             right,
             "cannot be loaded|incomplete",
         ),
@@ -322,9 +322,9 @@ def test_missing_weight_of_the_text_encoder(file: Path, folder: Path, tmp_path: 
     weights = load_file(file)
     missing = next(key for key in weights if key.endswith("layers.1.mlp.fc1.weight"))
     del weights[missing]
-    save_file(weights, tmp_path / "lacks.safetensors")
+    save_file(weights, tmp_path / "incomplete.safetensors")
     with pytest.raises(InputError, match="text_encoder has no .*layers.1.mlp.fc1.weight"):
-        load_single_file(str(tmp_path / "lacks.safetensors"), str(folder), None)
+        load_single_file(str(tmp_path / "incomplete.safetensors"), str(folder), None)
 
 
 def test_configuration_of_other_sizes(file: Path, folder: Path, tmp_path: Path) -> None:
