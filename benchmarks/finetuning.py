@@ -1,10 +1,11 @@
-"""One new instruction for the demo's editor: full fine-tuning, LoRA, and LoRA on a 4-bit base.
+"""One new instruction for the demo's editor: full fine-tuning, LoRA, LoRA on a 4-bit base, and replay of old pairs.
 
     make demo && .venv/bin/python benchmarks/finetuning.py
 
 The editor of demo-output/ has been trained on ten instructions. finetune_instruct_pix2pix.py teaches it an eleventh, a
 night-vision camera, with each method. It then edits held-out photographs with the new instruction (also in held-out
-phrasings) and with the ten old ones, which it may have forgotten. Prints a Markdown table.
+phrasings) and with the ten old ones, which it may have forgotten. With replay, half of each batch are the pairs of the
+ten old instructions, and training takes twice the steps. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ METHODS = {
     "LoRA, rank 16, attention": ADAPTER | {"--lora_target": "attention"},
     "LoRA, rank 16, all layers": ADAPTER,
     "LoRA, rank 16, all layers, nf4 base": ADAPTER | {"--quantize_base": "nf4"},
+    "full, with replay": {"--learning_rate": 3e-4},
+    "LoRA, rank 16, all layers, with replay": ADAPTER,
 }
 TRAINING = {
     "--resolution": SIDE,
@@ -67,14 +70,16 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=REPOSITORY / "demo-output/finetuning")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each method")
     parser.add_argument("--pairs", type=int, default=400, help="pairs of the new instruction")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     args = parser.parse_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
     make_pairs(args.output / "pairs", args.pairs)
     rows = {"before": {"trained": 0, "stored_mb": 0.0, "minutes": 0.0} | score(args, {})}
     for number, (name, flags) in enumerate(METHODS.items()):
-        folder = args.output / f"method-{number}"
-        rows[name] = train(args, folder, flags) | score(args, flags, folder)
+        if name in args.methods:
+            folder = args.output / f"method-{number}"
+            rows[name] = train(args, folder, flags, has_replay="replay" in name) | score(args, flags, folder)
     (args.output / "table.json").write_text(json.dumps(rows, indent=1) + "\n")
     print_table(rows)
 
@@ -109,23 +114,30 @@ def make_pairs(folder: Path, count: int) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines) + "\n")
 
 
-def train(args: argparse.Namespace, folder: Path, flags: dict) -> dict:
+def write_mix(args: argparse.Namespace) -> Path:
+    """A mix of the new pairs and those of the demo, in equal shares."""
+    mix = args.output / "mix.yaml"
+    sources = "".join(f"  - {{name: {folder}, weight: 1}}\n" for folder in (args.output / "pairs", args.demo / "pairs"))
+    mix.write_text(f"datasets:\n{sources}")
+    return mix
+
+
+def train(args: argparse.Namespace, folder: Path, flags: dict, has_replay: bool) -> dict:
     """Fine-tune with one method: number of trained parameters, size of the published weights in MB, minutes."""
     shutil.rmtree(folder, ignore_errors=True)
     started = time.monotonic()
+    data = {"--train_mix": write_mix(args)} if has_replay else {"--train_data_dir": args.output / "pairs"}
     run(
         "finetune_instruct_pix2pix.py",
         "--pretrained_model_name_or_path",
         args.demo / "editor",
-        "--train_data_dir",
-        args.output / "pairs",
         "--output_dir",
         folder,
         "--max_train_steps",
-        args.steps,
-        "--cache_latents",
+        args.steps * (2 if has_replay else 1),
         "--center_crop",
-        *to_words(TRAINING | flags),
+        *([] if has_replay else ["--cache_latents"]),
+        *to_words(data | TRAINING | flags),
     )
     minutes = (time.monotonic() - started) / 60
     adapter = folder / "pytorch_lora_weights.safetensors"

@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from json import JSONDecodeError
 from pathlib import Path
 from typing import NamedTuple
@@ -132,24 +132,32 @@ def upload(
     """
     login = token or get_token()
     api = HfApi(token=login)
+
+    def send() -> None:
+        api.create_repo(repo_id, private=private or None, exist_ok=True)
+        # Not `upload_folder`: it may commit in batches, and an interruption would leave half a model on the Hub.
+        operations = [_as_operation(Path(output_dir), path, login) for path in files_to_publish(output_dir)]
+        api.create_commit(repo_id, operations, commit_message=redact(commit_message, login))
+
+    advice = f"The model is complete in {output_dir}. Upload it later with:\n  "
+    retry_upload(send, repo_id, login, waits, advice + upload_command(output_dir, repo_id, private))
+    return f"{api.endpoint}/{repo_id}"
+
+
+def retry_upload(
+    send: Callable[[], None], repo_id: str, login: str | None, waits: Sequence[float], advice: str
+) -> None:
+    """Call `send` until it succeeds. waits: seconds before each retry. Raises InputError that ends with `advice`."""
     for pause in (*waits, None):
         try:
-            api.create_repo(repo_id, private=private or None, exist_ok=True)
-            # Not `upload_folder`: it may commit in batches, and an interruption would leave half a model on the Hub.
-            operations = [_as_operation(Path(output_dir), path, login) for path in files_to_publish(output_dir)]
-            api.create_commit(repo_id, operations, commit_message=redact(commit_message, login))
-            return f"{api.endpoint}/{repo_id}"
-        except Exception as error:  # hf_xet raises its own types, and hours of training are at stake
+            return send()
+        except Exception as error:  # hf_xet raises its own types, and hours of work are at stake
             failure = error
             if pause is None or not is_temporary(error):
                 break
-            logger.warning("upload to %s: %s; retrying in %s s", repo_id, failure_reason(error, login), pause)
+            logger.warning("upload to %s: %s; retrying in %g s", repo_id, failure_reason(error, login), pause)
             time.sleep(pause)
-    raise InputError(
-        f"the upload to {repo_id} failed: {failure_reason(failure, login)}\n"
-        f"The model is complete in {output_dir}. Upload it later with:\n"
-        f"  {upload_command(output_dir, repo_id, private)}"
-    ) from failure
+    raise InputError(f"the upload to {repo_id} failed: {failure_reason(failure, login)}\n{advice}") from failure
 
 
 def files_to_publish(output_dir: str | Path) -> list[str]:

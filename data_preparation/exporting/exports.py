@@ -12,7 +12,6 @@ import json
 import logging
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -37,7 +36,7 @@ from data_preparation.exporting.licensing import LicenceChoice, choose_licence, 
 from data_preparation.exporting.reading import ExportInput, ExportOptions, open_input, scrub
 from utils.atomic_files import write_atomically
 from utils.errors import InputError
-from utils.hub import failure_reason, is_temporary
+from utils.hub import retry_upload
 
 FORMAT = 1
 RECORD, DATA = "export.json", "data"
@@ -168,29 +167,22 @@ def push(folder: Path, repo_id: str, token: str | None = None, waits: Sequence[f
     login = token or get_token()
     api = HfApi(token=login)
     _quiet_client()
-    for pause in (*waits, None):
-        try:
-            # Commits in batches and skips files that are on the Hub already, so that the same call resumes.
-            api.upload_folder(
-                repo_id=repo_id,
-                repo_type="dataset",
-                folder_path=folder,
-                allow_patterns=list(UPLOADED),
-                ignore_patterns=[".*", "*/.*"],
-                commit_message="Add pairs",
-            )
-            _push_card(api, folder, repo_id)
-            return f"{api.endpoint}/datasets/{repo_id}"
-        except Exception as error:  # wide, because hf_xet raises its own types
-            failure = error
-            if pause is None or not is_temporary(error):
-                break
-            print(f"upload: {failure_reason(error, login)}; trying again in {pause:g} s", file=sys.stderr, flush=True)
-            time.sleep(pause)
-    raise InputError(
-        f"the upload to {repo_id} failed: {failure_reason(failure, login)}\nThe complete export is in {folder}. "
-        "Run the same command again: files that have arrived are not uploaded again"
-    ) from failure
+
+    def send() -> None:
+        # Commits in batches and skips files that are on the Hub already, so that the same call resumes.
+        api.upload_folder(
+            repo_id=repo_id,
+            repo_type="dataset",
+            folder_path=folder,
+            allow_patterns=list(UPLOADED),
+            ignore_patterns=[".*", "*/.*"],
+            commit_message="Add pairs",
+        )
+        _push_card(api, folder, repo_id)
+
+    advice = f"The complete export is in {folder}. Run the same command again: it continues with the missing files"
+    retry_upload(send, repo_id, login, waits, advice)
+    return f"{api.endpoint}/datasets/{repo_id}"
 
 
 def _push_card(api: HfApi, folder: Path, repo_id: str) -> None:
