@@ -5,7 +5,7 @@
     python adapt_distill.py --model my-editor --distilled some/fine-tune --base the/base --output_dir my-style
 
 dW is a distilled or fine-tuned UNet minus its base, a LoRA, or a stored difference. Nothing is trained, and only a few
-rows of a tensor are in memory at a time. docs/distillation.md describes what to expect.
+rows of a tensor are in memory at a time. docs/fast_editing.md describes what to expect.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def run(args: argparse.Namespace) -> None:
     quiet_libraries()
     warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
     if args.dtype == "bf16":
-        warning = "warning: --dtype bf16 rounds away most of a small delta (docs/distillation.md): use fp32 or fp16"
+        warning = "warning: --dtype bf16 rounds away most of a small delta (docs/fast_editing.md): use fp32 or fp16"
         print(warning, file=sys.stderr)
     from utils.hub import upload
     from utils.merging.calibration import calibrate, read_pairs

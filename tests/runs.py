@@ -36,10 +36,9 @@ def training_flags(base: Path, pairs: Path, output_dir: Path, *flags: str) -> li
 
 def start(script: str, flags: list[str], launcher: tuple[str, ...] = (), log: Path | None = None) -> subprocess.Popen:
     """Start a script of the repository directly, or with `ACCELERATE` or `TORCHRUN` as its launcher."""
-    environment = ENVIRONMENT | ({"ACCELERATE_USE_CPU": "true"} if launcher == TORCHRUN else {})
     output = log.open("wb") if log else subprocess.PIPE
     command = [*(launcher or [sys.executable]), script, *flags]
-    return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    return subprocess.Popen(command, cwd=REPOSITORY, env=ENVIRONMENT, stdout=output, stderr=subprocess.STDOUT)
 
 
 def run(script: str, flags: list[str], launcher: tuple[str, ...] = ()) -> str:

@@ -298,6 +298,7 @@ def photographs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("photographs")
     for name in ("meadow_1.jpg", "cat.jpg"):
         Image.open(REPOSITORY / "assets" / "photos" / name).save(folder / name)
+    (folder / "metadata.jsonl").write_text(json.dumps({"file_name": "cat.jpg", "license": "CC0"}) + "\n")
     return folder
 
 
@@ -314,6 +315,7 @@ def test_pairs_from_photographs(flags, photographs, tmp_path, original):
     main([*flags, *inputs, f"--model={TOY}", *sampling, *NO_BOUNDS])
     rows = read(tmp_path / "pairs")
     assert [row["source"] for row in rows] == ["cat.jpg", "meadow_1.jpg"]
+    assert [row["source_license"] for row in rows] == ["CC0", None]
     assert rejected_of(tmp_path / "pairs")["caption: its photograph is not in --init_images"] == 1
     for row in rows:
         settings = json.loads(row["settings"])

@@ -58,7 +58,10 @@ def start_accelerator(options: MachineOptions) -> Accelerator:
     if problems:
         raise InputError.from_problems(problems)
     output_dir = Path(options.output_dir)
+    # Started by torchrun without a GPU, accelerate would otherwise make N runs of one process each.
+    is_cpu_group = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
     accelerator = Accelerator(
+        cpu=is_cpu_group,
         mixed_precision=options.mixed_precision,
         log_with=_choose_trackers(options.report_to),
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / options.logging_dir)),

@@ -45,6 +45,7 @@ class CaptionJob:
     output: str
     source: str
     features: CaptionFeatures
+    license: str | None = None  # of the photograph, or of the captions
     photograph: np.ndarray | None = None  # uint8 (R, R, 3)
     latents: torch.Tensor | None = None  # of the photograph, (1, 4, h, w)
     passed: list[Candidate] = field(default_factory=list)

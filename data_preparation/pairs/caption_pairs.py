@@ -106,7 +106,8 @@ class _CaptionPairWorker:
             reason = "the edited caption is the caption"
         else:
             source = read_text(row, "url") or read_text(row, "source") or self.prompts.name(item)
-            job = CaptionJob(item, caption, edit, output, source, self.clip.encode_captions(caption, output))
+            features = self.clip.encode_captions(caption, output)
+            job = CaptionJob(item, caption, edit, output, source, features, self.prompts.license)
             if limit is not None and job.features.similarity > limit:
                 reason = f"similarity of the captions above {limit}"
             elif self.photographs:
@@ -127,7 +128,7 @@ class _CaptionPairWorker:
             job.photograph = centre_square(self.photographs.read(index), self.resolution)
         except BadRow as error:
             return f"its photograph is unusable: {error.reason}"
-        job.source = self.photographs.name(index)
+        job.source, job.license = self.photographs.name(index), self.photographs.license_of(index)
         job.latents = encode_photograph(self.pipeline, job.photograph)
         return None
 
@@ -196,7 +197,7 @@ class _CaptionPairWorker:
             edited_prompt=job.output,
             source=job.source,
             source_dataset=inputs.dataset,
-            source_license=inputs.license,
+            source_license=job.license,
             models=self.generator.models,
             seed=draw.seed,
             settings=settings,

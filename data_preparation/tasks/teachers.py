@@ -66,9 +66,10 @@ def describe_models(teacher: str) -> list[dict] | None:
 
 
 def public_teacher(teacher: str) -> str:
-    """The teacher as rows name it: of a file, only the last part of its path."""
+    """The teacher as rows name it: of a local path, only the last part."""
     kind, separator, name = teacher.partition(":")
-    return f"{kind}:{name.rsplit('/', 1)[-1]}" if separator and kind in ("onnx", "python") else teacher
+    is_path = kind in ("onnx", "python") or kind == "diffusers" and not is_hub_id(name)
+    return f"{kind}:{Path(name).name}" if separator and is_path else teacher
 
 
 def _load_python_teacher(spec: str) -> Teacher:

@@ -1,7 +1,7 @@
 """The published few-step distillations of SD 1.5 and SDXL (presets.json): their files, bases, and recommended settings.
 
 Ids, files and settings are those of the model pages; `unverified` names what could not be checked there. How well the
-merged editors edit was not tested. docs/distillation.md explains which distillations are not listed.
+merged editors edit was not tested. docs/fast_editing.md explains which distillations are not listed.
 """
 
 from __future__ import annotations
