@@ -133,6 +133,7 @@ def test_upload_edit_and_slider(visit, tiny_editor):
     assert (np.asarray(before) == np.asarray(original)).all() and (np.asarray(after) == np.asarray(edited)).all()
 
     handle = visitor.page.locator("#comparison .outer")
+    handle.scroll_into_view_if_needed()
     box = handle.bounding_box()
     x, y = box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
     visitor.page.mouse.move(x, y)

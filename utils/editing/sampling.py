@@ -29,7 +29,7 @@ def denoise(
 
     embeds: branch -> B rows, for every branch in `coefficients`; image_latents (B, 4, h, w); image_size (height, width)
     in pixels, a condition of SDXL; coefficients: of the branches for each timestep of the scheduler (`guidance`);
-    generators: one per image; eta: for schedulers that have it, None for their own default (TCD: 0.3).
+    generators: one per image, on the CPU; eta: for schedulers that have it, None for their own default (TCD: 0.3).
     The noise is drawn in the precision of the embeddings, as the pipelines do.
     """
     known = inspect.signature(scheduler.step).parameters
@@ -37,8 +37,9 @@ def denoise(
     if "eta" in known and eta is not None:
         extra["eta"] = eta
     noise_dtype = next(iter(embeds.values())).hidden.dtype
-    latents = _draw_noise(generators, image_latents.shape[1:], noise_dtype, image_latents.device)
-    latents = latents.to(image_latents.dtype) * scheduler.init_noise_sigma  # (B, 4, h, w)
+    shape = (1, *image_latents.shape[1:])
+    noise = torch.cat([torch.randn(shape, generator=generator, dtype=noise_dtype) for generator in generators])
+    latents = noise.to(image_latents.device).to(image_latents.dtype) * scheduler.init_noise_sigma  # (B, 4, h, w)
     conditions = {}  # set of branches -> the UNet's other inputs
     for timestep, weights in zip(scheduler.timesteps, coefficients, strict=True):
         branches = tuple(weights)
@@ -80,11 +81,3 @@ def fresh_scheduler(scheduler: Any, num_inference_steps: int, device: torch.devi
         name = type(fresh).__name__
         raise InputError(f"{num_inference_steps} steps are not possible with the scheduler {name}: {error}") from error
     return fresh
-
-
-def _draw_noise(
-    generators: list[torch.Generator], shape: torch.Size, dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    """One draw of `shape` from each generator, on the generator's device -> (B, *shape) on `device`."""
-    draws = [torch.randn((1, *shape), generator=g, device=g.device, dtype=dtype) for g in generators]
-    return torch.cat(draws).to(device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any
 
@@ -125,6 +125,9 @@ class Page:
         """A handler's answer as Gradio needs it; an empty one changes nothing."""
         return {self.parts[name]: value for name, value in values.items()} or gr.skip()
 
+    def _updating(self, handler: Callable[..., dict[str, Any]]) -> Callable[..., dict]:
+        return lambda *values: self._update(handler(*values))
+
     def _connect_edits(self) -> None:
         progress = self._named("status", "run", "stop", "items", "selected", "gallery", "against", "comparison")
         used = self._named("seed", "cfg_text", "cfg_image", "query")
@@ -135,15 +138,14 @@ class Page:
             for update in self._handlers.edit(image, request, new_seed, new_guidance, items, session.session_hash):
                 yield self._update(update)
 
-        def load_example() -> dict:
-            return self._update(self._handlers.load_example())
-
         inputs = self._named("image", *REQUEST, "new_seed", "new_guidance", "items")
         event = dict(
             fn=run, inputs=inputs, outputs=progress + used, concurrency_limit=None, trigger_mode="once", **QUIET
         )
         gr.on([self.parts["run"].click, self.parts["instruction"].submit], **event)
-        loaded = self.parts["example"].click(load_example, None, self._named("image", "instruction"), **AT_ONCE)
+        loaded = self.parts["example"].click(
+            self._updating(self._handlers.load_example), None, self._named("image", "instruction"), **AT_ONCE
+        )
         loaded.success(**event)
 
     def _connect_buttons(self) -> None:
@@ -166,24 +168,19 @@ class Page:
             is_there = event.index < len(items)
             return self._update(handlers.select(items[event.index].edited, items, against) if is_there else {})
 
-        def select_again(edited: str, items: list, against: str) -> dict:
-            return self._update(handlers.select(edited, items, against))
-
-        def check_image(image: str | None) -> dict:
-            return self._update(handlers.check_image(image))
-
-        def choose_model(model: str) -> dict:
-            return self._update(handlers.choose_model(model))
-
         def restore(session: gr.Request) -> dict:
             return self._update(handlers.restore(dict(session.query_params)))
 
         compared = self._named("selected", "comparison")
         parts["gallery"].select(select, self._named("items", "against"), compared, **AT_ONCE)
-        parts["against"].input(select_again, self._named("selected", "items", "against"), compared, **AT_ONCE)
-        parts["image"].upload(check_image, parts["image"], self._named("status", "image"), **AT_ONCE)
+        parts["against"].input(
+            self._updating(handlers.select), self._named("selected", "items", "against"), compared, **AT_ONCE
+        )
+        parts["image"].upload(
+            self._updating(handlers.check_image), parts["image"], self._named("status", "image"), **AT_ONCE
+        )
         sliders = self._named("steps", "cfg_text", "cfg_image")
-        parts["model"].input(choose_model, parts["model"], sliders, **AT_ONCE)
+        parts["model"].input(self._updating(handlers.choose_model), parts["model"], sliders, **AT_ONCE)
         parts["query"].change(None, parts["query"], parts["link"], js=SHOW_LINK)
         self.blocks.load(restore, None, self._named("status", "new_seed", *REQUEST), **AT_ONCE)
 
