@@ -8,8 +8,6 @@ with both, `--repeats` times after one unmeasured round, and the medians are com
 the CPU, of computing, which other programs on the machine disturb less. A table in Markdown is printed.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import logging
