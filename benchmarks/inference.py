@@ -1,11 +1,11 @@
-"""diffusers' InstructPix2Pix pipeline and ours side by side: same weights, seeds, steps and settings, in one run.
+"""Compare diffusers' InstructPix2Pix pipeline with ours: same weights, seeds, steps and settings, in one run.
 
-    python benchmarks/inference.py                        # a reduced Stable Diffusion 1.5; on a GPU its real shapes
+    python benchmarks/inference.py                        # a reduced Stable Diffusion 1.5; on a GPU the real shapes
     python benchmarks/inference.py --model demo-output/editor --resolution 64
 
-Random weights do, unless a model is given: the time of an edit does not depend on them. Each setting is run by turns
-with both, `--repeats` times after one unmeasured round, and the medians are compared: seconds of the clock and, on
-the CPU, of computing, which other programs on the machine disturb less. A table in Markdown is printed.
+The weights are random unless a model is given, because they do not change the time of an edit. Each setting runs
+alternately with both, `--repeats` times after one warm-up, and a Markdown table compares the medians: wall time and, on
+the CPU, process time, which depends less on the other programs of the machine.
 """
 
 import argparse
@@ -63,8 +63,8 @@ CASES = (
 )
 
 
-class Measured(NamedTuple):
-    """seconds: of the clock; computing: of this process on the CPU; rows: of the UNet in one edit."""
+class Measurement(NamedTuple):
+    """seconds: wall time; computing: process time on the CPU; rows: of the UNet in one edit."""
 
     pixels: torch.Tensor
     seconds: float
@@ -73,7 +73,7 @@ class Measured(NamedTuple):
 
 
 def make_pipeline(size: str, device: str, dtype: torch.dtype) -> StableDiffusionInstructPix2PixPipeline:
-    """Stable Diffusion 1.5 with random weights: "sd15" in its real shapes, "reduced" with fewer channels."""
+    """Stable Diffusion 1.5 with random weights: "sd15" has the real shapes, "reduced" fewer channels."""
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         tokenizer = make_tokenizer(Path(folder))
@@ -115,7 +115,7 @@ def make_pipeline(size: str, device: str, dtype: torch.dtype) -> StableDiffusion
     return pipeline.to(device, dtype)
 
 
-def measure(pipeline: Any, edit: Callable[[], torch.Tensor]) -> Measured:
+def measure(pipeline: Any, edit: Callable[[], torch.Tensor]) -> Measurement:
     rows = []
     hook = pipeline.unet.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[0]))
     _wait(pipeline.device)
@@ -125,7 +125,7 @@ def measure(pipeline: Any, edit: Callable[[], torch.Tensor]) -> Measured:
         _wait(pipeline.device)
     finally:
         hook.remove()
-    return Measured(pixels, time.perf_counter() - started, time.process_time() - computing, sum(rows))
+    return Measurement(pixels, time.perf_counter() - started, time.process_time() - computing, sum(rows))
 
 
 def _wait(device: torch.device) -> None:
@@ -164,16 +164,16 @@ def edit_by_ours(pipeline: Any, image: Image.Image, case: Case) -> torch.Tensor:
 
 
 def compare(pipeline: Any, image: Image.Image, case: Case, repeats: int) -> dict[str, Any]:
-    """Medians of both ways over interleaved repeats, each way first by turns."""
+    """Medians of both pipelines over interleaved runs, each pipeline first in every second run."""
     pipeline.scheduler = choose_scheduler(pipeline.scheduler, case.scheduler)
     ways = {"diffusers": edit_by_diffusers, "ours": edit_by_ours}
-    runs: dict[str, list[Measured]] = {name: [] for name in ways}
+    runs: dict[str, list[Measurement]] = {name: [] for name in ways}
     for repeat in range(repeats + 1):
         for name in sorted(ways, reverse=repeat % 2 == 1):
             runs[name].append(measure(pipeline, lambda name=name: ways[name](pipeline, image, case)))
     figures = {"case": case._asdict(), "repeats": repeats}
     for name, measured in runs.items():
-        counted = measured[1:]  # the first warms up
+        counted = measured[1:]  # the first is the warm-up
         figures[name] = {
             "seconds": statistics.median(run.seconds for run in counted),
             "computing": statistics.median(run.computing for run in counted),
@@ -184,7 +184,7 @@ def compare(pipeline: Any, image: Image.Image, case: Case, repeats: int) -> dict
     return figures
 
 
-def show(results: list[dict[str, Any]], on_gpu: bool) -> str:
+def format_table(results: list[dict[str, Any]], on_gpu: bool) -> str:
     lines = [
         "| steps | scheduler | text, image scale | UNet rows, diffusers | ours | s, diffusers | s, ours | times faster "
         + ("| largest difference |" if on_gpu else "| by computing time | largest difference |"),
@@ -222,10 +222,12 @@ def _read_cpuinfo() -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of an editor to measure (default: random weights)")
-    parser.add_argument("--size", choices=WIDTHS, help="of the random model (default: sd15 on a GPU, else reduced)")
+    parser.add_argument(
+        "--size", choices=WIDTHS, help="size of the random model (default: sd15 on a GPU, else reduced)"
+    )
     parser.add_argument("--resolution", type=int, help="side of the image in pixels")
-    parser.add_argument("--repeats", type=int, default=3, help="measured rounds of each setting (default 3)")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser.add_argument("--repeats", type=int, default=3, help="measured runs of each setting (default 3)")
+    parser.add_argument("--json", type=Path, help="file for the results")
     args = parser.parse_args(argv)
     on_gpu = torch.cuda.is_available()
     device, dtype = ("cuda", torch.float16) if on_gpu else ("cpu", torch.float32)
@@ -244,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{case}: {results[-1]['diffusers']['seconds'] / results[-1]['ours']['seconds']:.2f}", file=sys.stderr)
     what = Path(args.model).name if args.model else size
     print(f"\n{what}, {resolution} pixels, {str(dtype).removeprefix('torch.')}, {describe_machine(device)}\n")
-    print(show(results, on_gpu))
+    print(format_table(results, on_gpu))
     if args.json:
         args.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0
