@@ -8,8 +8,6 @@ dW is a distilled or fine-tuned UNet minus its base, a LoRA, or a stored differe
 rows of a tensor are in memory at a time. docs/fast_editing.md describes what to expect.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import sys

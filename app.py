@@ -7,8 +7,6 @@
 Only this machine can open the page, unless --server_name or --share says otherwise. docs/app.md describes the API.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

@@ -4,8 +4,6 @@ Photographs -> pairs with exact results -> training -> edits of photographs that
 All files are in demo-output/: pairs/, editor/ (the pipeline), edits/, grid.png, training_curve.png, scores.json.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

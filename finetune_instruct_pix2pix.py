@@ -7,8 +7,6 @@ files; a CosXL editor in one .safetensors file works too.
         --dataset_name=instruction-tuning-sd/cartoonization --train_batch_size=2 --max_train_steps=15000
 """
 
-from __future__ import annotations
-
 import sys
 
 from utils.cli import pick

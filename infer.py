@@ -9,8 +9,6 @@
 The flags of the original edit_cli.py (--cfg-text, --cfg-image, --steps, ...) work too. See docs/editing.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

@@ -9,8 +9,6 @@ StableDiffusionInstructPix2PixPipeline in --output_dir.
         --dataset_name=fusing/instructpix2pix-1000-samples --resolution=256 --train_batch_size=4 --max_train_steps=15000
 """
 
-from __future__ import annotations
-
 import sys
 from functools import partial
 

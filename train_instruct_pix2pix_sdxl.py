@@ -9,8 +9,6 @@ et al., 2307.01952). The result is a complete StableDiffusionXLInstructPix2PixPi
         --dataset_name=fusing/instructpix2pix-1000-samples --resolution=512 --train_batch_size=4 --max_train_steps=15000
 """
 
-from __future__ import annotations
-
 import sys
 from functools import partial
 

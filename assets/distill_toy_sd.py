@@ -7,8 +7,6 @@ is for `adapt_distill.py --distilled demo-output/toy-lcm --base assets/toy-sd`. 
 cores. Run it again to resume from the last state.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import sys

@@ -6,8 +6,6 @@ Takes half an hour on two CPU cores. Each stage saves its state every few minute
 numbers of step n depend on (seed, stage, n) only, so a resumed run equals an uninterrupted one.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

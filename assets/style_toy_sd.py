@@ -6,8 +6,6 @@ As usual for a style, only the UNet is trained, on stylized images with unchange
 `adapt_distill.py --distilled demo-output/toy-woodcut --base assets/toy-sd`. Takes five minutes on one CPU core.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

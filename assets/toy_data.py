@@ -1,7 +1,5 @@
 """Training data of the toy Stable Diffusion: crops of the photographs, plain or in a style, with captions."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The models of the toy Stable Diffusion: the classes of the real one, very small."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

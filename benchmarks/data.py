@@ -7,8 +7,6 @@ Uses one thread, and counts the CPU time of the process, so that other programs 
 photograph in memory and ends as an image in memory. Prints Markdown.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess

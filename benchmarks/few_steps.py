@@ -7,8 +7,6 @@ photographs with the ten instructions, in few and in many steps; each edit is co
 Markdown table and draws few-steps.png: the first photograph, one row per configuration.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

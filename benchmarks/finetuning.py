@@ -8,8 +8,6 @@ phrasings) and with the ten old ones, which it may have forgotten. With replay, 
 ten old instructions, and training takes twice the steps. Prints a Markdown table.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

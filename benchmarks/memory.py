@@ -8,8 +8,6 @@ With a CUDA GPU, each configuration also takes three real steps with random weig
 is shown next to the count (unless --no-measure is given).
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

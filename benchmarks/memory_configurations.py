@@ -1,7 +1,5 @@
 """The training configurations that are compared, from the most memory to the least, and the sum of their parts."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

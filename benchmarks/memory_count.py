@@ -1,7 +1,5 @@
 """Counts the memory of a training step: real modules and shapes, fake tensors, every allocation is tracked."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager

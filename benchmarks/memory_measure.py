@@ -1,7 +1,5 @@
 """Real training steps on a GPU with random weights; PyTorch measures the peak."""
 
-from __future__ import annotations
-
 import torch
 
 from benchmarks.memory_configurations import Configuration, OtherModels

@@ -1,7 +1,5 @@
 """Stable Diffusion 1.5 and XL from their published configurations, without weights."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """The memory of the configurations as a chart: a bar for each configuration, a line for each card."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import matplotlib

@@ -1,7 +1,5 @@
 """The memory of the configurations as tables, for a terminal or in Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 

@@ -12,8 +12,6 @@ that could only be swapped out, `resident` includes mapped pages of files, which
     ours    utils/merging/editor_writer.py: reads, adds and writes a few rows at a time
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -8,8 +8,6 @@ FLOPs are counted for the real model sizes, without weights. They are divided by
 or with --measure by the speed of a UNet with random weights on this machine. docs/scaling.md has the output.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

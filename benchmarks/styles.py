@@ -7,8 +7,6 @@ instructions; each edit is compared with its exact result, plain and in the styl
 styles.png: two photographs, one row per weight.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -1,7 +1,5 @@
 """Shared by the benchmarks of adapted toy editors: adapting, editing the held-out photographs, contact sheets."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

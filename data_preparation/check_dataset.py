@@ -9,8 +9,6 @@ of images with a metadata file. Exit code: 0 for no errors (there may be warning
 dataset cannot be checked. docs/checking.md explains each finding.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

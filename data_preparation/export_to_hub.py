@@ -8,8 +8,6 @@ The export is written to a folder first (default: DATA_ROOT-export), where you c
 If it is interrupted, run the same command again to resume. docs/exporting.md describes the files.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 import sys

@@ -9,8 +9,6 @@ The key of a server is read from the environment (OPENAI_API_KEY). To resume an 
 again. docs/captions.md describes the formats.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -11,8 +11,6 @@ copy of it. For an edit (cartoonize, your own task) a teacher generates the edit
 rows for any number of workers. Run the same command again to resume. See docs/data.md for all tasks and columns.
 """  # noqa: E501
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

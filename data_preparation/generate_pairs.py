@@ -9,8 +9,6 @@ Each row of --prompts has a caption, an edit and the edited caption, as written 
 docs/pairs.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

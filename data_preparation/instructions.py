@@ -5,8 +5,6 @@ its text encoder, frozen when the demo trains its editor, knows their words and 
 cartoonize it mistook 10 for other edits, which is why cartoonize.txt exists in both folders.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from utils.errors import InputError

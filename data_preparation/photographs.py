@@ -1,7 +1,5 @@
 """Photographs in a folder: listing and reading them, and their crops."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import cv2

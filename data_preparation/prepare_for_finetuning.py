@@ -7,8 +7,6 @@ legacy is the original's format (prompt and completion with delimiters), for gen
 writes messages, the format of common trainers. Unusable lines are left out and reported.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -7,8 +7,6 @@ The flags of the model are those of generate_captions.py. The page is only reach
 --server_name is given; everyone who opens it uses your API key.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import signal

@@ -5,8 +5,6 @@ learn them at 64 pixels. They differ strongly from one another and from the orig
 edit as correct if it is closer to its own exact result than to any other.
 """
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 

@@ -1,7 +1,5 @@
 """Scores of edits with a known exact result, as in the toy world, where each instruction is a function of the image."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

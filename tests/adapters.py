@@ -1,7 +1,5 @@
 """Editors with an adapter of random weights, created like those of training."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

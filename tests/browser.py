@@ -1,7 +1,5 @@
 """app.py as a process, and visitors of its page in Chromium."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -5,8 +5,6 @@
 serves the scripts of data_preparation, so that they can be tried without a model.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

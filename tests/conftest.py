@@ -1,7 +1,5 @@
 """Fixtures that several test files share: tiny models, datasets, a local Hub. Offline by default."""
 
-from __future__ import annotations
-
 import copy
 import os
 import signal

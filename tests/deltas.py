@@ -1,7 +1,5 @@
 """Inputs of the tests of adapt_distill.py: LoRAs in several formats, merges as plain tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 

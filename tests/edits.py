@@ -1,7 +1,5 @@
 """Shared by the tests of editing: photographs, the edit service on a tiny editor, counts of what a model computes."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Repositories for downloads from the server of tests/hub_server.py."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

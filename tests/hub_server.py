@@ -8,8 +8,6 @@ Uploads use Xet storage (tests/xet_storage.py), or plain HTTP with `HF_HUB_DISAB
 default. Downloads use plain HTTP. To start it by hand: `python -m tests.hub_server --port 8000`.
 """
 
-from __future__ import annotations
-
 import argparse
 import base64
 import hashlib

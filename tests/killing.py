@@ -6,8 +6,6 @@ The process imports everything once and forks a child for each run. A run then s
 seconds, so that many moments can be tried. FOLDER/uninterrupted is the output of a run that is not killed.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

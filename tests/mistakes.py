@@ -1,7 +1,5 @@
 """Run training scripts that fail in this process: check the message, and that existing files are kept."""
 
-from __future__ import annotations
-
 import io
 import json
 import logging

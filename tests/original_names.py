@@ -1,7 +1,5 @@
 """Pipelines in one file with the names of the original code (LDM, SGM, open_clip), which diffusers converts back."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Small datasets of pairs for tests, in memory and on disk."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Small copies of published editing datasets, with their columns, types, splits and peculiarities."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

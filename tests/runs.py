@@ -1,7 +1,5 @@
 """Training scripts as processes, as users run them."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """adapt_distill.py from flags to folder: weights, settings, card, presets, calibration, mistakes, interruptions."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

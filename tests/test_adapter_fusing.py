@@ -1,7 +1,5 @@
 """Adapters fused when an editor is loaded: the edit equals that of the model with the adapter in training."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Adapters, optimizers and memory saving in the training scripts: what is published and what is refused."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

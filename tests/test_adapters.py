@@ -1,7 +1,5 @@
 """Adapters: stock diffusers loads what was trained, and only the adapter is trained."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from itertools import product
 from pathlib import Path

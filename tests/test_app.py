@@ -1,7 +1,5 @@
 """app.py: its flags, its API, and the page in Chromium."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

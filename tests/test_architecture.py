@@ -1,7 +1,5 @@
 """Imports follow the layers, and nothing heavy is imported before the flags are checked."""
 
-from __future__ import annotations
-
 import ast
 from pathlib import Path
 

@@ -4,8 +4,6 @@ Every case calls a script's `main`. Problems that can be found before a model is
 rows see test_bad_rows.py, for failures during the run test_bad_luck.py.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import socket

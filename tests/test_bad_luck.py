@@ -3,8 +3,6 @@
 Every case calls the training script's `main`.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import math

@@ -3,8 +3,6 @@
 Every test calls the training script's `main`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """generate_captions.py with a local model: a tiny Llama that memorizes the lines of prepare_for_finetuning.py."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """prompt_app.py as a process, and its page in Chromium; prepare_for_finetuning.py."""
 
-from __future__ import annotations
-
 import json
 import re
 import signal

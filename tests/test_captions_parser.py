@@ -1,7 +1,5 @@
 """The parser of a model's answers: what it accepts, what it rejects, and that no answer makes it fail."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

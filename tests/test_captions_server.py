@@ -1,7 +1,5 @@
 """generate_captions.py with a server that has OpenAI's API, over real connections, with many kinds of failures."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Column names and types: known datasets need no flags, and no column is guessed by position."""
 
-from __future__ import annotations
-
 import datasets
 import pytest
 

@@ -1,7 +1,5 @@
 """Prompt embeddings equal those of the stock pipelines of SD and SDXL; conditioning dropout."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,7 +1,5 @@
 """The endless stream of micro-batches: reproducibility, randomness and bad rows."""
 
-from __future__ import annotations
-
 import logging
 import os
 import signal

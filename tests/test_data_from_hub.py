@@ -1,7 +1,5 @@
 """Photographs and captions from a dataset on the Hub: the scripts as processes against the local Hub server."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Degradations: physics, parameter ranges, determinism. Also the cartoon, the contact sheet and the benchmark."""
 
-from __future__ import annotations
-
 import io
 import json
 import sys

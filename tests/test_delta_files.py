@@ -1,7 +1,5 @@
 """Weight files in every published form, read and written a few rows at a time."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """W* = W + w dW equals plain float32 arithmetic for every source, and for LoRA the result of stock diffusers."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """What runs behind the page: requests and their links, the queue, the model cache, and running a request."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import threading

@@ -1,7 +1,5 @@
 """The edit service: which jobs are batched, what is recorded, and what a second run does."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Editing against the stock pipeline, and against a plain loop from the paper where the stock pipeline differs."""
 
-from __future__ import annotations
-
 import copy
 import logging
 import shutil

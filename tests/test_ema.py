@@ -1,7 +1,5 @@
 """The EMA: its formula, on the device of the weights and in a thread, and swapped into the model."""
 
-from __future__ import annotations
-
 import threading
 
 import pytest

@@ -1,7 +1,5 @@
 """export_to_hub.py: splits, licences, the card, interruptions, and loading the dataset from the Hub again."""
 
-from __future__ import annotations
-
 import json
 import signal
 import subprocess

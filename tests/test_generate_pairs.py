@@ -1,7 +1,5 @@
 """generate_pairs.py: captions with edits -> pairs, with tiny models and the toy model of assets/."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The runner of row generators: the same rows from any workers, after a kill, and clear errors."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Tests that need a GPU; skipped without one."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 from pathlib import Path

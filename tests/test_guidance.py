@@ -1,7 +1,5 @@
 """Guidance against the formula of the paper, in float64."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

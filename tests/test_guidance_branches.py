@@ -1,7 +1,5 @@
 """Guidance with one to three branches against the stock pipelines, for few-step schedulers, SD and SDXL."""
 
-from __future__ import annotations
-
 import copy
 
 import diffusers

@@ -1,7 +1,5 @@
 """Publishing: the real huggingface_hub client with the server of tests/hub_server.py."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

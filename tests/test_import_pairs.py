@@ -1,7 +1,5 @@
 """import_pairs.py: pairs from two folders, the original InstructPix2Pix's files, datasets and tables."""
 
-from __future__ import annotations
-
 import csv
 import io
 import json

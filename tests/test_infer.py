@@ -1,7 +1,5 @@
 """infer.py: as a process where that matters, otherwise through main(argv)."""
 
-from __future__ import annotations
-
 import http.server
 import io
 import json

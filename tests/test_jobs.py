@@ -1,7 +1,5 @@
 """Settings, files of jobs, records and previews."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

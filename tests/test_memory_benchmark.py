@@ -1,7 +1,5 @@
 """Gradient checkpointing of blocks, and benchmarks/memory.py: its counts equal the memory of real tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import pytest

@@ -1,7 +1,5 @@
 """Loading and widening the UNet, and the learning-rate schedules."""
 
-from __future__ import annotations
-
 import json
 import math
 from functools import partial

@@ -1,7 +1,5 @@
 """Noise schedules, targets, loss weights and the saved scheduler, compared with their formulas."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from diffusers import (

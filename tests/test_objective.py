@@ -5,8 +5,6 @@ uses the same random draws (utils/data/draws.py) and the same networks; noise, t
 and widening are implemented a second time.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 from dataclasses import dataclass

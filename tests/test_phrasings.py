@@ -1,7 +1,5 @@
 """The phrasings of the tasks, and files of the user."""
 
-from __future__ import annotations
-
 import pytest
 
 from data_preparation.instructions import FOLDER, available_tasks, read_phrasings

@@ -1,7 +1,5 @@
 """Decoding of images in all formats and conditions, and the geometry of a pair."""
 
-from __future__ import annotations
-
 import io
 import struct
 import zlib

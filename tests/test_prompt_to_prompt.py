@@ -1,7 +1,5 @@
 """Shared self-attention equals the logits of the paper's code; without it, pairs equal images of stock pipelines."""
 
-from __future__ import annotations
-
 import importlib
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Copies of published datasets train without column flags, and can be imported."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Quantised frozen base: which layers are quantised, and that adapters train on it, on a CPU and distributed."""
 
-from __future__ import annotations
-
 import copy
 import gc
 import weakref

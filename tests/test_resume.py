@@ -1,7 +1,5 @@
 """Runs that are killed or stopped and then resumed are bit-identical to runs that are not interrupted."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import random

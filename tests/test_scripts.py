@@ -1,7 +1,5 @@
 """The training scripts: the flags of diffusers' examples, and every feature."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """SDXL in train_instruct_pix2pix_sdxl.py and finetune_instruct_pix2pix.py: the differences from SD 1.x/2.x."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Editing with SDXL against the stock pipeline, and the null condition of training against that of inference."""
 
-from __future__ import annotations
-
 import copy
 import logging
 from pathlib import Path

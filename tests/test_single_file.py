@@ -1,7 +1,5 @@
 """Models in one file: what the header tells, and that every weight is loaded."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Sources of pairs: the formats, mixes, held-out rows, the digest, and names of datasets."""
 
-from __future__ import annotations
-
 import csv
 import json
 import subprocess

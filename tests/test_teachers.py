@@ -1,7 +1,5 @@
 """Teachers of generate_dataset.py: each is loaded by the real code, generates edited images, and reports mistakes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The photographs and the toy model in assets/, and the demo."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

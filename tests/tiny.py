@@ -1,7 +1,5 @@
 """Tiny models with random weights: real classes and files, loaded by the real loading code."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

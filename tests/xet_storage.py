@@ -3,8 +3,6 @@
 Both layouts are specified by the Xet protocol (huggingface.co/docs/xet).
 """
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Files and folders that are either complete or absent: written to a temporary name, then renamed."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile

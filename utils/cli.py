@@ -1,7 +1,5 @@
 """Command-line pieces that every script shares. Nothing heavy is imported: --help and flag errors answer at once."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import difflib

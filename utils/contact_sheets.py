@@ -1,7 +1,5 @@
 """Contact sheets and animations that show edits next to their inputs."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from PIL import Image, ImageDraw

@@ -1,7 +1,5 @@
 """Publishing to the Hugging Face Hub: the permission to push, checked before a long run, and the upload after it."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -1,7 +1,5 @@
 """How users name a model or a dataset: a path on this machine, or an id on the Hugging Face Hub."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from pathlib import Path

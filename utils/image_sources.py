@@ -3,8 +3,6 @@
 Images that are stored in the rows of a dataset are decoded by pixels.py.
 """
 
-from __future__ import annotations
-
 import math
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Files with one JSON object per line."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path

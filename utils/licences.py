@@ -1,7 +1,5 @@
 """Licences of models and datasets: look them up, derive their terms from their names, and find conflicts."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 Nothing that a user named can change the structure of a card, and no access token gets into it.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

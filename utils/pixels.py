@@ -3,8 +3,6 @@
 Images that a user names on the command line are read by image_sources.py.
 """
 
-from __future__ import annotations
-
 import io
 import math
 import warnings

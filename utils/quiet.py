@@ -3,8 +3,6 @@
 Imports no library: the settings must be made before the libraries are imported.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import warnings

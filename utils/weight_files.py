@@ -3,8 +3,6 @@
 Files are memory-mapped, and mapped again after every `WINDOW` bytes, which releases the pages that were read.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

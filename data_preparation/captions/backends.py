@@ -1,7 +1,5 @@
 """The common interface of language models on this machine and behind a server, and a log of the tokens they used."""
 
-from __future__ import annotations
-
 import json
 import os
 import threading

@@ -1,7 +1,5 @@
 """A language model on this machine, through transformers: batched generation with a separate seed for each answer."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The flags of the language model, its sampling and the moderation. Light imports only, so that --help is fast."""
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import math

@@ -1,7 +1,5 @@
 """The web page of prompt_app.py: candidates of edits for a caption."""
 
-from __future__ import annotations
-
 import difflib
 import html
 import json

@@ -4,8 +4,6 @@ There are two formats. In "chat" an instruct model answers with a JSON object. I
 InstructPix2Pix, a fine-tuned model continues `caption\\n##\\n` with `edit\\n%%\\noutput\\nEND`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """A language model behind a server with OpenAI's API (OpenAI, vLLM, llama.cpp, ...), through the `openai` package."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

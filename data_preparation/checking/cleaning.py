@@ -1,7 +1,5 @@
 """Write a cleaned copy of a dataset: bad rows dropped, swapped pairs exchanged, shifted pairs cropped."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter

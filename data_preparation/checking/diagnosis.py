@@ -5,8 +5,6 @@ of their four 16-bit bands is equal; up to 7 bits, one band differs in at most o
 such a band misses no pair and takes about n log n steps.
 """
 
-from __future__ import annotations
-
 import time
 from collections import Counter
 from collections.abc import Iterator

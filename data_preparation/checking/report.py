@@ -1,7 +1,5 @@
 """A diagnosis as text for the terminal, as JSON, and as one HTML page with example images."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

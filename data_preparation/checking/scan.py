@@ -1,7 +1,5 @@
 """Inspect every row of a dataset, optionally in worker processes. Small records and findings come back, no images."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The dataset card: facts counted in the exported files, presented by the template dataset_card.md."""
 
-from __future__ import annotations
-
 import io
 import json
 import re

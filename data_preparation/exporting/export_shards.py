@@ -1,7 +1,5 @@
 """The parquet files of an export: which split each row goes to, and files that any process can write in any order."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections import Counter

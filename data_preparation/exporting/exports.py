@@ -5,8 +5,6 @@ data/train-00000-of-00002.parquet   assets/grid.jpg   README.md   export.json (w
 The folder gets its name when it is complete; until then it is called NAME.unfinished.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """The image of a dataset card: rows of several tasks, each with original image, edited image and instruction."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 

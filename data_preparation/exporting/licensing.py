@@ -1,7 +1,5 @@
 """Choose the licence of an export: no more permissive than that of any source, or of the models that made it."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass

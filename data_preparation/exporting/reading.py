@@ -1,7 +1,5 @@
 """What to export: the options, the rows of the input in chunks that fit into memory, and texts without secrets."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

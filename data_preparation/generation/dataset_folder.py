@@ -8,8 +8,6 @@ A shard holds the rows of consecutive items as one parquet file, and in its foot
 Each file is renamed into place when it is complete, so that a run killed at any moment can resume.
 """
 
-from __future__ import annotations
-
 import fcntl
 import io
 import json

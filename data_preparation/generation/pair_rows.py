@@ -1,7 +1,5 @@
 """The columns of a pair dataset, and the row that every generator of pairs returns."""
 
-from __future__ import annotations
-
 import io
 import json
 from typing import Any

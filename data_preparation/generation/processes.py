@@ -1,7 +1,5 @@
 """Runs jobs in processes of this machine, or on a Ray cluster (requirements-ray.txt). Lost workers are replaced."""
 
-from __future__ import annotations
-
 import logging
 import multiprocessing
 import os

@@ -4,8 +4,6 @@ The items of a generator are split into shards, which finish in any order. A run
 missing shards. The rows do not depend on the kind or the number of workers.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections import Counter

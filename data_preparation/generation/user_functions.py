@@ -1,7 +1,5 @@
 """`python:FILE:FUNCTION`: a function of the user's own file, as a teacher, an image check or a moderator."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path

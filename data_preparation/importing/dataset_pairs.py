@@ -1,7 +1,5 @@
 """Pairs of a dataset: on the Hub, in a folder, or saved. Knows the columns and peculiarities of published datasets."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

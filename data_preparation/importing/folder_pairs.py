@@ -1,7 +1,5 @@
 """Pairs of two folders, matched by file names, and their instructions."""
 
-from __future__ import annotations
-
 import re
 import sys
 from collections import defaultdict

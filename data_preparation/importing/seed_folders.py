@@ -6,8 +6,6 @@ seeds.json                     [[folder, [seed, ...]], ...]
 0000001/metadata.jsonl         {"seed": 1234, "p2p_threshold": ..., "cfg_scale": ..., "clip_sim_0": ..., ...}
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """From the pairs of any source to rows: which files are stored unchanged, re-encoded or rejected."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import json

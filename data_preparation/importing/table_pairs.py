@@ -1,7 +1,5 @@
 """Pairs of a CSV, JSONL, JSON or parquet table whose rows name images by path or URL."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """The candidates of a caption: their random values, their batches, which of them are kept, and what they cost."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """The rows of generate_pairs.py: candidates of each caption are sampled in batches and scored; the best are kept."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ cosines. Images go through the preprocessing of the CLIP model (resize, centre c
 InstructPix2Pix, which squashes them to a square without antialiasing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple

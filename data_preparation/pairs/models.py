@@ -1,7 +1,5 @@
 """The models of generate_pairs.py: a text-to-image pipeline, CLIP, and a safety checker."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any

@@ -6,8 +6,6 @@ unchanged. softmax(q0 k0) v1 needs no explicit attention map: the second image t
 attention of PyTorch computes the rest.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Unlike the pipelines of diffusers, each pair of a batch has its own seed, guidan
 Latents and schedulers use float32 whatever the dtype of the UNet, so that the noise does not depend on it.
 """
 
-from __future__ import annotations
-
 import inspect
 from dataclasses import dataclass
 from typing import Any, NamedTuple

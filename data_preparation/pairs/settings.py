@@ -1,7 +1,5 @@
 """The settings of generate_pairs.py: their flags, presets and checks. Light imports only, so that --help is fast."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from dataclasses import dataclass

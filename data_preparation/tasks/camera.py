@@ -4,8 +4,6 @@ Each degradation maps a clean uint8 RGB image (H, W, 3) to (degraded image of th
 that were drawn).
 """
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 

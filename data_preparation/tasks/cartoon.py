@@ -4,8 +4,6 @@ Bilateral filtering flattens surfaces (Winnemöller et al. 2006), k-means in CIE
 an extended difference of Gaussians (XDoG, Winnemöller 2011) draws the lines.
 """
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 

@@ -10,8 +10,6 @@ in "pixels at 512" scale with the shorter side (deblur: down to 256 pixels, dera
 pixels of the image.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from pathlib import Path

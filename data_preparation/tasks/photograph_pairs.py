@@ -1,7 +1,5 @@
 """The rows of generate_dataset.py: each is drawn from (seed, row) as a photograph, a task and an instruction."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache, lru_cache

@@ -1,7 +1,5 @@
 """The tasks and teachers that --task and --teacher select. Light imports only, so that --help is fast."""
 
-from __future__ import annotations
-
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path

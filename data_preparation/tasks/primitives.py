@@ -4,8 +4,6 @@ Linear light is proportional to the number of photons: 0 is black, 1 is white. B
 there; image files store values encoded for sRGB.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import cv2

@@ -5,8 +5,6 @@
 All images of a call have the same size. Random values come from the generators of the rows.
 """
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Teachers that map a tensor to a tensor: a network exported to ONNX, and a model of torch.hub."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 

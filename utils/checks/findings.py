@@ -1,7 +1,5 @@
 """What can be wrong with a dataset of pairs: the kinds of findings, their collection, and the check for `--dry_run`."""
 
-from __future__ import annotations
-
 import time
 from array import array
 from collections.abc import Collection, Iterator

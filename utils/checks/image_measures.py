@@ -3,8 +3,6 @@
 Images are uint8 RGB (H, W, 3); `gray` is float32 (H, W) in 0-255.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import cv2

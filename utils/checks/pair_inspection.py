@@ -3,8 +3,6 @@
 A finding is a hint from the pixels alone, tuned to report nothing when in doubt: docs/checking.md explains each one.
 """
 
-from __future__ import annotations
-
 import hashlib
 from typing import NamedTuple
 

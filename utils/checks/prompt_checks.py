@@ -1,7 +1,5 @@
 """Checks of an instruction without a model: its length in tokens, and the task that it names."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable

@@ -5,8 +5,6 @@ them, starting at the r-th. No batch is partial, no draw is dropped. Resuming st
 decoded, and there are no generator states. Workers hold no state, so their number does not matter.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

@@ -1,7 +1,5 @@
 """Which three columns of a dataset hold the original image, the prompt and the edited image; usable prompts."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import datasets

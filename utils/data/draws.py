@@ -3,8 +3,6 @@
 A draw is the number of an example in the endless stream of epochs: draw = epoch * rows_per_epoch + position.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 import numpy as np

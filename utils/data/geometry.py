@@ -1,7 +1,5 @@
 """The same resizing, cropping and mirroring for both images of a pair."""
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ mean of the original (C) and the mean and log variance of the edited image (2C);
 original size, the crop's top left and the target size, for SDXL. The metadata lists bad rows with their reasons.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from functools import lru_cache

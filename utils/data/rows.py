@@ -1,7 +1,5 @@
 """Opens the rows of a dataset: on the Hub, in data files, saved by `save_to_disk`, or in a metadata file of images."""
 
-from __future__ import annotations
-
 import csv
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """One row and one draw -> a sample; samples of one size -> a batch; and the rules for rows that cannot be used."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ for the same seed, scheduler and settings. Unlike diffusers: only the guidance b
 pipeline is not changed.
 """
 
-from __future__ import annotations
-
 import itertools
 import logging
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Opening an editor for a run: its recommended settings, what its records say of it, and memory and speed options."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Encoded instructions and images of a run. Each is encoded once."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections import OrderedDict

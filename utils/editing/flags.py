@@ -1,7 +1,5 @@
 """The flags of infer.py and app.py about the editor, and the checks of infer.py's flags. Nothing heavy is imported."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path

@@ -7,8 +7,6 @@ A branch is one evaluation of the UNet per image and step:
     uncond    the null prompt and zero image latents
 """
 
-from __future__ import annotations
-
 import torch
 
 BRANCHES = ("text", "image", "uncond")

@@ -1,7 +1,5 @@
 """Which edits to make and where to save them: for one image, a folder of images, or a file of jobs."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields

@@ -1,7 +1,5 @@
 """Loading an editor, and fusing an adapter (LoRA, DoRA) in diffusers' format into it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

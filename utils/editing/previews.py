@@ -1,7 +1,5 @@
 """The edits of a run at a glance: an animation for each input, and contact sheets."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

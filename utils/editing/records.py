@@ -5,8 +5,6 @@ has the file names of model and input but no folders. PNG stores it as text, JPE
 EXIF; BMP cannot store it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

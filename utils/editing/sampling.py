@@ -1,7 +1,5 @@
 """The denoising loop of an edit."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable
 from typing import Any

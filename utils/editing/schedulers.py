@@ -1,7 +1,5 @@
 """Schedulers by name, created from the configuration of a model's own scheduler. Nothing heavy is imported here."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from utils.errors import InputError

@@ -4,8 +4,6 @@ infer.py saves what it yields, the page shows it, and demo.py runs it in its own
 (except guidance scales) and size are one batch; a batch that does not fit into the memory is halved.
 """
 
-from __future__ import annotations
-
 import gc
 import secrets
 from collections import OrderedDict

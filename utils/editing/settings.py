@@ -1,7 +1,5 @@
 """The settings of an edit: limits, defaults, and what the seed can choose. Nothing heavy is imported here."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path

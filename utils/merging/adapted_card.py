@@ -1,7 +1,5 @@
 """`adapted.json`, from which infer.py and app.py take their defaults, and the model card of an adapted editor."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path

@@ -8,8 +8,6 @@ with the same noise as by the teacher, which is the editor itself, and compared 
 The weight with the smallest normalised distance from a perfect score is chosen (`choose_weight`).
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable

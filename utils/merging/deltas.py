@@ -1,7 +1,5 @@
 """What is added to an editor: the difference of two UNets, or a stored difference, read a few rows at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from math import prod
 from typing import Protocol

@@ -1,7 +1,5 @@
 """The folder of an editor: found, checked, its components linked into a new folder, and the new folder moved in."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Writes the merged editor: merged weights, the other components, settings, report and card, then moved into place."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterator

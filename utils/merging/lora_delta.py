@@ -4,8 +4,6 @@ Each layer adds scale * B A, with scale = alpha / rank; `--weight` multiplies it
 and B is 1x1, and the product is the same: (outputs, rank) @ (rank, inputs * height * width).
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping

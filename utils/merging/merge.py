@@ -4,8 +4,6 @@ Where the papers leave a choice: the delta is multiplied by its weight first, TI
 agreeing values are summed, not averaged. So at density 1 and without conflicts every method is plain addition.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import zlib

@@ -4,8 +4,6 @@ Ids, files and settings are those of the model pages; `unverified` names what co
 merged editors edit was not tested. docs/fast_editing.md explains which distillations are not listed.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, field
 from pathlib import Path

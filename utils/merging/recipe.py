@@ -1,7 +1,5 @@
 """What to merge: a recipe from the flags and the preset, and its sources found, opened and checked before writing."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace

@@ -1,7 +1,5 @@
 """Names of UNet layers: diffusers', the original Stable Diffusion's, and kohya's."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Collection, Iterable, Sequence
 

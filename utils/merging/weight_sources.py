@@ -1,7 +1,5 @@
 """Finds the weight files of what the user names: a file, a folder, or a repository on the Hub."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ conv_in is trained in full, as a LoRA of full rank: the rank is its number of in
 a frozen identity and the scale is 1, so B is the change of the weight. Stock diffusers loads it like any other LoRA.
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 from pathlib import Path

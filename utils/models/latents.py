@@ -4,8 +4,6 @@ Noise is added to the edited image: a sample of its posterior, scaled. The origi
 mode of its posterior, unscaled, as in the InstructPix2Pix pipelines (paper, section 3.2).
 """
 
-from __future__ import annotations
-
 import torch
 from diffusers import AutoencoderKL
 

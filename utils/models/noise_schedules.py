@@ -3,8 +3,6 @@
 Notation: x_t = alpha_t x_0 + sigma_t eps, with alpha_t^2 = `alphas_cumprod[t]` and sigma_t^2 = 1 - alpha_t^2.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ The header tells what the file contains. What no header tells (attention heads, 
 from a pipeline of the same family in diffusers' format. diffusers converts the weights.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Loading the components of Stable Diffusion 1.x/2.x and SDXL, and widening the UNet."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

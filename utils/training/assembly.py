@@ -1,7 +1,5 @@
 """The order of a run: check, load, train, publish."""
 
-from __future__ import annotations
-
 import logging
 import sys
 from collections.abc import Callable

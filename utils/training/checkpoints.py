@@ -7,8 +7,6 @@ checkpoint-N/
   progress.json         `Progress`, and the size and checksum of every file above
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

@@ -1,7 +1,5 @@
 """--dry_run: one real step, the first training pairs as images, and an estimate of what the whole run needs."""
 
-from __future__ import annotations
-
 import datetime
 import tempfile
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """The exponential moving average (EMA) of the trained weights, on their device or on the CPU in a thread."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager

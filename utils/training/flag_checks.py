@@ -1,7 +1,5 @@
 """Checks of the training flags that need nothing but their values."""
 
-from __future__ import annotations
-
 import argparse
 import math
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ Flags of diffusers' own InstructPix2Pix examples keep their names, meanings and 
 wrong model, ours differs and the help says so. Nothing heavy is imported here.
 """
 
-from __future__ import annotations
-
 import argparse
 import ctypes
 import os

@@ -1,7 +1,5 @@
 """The training loop: accumulate, update, log, validate, checkpoint."""
 
-from __future__ import annotations
-
 import math
 import resource
 import time

@@ -1,7 +1,5 @@
 """Three ways to train with less memory: checkpoint chosen blocks, update during the backward pass, weights in bf16."""
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import os

@@ -1,7 +1,5 @@
 """The loss of a batch: a pure function of the UNet's weights and the batch, which carries its own randomness."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

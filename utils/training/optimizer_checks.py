@@ -1,7 +1,5 @@
 """Checks which optimizers, precisions, schedules and memory savings work together."""
 
-from __future__ import annotations
-
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import fields

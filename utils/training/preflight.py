@@ -1,7 +1,5 @@
 """Everything that is checked before a model is loaded, and what the checks find out."""
 
-from __future__ import annotations
-
 import json
 import secrets
 from collections.abc import Callable

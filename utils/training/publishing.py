@@ -1,7 +1,5 @@
 """Publishing: the best weights, the saved pipeline or adapter with its model card, and the upload to the Hub."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

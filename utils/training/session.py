@@ -1,7 +1,5 @@
 """The running session: what the checks found, the models, and the batches."""
 
-from __future__ import annotations
-
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 

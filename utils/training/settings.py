@@ -1,7 +1,5 @@
 """The settings of a run, grouped. All fields are flags; `utils.cli.pick` fills them."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from pathlib import Path
 

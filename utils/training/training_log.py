@@ -1,7 +1,5 @@
 """`training_log.jsonl`, and the training curve drawn from it."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

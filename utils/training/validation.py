@@ -1,7 +1,5 @@
 """Validation during training: images, a held-out loss and the training curve. It does not change the training."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A request for edits from the page or its API: its values and limits, its link, and running it."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace

@@ -1,7 +1,5 @@
 """What the page does on each event: plain values in, updates of its components by name out."""
 
-from __future__ import annotations
-
 import logging
 import secrets
 import shutil

@@ -1,7 +1,5 @@
 """The editors that the page offers: named in a menu, loaded when first used, the last ones kept in memory."""
 
-from __future__ import annotations
-
 import gc
 import threading
 from collections import OrderedDict

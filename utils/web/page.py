@@ -1,7 +1,5 @@
 """The page in the browser: its components, and which handler each event calls."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from typing import Any

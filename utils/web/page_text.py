@@ -1,7 +1,5 @@
 """The texts, the style (page.css) and the scripts (*.js) of the page."""
 
-from __future__ import annotations
-
 import html
 from pathlib import Path
 

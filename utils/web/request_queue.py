@@ -1,7 +1,5 @@
 """One request at a time on one device: the queue, its slots, and running the first one in a thread of its own."""
 
-from __future__ import annotations
-
 import queue
 import threading
 import time
