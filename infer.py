@@ -31,23 +31,21 @@ from utils.quiet import hide_progress_bars, quiet_libraries
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    _add_input_and_output(parser)
+    _add_settings(parser)
+    _add_model_and_machine(parser)
+    parser.add_argument("--ckpt", "--vae-ckpt", dest="original_model", help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def _add_input_and_output(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("input").add_argument
     add("--input", help="an image, a folder of images, or the http(s) address of an image")
-    add(
-        "--edit",
-        action="append",
-        metavar="TEXT",
-        help='instruction, such as "make it winter"; repeat it for more edits',
-    )
+    add("--edit", action="append", metavar="TEXT", help='instruction, such as "make it winter"; may repeat')
     add("--jobs", type=Path, metavar="FILE", help='JSON lines such as {"image": "a.jpg", "edit": "make it winter"}')
     add("--repeat", type=Path, metavar="IMAGE", help="make the edit of a saved image again, from the record in it")
     add("--surprise_me", action="store_true", help="draw the instruction from the seed instead of --edit")
-    add(
-        "--num_images",
-        type=int,
-        metavar="N",
-        help="edits per image and instruction, seeds SEED, SEED+1, ... (default 1)",
-    )
+    add("--num_images", type=int, metavar="N", help="edits per instruction, with seeds SEED, SEED+1, ... (default 1)")
     resolution = "approximate longer side of the edit (default 512, SDXL 1024, or the model's own if smaller)"
     add("--resolution", type=int, metavar="PIXELS", help=resolution)
     add = parser.add_argument_group("output").add_argument
@@ -55,6 +53,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--keep_size", action="store_true", help="resize each edit to the size of its input")
     add("--gif", action="store_true", help="also save an animation of each input and its edits")
     add("--grid", action="store_true", help="also save a contact sheet of the inputs and their edits")
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("settings").add_argument
     scale = dict(type=float, metavar="S")
     add("--guidance_scale", "--cfg-text", dest=SCALES[0], **scale, help="strength of the instruction (default 7.5)")
@@ -67,12 +68,10 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=int, metavar="N", help="the same seed gives the same edit (default: random, and printed)")
     add("--scheduler", choices=SCHEDULERS, metavar="NAME", help="%(choices)s (default: the model's own)")
     add("--timestep_spacing", choices=SPACINGS, help="spacing of the timesteps; trailing is best for few steps")
-    add(
-        "--eta",
-        type=float,
-        metavar="E",
-        help="amount of fresh noise per step, for DDIM (default 0) and TCD (default 0.3)",
-    )
+    add("--eta", type=float, metavar="E", help="fresh noise per step, for DDIM (default 0) and TCD (default 0.3)")
+
+
+def _add_model_and_machine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     editor = "an editor: a diffusers folder, a Hub id or one .safetensors file; adapted.json in it sets its defaults"
     add("--model", help=editor)
@@ -95,8 +94,6 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--compile", action="store_true", help="compile the UNet first, which pays off for many edits of one size")
     add("--vae_slicing", action="store_true", help="decode the images of a batch one by one, to save memory")
     add("--vae_tiling", action="store_true", help="encode and decode in tiles, for images too large for the memory")
-    parser.add_argument("--ckpt", "--vae-ckpt", dest="original_model", help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
 
 
 def plan(args: argparse.Namespace) -> tuple[list[Job], dict]:
@@ -171,7 +168,9 @@ def run(args: argparse.Namespace) -> int:
     editor = open_editor(pick(args, EditorOptions), record, args.repeat)
     for line in editor.messages:
         print(line, file=sys.stderr)
-    used = {name: value for name, value in editor.recommended.items() if getattr(args, name) is None}
+    is_used = {name: getattr(args, name) is None for name in editor.recommended}
+    is_used["eta"] = args.eta is None and args.scheduler is None  # the recommended eta belongs to the model's scheduler
+    used = {name: value for name, value in editor.recommended.items() if is_used[name]}
     if used:
         print("recommended by this editor:", ", ".join(f"{name} {value}" for name, value in used.items()))
     started = time.monotonic()
