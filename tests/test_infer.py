@@ -225,7 +225,7 @@ def test_mistakes_in_the_flags(capsys, photo: Path, tmp_path: Path) -> None:
         ("--ckpt", "old.ckpt"): "convert a .ckpt",
         ("--config", "generate.yaml"): "belong to the original edit_cli.py",
         ("--dtype", "int4"): "invalid choice: 'int4'",
-        ("--stpes", "4"): "unrecognized arguments",
+        ("--stpes", "4"): "--stpes is not a flag: did you mean --steps?",
         ("--model", "/no/such/model"): "--model /no/such/model is not a folder or file that exists",
         ("--lora", "/no/such/lora"): "--lora /no/such/lora is not a folder or file that exists",
         ("--lora_scale", "0.5"): "--lora_scale 0.5 has no effect without --lora",

@@ -25,6 +25,14 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see --help)\n")
 
+    def parse_args(self, *arguments, **keywords) -> argparse.Namespace:
+        """As argparse's, but an unknown flag is reported with the one that resembles it."""
+        args, unknown = self.parse_known_args(*arguments, **keywords)
+        if unknown:
+            flags = [word for word in unknown if word.startswith("-")]
+            self.exit(2, f"error: {'; '.join(map(self.describe_unknown, flags or unknown))}\n")
+        return args
+
     def describe_unknown(self, word: str) -> str:
         """The message for an unknown word on the command line; suggests the flag that resembles it."""
         name = word.partition("=")[0]
