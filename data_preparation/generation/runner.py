@@ -67,7 +67,8 @@ class GenerationSummary:
 
     def describe(self, data_root: Path, unit: str = "pair") -> str:
         """The lines that a script prints at its end."""
-        lines = [f"{data_root} holds {self.rows:,} {unit}s" + (" (already complete)" if self.was_complete else "")]
+        plural = "" if self.rows == 1 else "s"
+        lines = [f"{data_root} holds {self.rows:,} {unit}{plural}{' (already complete)' if self.was_complete else ''}"]
         lines += [f"  rejected, {reason}: {count:,}" for reason, count in self.rejected.most_common()]
         return "\n".join(lines)
 
