@@ -47,10 +47,10 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def serve(args: argparse.Namespace) -> None:
     """Open the model and the page, and wait for Ctrl-C or SIGTERM."""
-    from data_preparation.captions.backends import open_backend
     from data_preparation.captions.model_flags import open_moderator
     from data_preparation.captions.page import LAUNCH_OPTIONS, CandidateService, make_page
     from data_preparation.captions.prompts import SamplingOptions
+    from data_preparation.captions.triple_generation import open_backend
 
     sampling = pick(args, SamplingOptions)
     backend = open_backend(choose_model(args), sampling)

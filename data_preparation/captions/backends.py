@@ -87,17 +87,6 @@ class Backend(Protocol):
         """
 
 
-def open_backend(options: ModelOptions, sampling: SamplingOptions, rank: int = 0) -> Backend:
-    """Load the model, or connect to the server. rank: index of the worker. Raises InputError."""
-    if isinstance(options, ServerOptions):
-        from data_preparation.captions.server import ServerBackend
-
-        return ServerBackend(options, sampling)
-    from data_preparation.captions.local import LocalBackend
-
-    return LocalBackend(options, sampling, rank)
-
-
 def ask_model(backend: Backend, questions: Sequence[Question], sampling: SamplingOptions) -> list[Triple | Rejected]:
     """The parsed answers, in the order of the questions. Raises InputError if the model cannot be used at all."""
     parse, results = PARSERS[sampling.format], []

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import datasets
 
-from data_preparation.captions.backends import Backend, ModelOptions, UsageLog, ask_model, open_backend
+from data_preparation.captions.backends import Backend, ModelOptions, ServerOptions, UsageLog, ask_model
 from data_preparation.captions.model_flags import Moderator, open_moderator
 from data_preparation.captions.prompts import (
     NUM_SEEDS,
@@ -36,6 +36,17 @@ COLUMNS = ("caption", "edit", "output", "url", "source", "source_dataset", "sour
 URL_COLUMNS = ("url", "URL", "image_url", "link")
 ORDER_STREAM = 2**63  # key of the generator that shuffles the captions; above the index of any item
 PROMPTS_FILE = "prompts.jsonl"
+
+
+def open_backend(options: ModelOptions, sampling: SamplingOptions, rank: int = 0) -> Backend:
+    """Load the model, or connect to the server. rank: index of the worker. Raises InputError."""
+    if isinstance(options, ServerOptions):
+        from data_preparation.captions.server import ServerBackend
+
+        return ServerBackend(options, sampling)
+    from data_preparation.captions.local import LocalBackend
+
+    return LocalBackend(options, sampling, rank)
 
 
 @dataclass(frozen=True)
