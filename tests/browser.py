@@ -16,7 +16,7 @@ from tests.runs import ENVIRONMENT, REPOSITORY
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 INSTALL = "no Chromium here: `apt-get install --no-install-recommends chromium` brings Debian's"
 STATUS = "#status [role]"  # without Gradio's own timer
-PATIENCE = 120_000  # milliseconds until something counts as missing
+PATIENCE = 600_000  # milliseconds until something counts as missing
 
 
 class Server:

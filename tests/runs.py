@@ -42,7 +42,7 @@ def start(script: str, flags: list[str], launcher: tuple[str, ...] = (), log: Pa
 def run(script: str, flags: list[str], launcher: tuple[str, ...] = ()) -> str:
     """Run a script and return its output. Fails unless the exit code is 0."""
     process = start(script, flags, launcher)
-    printed = process.communicate(timeout=120)[0].decode()
+    printed = process.communicate(timeout=600)[0].decode()
     assert process.returncode == 0, printed
     return printed
 

@@ -118,7 +118,7 @@ def test_as_a_process(folder, tmp_path):
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert ended.returncode == 0, ended.stderr
     assert "holds 2 triples" in ended.stdout and "Warning" not in ended.stderr

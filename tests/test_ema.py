@@ -111,7 +111,7 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     event, lerp = threading.Event(), torch._foreach_lerp_
 
     def wait_and_lerp(*values: object) -> None:
-        assert event.wait(timeout=60)
+        assert event.wait(timeout=600)
         lerp(*values)
 
     monkeypatch.setattr(torch, "_foreach_lerp_", wait_and_lerp)

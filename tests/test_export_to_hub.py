@@ -229,7 +229,7 @@ def test_resumes_after_kill(pairs: Path, tmp_path: Path):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         unfinished = tmp_path / "again.unfinished" / "data"
         start = {path.name for path in unfinished.glob("t*")}
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 600
         while process.poll() is None and time.monotonic() < deadline:
             if {path.name for path in unfinished.glob("t*")} - start:
                 break

@@ -475,9 +475,9 @@ def test_dataset_on_the_hub_gives_its_id_and_licence(tmp_path):
             f"api.upload_folder(repo_id='user/MagicBrush', repo_type='dataset', folder_path={str(folder)!r})"
         )
         write(folder, {"README.md": "---\nlicense: cc-by-4.0\n---\n"})
-        subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=60)
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=600)
         command = [sys.executable, SCRIPT, "--source", "user/MagicBrush", "--data_root", str(tmp_path / "pairs")]
-        subprocess.run(command, env=environment, check=True, cwd=REPOSITORY, timeout=60)
+        subprocess.run(command, env=environment, check=True, cwd=REPOSITORY, timeout=600)
     (row,) = read(tmp_path / "pairs")
     assert (row["source_dataset"], row["source_license"]) == ("user/MagicBrush", "cc-by-4.0")
     assert row["edited_image"] == image_file(1)
@@ -777,7 +777,7 @@ def test_killed_runs_resume_to_the_same_rows_with_any_number_of_workers(tmp_path
             time.sleep(rng.uniform(1.0, 3.0))
             process.send_signal(signal.SIGKILL)
             process.wait()
-        subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, check=True, timeout=120)
+        subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, check=True, timeout=600)
         assert read(data_root) == expected
 
 

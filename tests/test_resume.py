@@ -77,7 +77,7 @@ def uninterrupted(references: dict, script: str, base: Path, pairs: Path, accumu
     return references[key]
 
 
-def kill_when(process: subprocess.Popen, condition: Callable[[], bool], timeout: float = 120) -> bool:
+def kill_when(process: subprocess.Popen, condition: Callable[[], bool], timeout: float = 600) -> bool:
     """kill -9 as soon as `condition()` is true. Returns False if the run ended before."""
     end = time.monotonic() + timeout
     while not condition():
@@ -105,14 +105,12 @@ def assert_same_run(output_dir: Path, reference: Path) -> None:
     ("script", "model", "workers", "accumulation", "more"),
     [
         (SCRIPT, "tiny_base", 0, 1, ()),
-        (SCRIPT, "tiny_base", 2, 1, ()),
-        (SCRIPT, "tiny_base", 0, 3, ()),
         (SCRIPT, "tiny_base", 2, 3, ()),
         (SDXL, "tiny_sdxl", 2, 3, ()),
         (SDXL, "tiny_sdxl", 0, 1, ADAPTER),
         (SCRIPT, "tiny_base", 0, 1, SMALL_MEMORY),
     ],
-    ids=["SD 0 1", "SD 2 1", "SD 0 3", "SD 2 3", "SDXL 2 3", "SDXL adapter", "SD small memory"],
+    ids=["SD 0 1", "SD 2 3", "SDXL 2 3", "SDXL adapter", "SD small memory"],
 )
 def test_a_killed_and_resumed_run_is_bit_identical(
     request, references, pairs, tmp_path, script, model, workers, accumulation, more
@@ -167,12 +165,12 @@ def test_a_signal_writes_a_checkpoint(tiny_base, pairs, tmp_path, number, launch
     )
     process = start(SCRIPT, flags, launcher, log=tmp_path / "log")
     log = tmp_path / "out/training_log.jsonl"
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while not (log.exists() and log.read_text()):
         assert process.poll() is None and time.monotonic() < end, (tmp_path / "log").read_text()
         time.sleep(0.05)
     process.send_signal(number)
-    exit_code = process.wait(timeout=60)
+    exit_code = process.wait(timeout=600)
     if not launcher:  # the launcher's exit code is not ours
         assert exit_code == 128 + number
     while not list_checkpoints(tmp_path / "out"):
