@@ -103,11 +103,11 @@ def parse_size(text: str) -> int:
 
 def run(args: argparse.Namespace) -> None:
     quiet_libraries()
-    from data_preparation.exporting.exports import make_export, push, read_record
+    from data_preparation.exporting.exports import make_export, push, read_export_record
     from data_preparation.exporting.reading import ExportOptions
     from utils.hub import check_push_rights
 
-    read_record(args.export_dir)  # refuses a folder with other content before the Hub is asked
+    read_export_record(args.export_dir)  # refuses a folder with other content before the Hub is asked
     repo_id = args.repo_id
     if not args.no_push:
         repo_id = check_push_rights(repo_id, args.hub_token, args.export_dir, args.private, repo_type="dataset")

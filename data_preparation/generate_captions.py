@@ -63,7 +63,7 @@ def check_flags(args: argparse.Namespace) -> None:
 
 def generate(args: argparse.Namespace) -> str:
     """Generate the triples. Returns the summary to print."""
-    from data_preparation.captions.backends import UsageLog, describe_cost
+    from data_preparation.captions.backends import UsageLog, describe_token_cost
     from data_preparation.captions.model_flags import digest_moderation
     from data_preparation.captions.prompts import SamplingOptions, digest_prompts
     from data_preparation.captions.triple_generation import TripleGenerator, export_prompts
@@ -96,14 +96,14 @@ def generate(args: argparse.Namespace) -> str:
         workers=choose_workers(args, needs_gpu=not args.base_url and args.device != "cpu"),
         unit="triple",
         overwrite=args.overwrite,
-        note=lambda: describe_cost(usage_log.total(), args.price_in, args.price_out),
+        note=lambda: describe_token_cost(usage_log.total(), args.price_in, args.price_out),
     )
     lines = [summary.describe(args.data_root, "triple")]
     if args.jsonl:
         lines.append(f"  also written as JSON lines: {export_prompts(args.data_root)}")
     usage = usage_log.total()
     if usage["requests"]:
-        lines.append(f"  total usage of this folder: {describe_cost(usage, args.price_in, args.price_out)}")
+        lines.append(f"  total usage of this folder: {describe_token_cost(usage, args.price_in, args.price_out)}")
     if new := usage["requests"] - requests_before:
         lines.append(
             f"  this run: {new:,} requests in {summary.seconds:,.0f} s, {new / summary.seconds:,.1f} per second"

@@ -76,7 +76,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def check_flags(args: argparse.Namespace, settings: PairSettings) -> None:
     """Raises one InputError with all problems of the flags."""
     problems = generation_flag_problems(args)
-    problems += pair_settings.find_setting_problems(settings, has_photographs=bool(args.init_images))
+    problems += pair_settings.find_pair_problems(settings, has_photographs=bool(args.init_images))
     for name, limit in (("max_captions", 10**12), ("batch_size", 4096), ("captions_per_file", 100_000)):
         value = getattr(args, name)
         if value is not None and not 1 <= value <= limit:

@@ -128,7 +128,7 @@ class UsageLog:
         return self._total.copy()
 
 
-def describe_cost(usage: Counter[str], price_in: float | None, price_out: float | None) -> str:
+def describe_token_cost(usage: Counter[str], price_in: float | None, price_out: float | None) -> str:
     """Requests, tokens, and the cost if a price per million tokens is given."""
     text = f"{usage['requests']:,} requests, {usage['tokens_in']:,} tokens in and {usage['tokens_out']:,} out"
     if price_in is None and price_out is None:

@@ -50,7 +50,7 @@ class CandidateService:
 
     def generate(self, caption: str, count: int, seed: int, **changes: float) -> tuple[list[Candidate], list[Question]]:
         """The candidates and their questions. changes: of the sampling. Raises InputError with a message to show."""
-        caption = check_request(caption, count, seed, changes)
+        caption = check_caption_request(caption, count, seed, changes)
         if self._moderator([caption])[0]:
             raise InputError("The moderation of this page refuses the caption.")
         questions = [Question(caption, (seed + number) % NUM_SEEDS) for number in range(count)]
@@ -60,7 +60,7 @@ class CandidateService:
         return [Rejected("refused by moderation") if is_refused else each for each, is_refused in pairs], questions
 
 
-def check_request(caption: str, count: int, seed: int, changes: dict[str, float]) -> str:
+def check_caption_request(caption: str, count: int, seed: int, changes: dict[str, float]) -> str:
     """The caption in one line. Raises one InputError with all problems."""
     try:
         caption = clean_text(caption or "")

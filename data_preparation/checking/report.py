@@ -38,12 +38,13 @@ COLOUR_BINS = [0, 2, 10, 20, 30, 40, 50, 60, 80, 100, OPEN_END]
 def describe(diagnosis: Diagnosis) -> str:
     """The lines for the terminal: of each finding the number of rows, some row names, an example and what to do."""
     columns, findings, row_name = diagnosis.source.columns, diagnosis.findings, diagnosis.source.row_name
+    dataset, num_rows = diagnosis.dataset, describe_rows(len(diagnosis.records))
     lines = [
-        f"{diagnosis.dataset.dataset_name}, split {diagnosis.dataset.split}: {count_rows(len(diagnosis.records))} with "
+        f"{dataset.dataset_name}, split {dataset.split}: {num_rows} with "
         f"{diagnosis.num_originals:,} different originals, checked in {diagnosis.seconds:.1f} s",
         f"  columns: {columns.original} / {columns.prompt} / {columns.edited}",
     ]
-    lines += [f"  compared with {name}: {count_rows(count)}" for name, count in diagnosis.compared_with.items()]
+    lines += [f"  compared with {name}: {describe_rows(count)}" for name, count in diagnosis.compared_with.items()]
     width = max((len(KINDS[kind].title) for kind in findings.kinds()), default=0)
     for kind in findings.kinds():
         severity, title, advice, _ = KINDS[kind]
@@ -57,13 +58,13 @@ def describe(diagnosis: Diagnosis) -> str:
     return "\n".join([*lines, "no problems found" if is_fine else count_findings(diagnosis)])
 
 
-def count_rows(count: int) -> str:
+def describe_rows(count: int) -> str:
     """ "1 row", "2,000 rows"."""
     return f"{count:,} row{'s' * (count != 1)}"
 
 
 def count_findings(diagnosis: Diagnosis) -> str:
-    errors, warnings = (count_rows(diagnosis.findings.num_rows(severity)) for severity in ("error", "warning"))
+    errors, warnings = (describe_rows(diagnosis.findings.num_rows(severity)) for severity in ("error", "warning"))
     return f"{errors} with errors, {warnings} with warnings"
 
 
@@ -159,7 +160,7 @@ def make_page(diagnosis: Diagnosis, report: dict[str, Any]) -> str:
         report=report,
         verdict_text=VERDICTS[report["verdict"]],
         counts=count_findings(diagnosis),
-        count_rows=count_rows,
+        describe_rows=describe_rows,
         row_names={kind: list_rows(diagnosis, kind, PAGE_ROWS) for kind in report["findings"]},
         examples=examples,
         charts=[(histogram, make_bars(histogram)) for histogram in charts],

@@ -88,7 +88,7 @@ def open_inspector(dataset: DatasetToCheck, tokenizer: str | None, rank: int) ->
             inspection = inspect_row(
                 values[columns.original], values[columns.edited], values[columns.prompt], task, count_tokens
             )
-            inspected.append((make_record(inspection), inspection.findings, task or ""))
+            inspected.append((summarize_inspection(inspection), inspection.findings, task or ""))
         return inspected
 
     return inspect
@@ -105,7 +105,7 @@ def load_token_counter(folder: str) -> Callable[[str], int]:
     return lambda prompt: len(tokenizer(prompt, truncation=False, verbose=False)["input_ids"])
 
 
-def make_record(inspection: Inspection) -> tuple:
+def summarize_inspection(inspection: Inspection) -> tuple:
     """A row of `ROW_RECORD`."""
     images = [
         (*image.size, image.num_bytes, image.hash, image.pixels, image.brightness, image.colourfulness)

@@ -97,9 +97,9 @@ class ExportFacts:
             for entry in parse_json(models) or ():
                 if isinstance(entry, dict):
                     self.models[str(entry.get("id")), entry.get("revision") or ""] += 1
-            for name, value in flatten(parse_json(settings)).items():
+            for name, value in flatten_values(parse_json(settings)).items():
                 self.settings.setdefault(task, {}).setdefault(name, ValueRange()).add(value)
-            for name, value in flatten(parse_json(scores)).items():
+            for name, value in flatten_values(parse_json(scores)).items():
                 if isinstance(value, (int, float)) and np.isfinite(value):
                     self.scores.setdefault(name, []).append(float(value))
 
@@ -133,11 +133,11 @@ def first_instruction(prompt: str | list | None) -> str:
     return (prompt[0] if prompt else "") if isinstance(prompt, list) else prompt or ""
 
 
-def flatten(value: object, prefix: str = "") -> dict[str, object]:
+def flatten_values(value: object, prefix: str = "") -> dict[str, object]:
     """{"a": {"b": 1}} -> {"a.b": 1}; empty for anything but a dict."""
     flat: dict[str, object] = {}
     for name, inner in value.items() if isinstance(value, dict) else ():
-        flat |= flatten(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {f"{prefix}{name}": inner}
+        flat |= flatten_values(inner, f"{prefix}{name}.") if isinstance(inner, dict) else {f"{prefix}{name}": inner}
     return flat
 
 
@@ -166,7 +166,7 @@ def make_card(
     shares = [f"{100 * share:g}% {split}" for split, share in zip(SPLITS, options.split, strict=True) if share]
     low, high = facts.sides.min(axis=0, initial=1 << 31), facts.sides.max(axis=0, initial=0)
     sizes = dict.fromkeys(f"{width}×{height}" for height, width in (low, high))
-    settings = flatten(scrub(rows.settings))
+    settings = flatten_values(scrub(rows.settings))
     card = DatasetCard.from_template(
         _front_matter(repo_id, options.language, rows.features, facts, choice),
         template_path=str(TEMPLATE),

@@ -43,7 +43,7 @@ UPLOADED = ["data/*.parquet", "assets/*", RECORD]
 
 def make_export(options: ExportOptions, repo_id: str) -> Path:
     """Make the export folder, or what is missing of it, and return it. Raises InputError."""
-    former = read_record(options.export_dir)
+    former = read_export_record(options.export_dir)
     rows, keys, splits, choice, digest = _plan_export(options)
     has_data = former is not None and former["plan"] == digest
     if former and not has_data and not options.overwrite:
@@ -60,7 +60,7 @@ def make_export(options: ExportOptions, repo_id: str) -> Path:
             (folder / GRID).parent.mkdir(exist_ok=True)
             write_atomically(folder / GRID, make_grid(folder / DATA))
         facts = gather_facts(folder / DATA, keys, splits)
-        write_atomically(folder / RECORD, make_record(digest, options, rows, facts, choice).encode())
+        write_atomically(folder / RECORD, make_export_record(digest, options, rows, facts, choice).encode())
         write_atomically(folder / "README.md", make_card(repo_id, options, rows, facts, choice).encode())
         if not has_data:
             _put_in_place(folder, options.export_dir)
@@ -89,7 +89,7 @@ def _plan_export(options: ExportOptions) -> tuple[ExportInput, RowKeys, np.ndarr
     return rows, keys, splits, choice, hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:32]
 
 
-def read_record(export_dir: Path) -> dict | None:
+def read_export_record(export_dir: Path) -> dict | None:
     """export.json of the folder; None if the folder does not exist or is empty. Raises InputError for anything else."""
     if not export_dir.exists():
         return None
@@ -125,7 +125,7 @@ def _write_data(rows: ExportInput, splits: np.ndarray, digest: str, options: Exp
             bar.update(len(shard.rows))
 
 
-def make_record(
+def make_export_record(
     digest: str, options: ExportOptions, rows: ExportInput, facts: ExportFacts, choice: LicenceChoice
 ) -> str:
     """The text of export.json."""

@@ -48,7 +48,7 @@ class SeedFolderSource:
         name, seeds = self.prompts[item]
         folder = self.folder / name
         original_prompt, edit, edited_prompt = read_prompt(folder)
-        metadata = read_metadata(folder)
+        metadata = read_seed_metadata(folder)
         if self.samples_per_prompt is not None:
             # The best direction first, as the reference writes them; the sort is stable if it is unknown.
             seeds = sorted(seeds, key=lambda seed: -finite_numbers(metadata.get(seed, {})).get("clip_sim_dir", 0.0))
@@ -99,7 +99,7 @@ def read_prompt(folder: Path) -> tuple[str, str, str]:
         raise BadRow(f"{PROMPT} misses a key: {error}") from None
 
 
-def read_metadata(folder: Path) -> dict[int, dict[str, Any]]:
+def read_seed_metadata(folder: Path) -> dict[int, dict[str, Any]]:
     """Settings and scores by seed; the last line of a seed counts, because a repeated run appends."""
     path, by_seed = folder / METADATA, {}
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []

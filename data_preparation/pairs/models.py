@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipelin
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipeline, StableDiffusionSafetyChecker
 
 from data_preparation.pairs.filters import ClipScorer, ImageCheck, load_image_check, make_safety_check
-from utils.editing.loading import fuse_adapter, read_adapter
+from utils.editing.loading import fuse_adapter, inspect_adapter
 from utils.errors import InputError, explaining_load_errors
 from utils.hub_names import digest_files, find_revision, is_hub_id, public_name, snapshot_revision
 from utils.models.single_file import is_single_file, load_single_file
@@ -54,7 +54,7 @@ def resolve_models(choice: ModelChoice) -> tuple[ModelChoice, list[dict[str, str
                 commits[field] = find_revision(name, getattr(choice, field), *files)
             models.append({"id": public_name(name), "revision": commits[field]})
     if choice.lora:
-        file = read_adapter(choice.lora).file
+        file = inspect_adapter(choice.lora).file
         models.append({"id": public_name(choice.lora), "revision": snapshot_revision(file) or digest_files(file)})
     return replace(choice, **commits), models
 
@@ -70,7 +70,7 @@ def load_pipeline(choice: ModelChoice, dtype: torch.dtype, device: str | torch.d
         _replace_vae(pipeline, choice, dtype)
     pipeline.to(device)
     if choice.lora:
-        fuse_adapter(pipeline, read_adapter(choice.lora), choice.lora_scale)
+        fuse_adapter(pipeline, inspect_adapter(choice.lora), choice.lora_scale)
     for part in ("unet", "vae", "text_encoder", "text_encoder_2"):
         if getattr(pipeline, part, None) is not None:
             getattr(pipeline, part).eval().requires_grad_(False)

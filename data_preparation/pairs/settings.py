@@ -126,7 +126,7 @@ def choose_settings(args: argparse.Namespace) -> PairSettings:
     return dataclasses.replace(settings, **given)
 
 
-def find_setting_problems(settings: PairSettings, has_photographs: bool = False) -> list[str]:
+def find_pair_problems(settings: PairSettings, has_photographs: bool = False) -> list[str]:
     """One line for each invalid value, with the name of its flag."""
     problems, steps, used_steps = [], settings.num_inference_steps, num_used_steps(settings, has_photographs)
     bounds = ("min_clip_image", "min_clip_dir", "min_clip_text", "max_clip_image", "max_clip_text", "min_change")

@@ -22,7 +22,7 @@ def draw_cartoon(image: np.ndarray) -> np.ndarray:
     if scale < 1:
         work = cv2.resize(image, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_AREA)
     unit = min(work.shape[:2]) / 512  # one pixel at 512
-    flat = flatten(work, unit)
+    flat = smooth_tones(work, unit)
     colours = step_colours(flat)
     ink = draw_ink(flat, work, unit)
     if scale < 1:
@@ -32,7 +32,7 @@ def draw_cartoon(image: np.ndarray) -> np.ndarray:
     return np.clip(inked + 0.5, 0, 255).astype(np.uint8)
 
 
-def flatten(image: np.ndarray, unit: float) -> np.ndarray:
+def smooth_tones(image: np.ndarray, unit: float) -> np.ndarray:
     """uint8 RGB -> uint8 RGB with smooth surfaces and sharp edges: several light bilateral passes."""
     flat = cv2.medianBlur(image, 3) if unit > 0.4 else image
     diameter = max(5, 2 * round(3 * unit) + 1)

@@ -68,7 +68,7 @@ def load_editor(
     name, place = str(path_or_id), {"revision": revision, "cache_dir": cache_dir}
     is_file = is_single_file(name)
     configs = Configs(*read_single_file(name, single_file_config, cache_dir)) if is_file else _read_configs(name, place)
-    adapter = read_adapter(str(lora), cache_dir) if lora else None
+    adapter = inspect_adapter(str(lora), cache_dir) if lora else None
     if not adapter or configs.unet.get("in_channels", 4) != 4:
         require_editor(configs, name)
     if adapter:
@@ -117,7 +117,7 @@ def _is_missing(name: str, part: str, source: object) -> bool:
     return is_component and Path(name).is_dir() and not (Path(name) / part).is_dir()
 
 
-def read_adapter(name: str, cache_dir: str | Path | None = None) -> Adapter:
+def inspect_adapter(name: str, cache_dir: str | Path | None = None) -> Adapter:
     """The adapter in a folder or file, or downloaded from the Hub; only its header is read. Raises `InputError`."""
     file = _find_adapter_file(name, cache_dir)
     shapes, _ = read_header(file, f"the adapter {name}")
