@@ -545,7 +545,7 @@ def test_killed_runs_and_two_workers_give_the_same_pairs(flags, tmp_path):
     """Kills while models are loaded, pairs are sampled and files are written."""
     flags = [*flags, *NO_BOUNDS, "--captions_per_file=1", "--num_samples=3", "--batch_size=2"]
     imports = ("torch", "diffusers", "transformers")
-    uninterrupted, outputs = kill_and_resume("data_preparation.generate_pairs", flags, tmp_path, 10, imports)
+    uninterrupted, outputs = kill_and_resume("data_preparation.generate_pairs", flags, tmp_path, 20, imports)
     main([*flags, f"--data_root={tmp_path / 'two'}", "--num_workers=2"])
     assert len(read(uninterrupted)) == 4 * 3
     assert all(rows_of(output) == rows_of(uninterrupted) for output in (*outputs, tmp_path / "two"))

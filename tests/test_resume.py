@@ -105,12 +105,14 @@ def assert_same_run(output_dir: Path, reference: Path) -> None:
     ("script", "model", "workers", "accumulation", "more"),
     [
         (SCRIPT, "tiny_base", 0, 1, ()),
+        (SCRIPT, "tiny_base", 2, 1, ()),
+        (SCRIPT, "tiny_base", 0, 3, ()),
         (SCRIPT, "tiny_base", 2, 3, ()),
         (SDXL, "tiny_sdxl", 2, 3, ()),
         (SDXL, "tiny_sdxl", 0, 1, ADAPTER),
         (SCRIPT, "tiny_base", 0, 1, SMALL_MEMORY),
     ],
-    ids=["SD 0 1", "SD 2 3", "SDXL 2 3", "SDXL adapter", "SD small memory"],
+    ids=["SD 0 1", "SD 2 1", "SD 0 3", "SD 2 3", "SDXL 2 3", "SDXL adapter", "SD small memory"],
 )
 def test_a_killed_and_resumed_run_is_bit_identical(
     request, references, pairs, tmp_path, script, model, workers, accumulation, more
