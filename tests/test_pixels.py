@@ -1,5 +1,6 @@
 """Decoding of images in all formats and conditions, and the geometry of a pair."""
 
+import base64
 import io
 import struct
 import zlib
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.colours import ADOBE_RGB, DISPLAY_P3, P3_RED, SRGB, solid
 from tests.pairs import encode, make_image
 from utils.data.geometry import Geometry, make_buckets, mentions_direction, nearest_bucket, prepare_pair
-from utils.pixels import BadRow, decode_image, peek_size
+from utils.pixels import BadRow, decode, decode_animation, decode_image, num_frames, peek_size
 
 GREY = np.tile(np.arange(48, dtype=np.uint8) * 5, (40, 1))  # (40, 48), a ramp from left to right
 
@@ -53,6 +55,13 @@ def animated_gif() -> bytes:
         lambda: {"bytes": encode(Image.fromarray(GREY)), "path": "gone.png"},
         lambda: bytearray(encode(Image.fromarray(GREY), "WEBP", lossless=True)),
         lambda: encode(Image.fromarray(GREY), "BMP"),
+        lambda: [encode(Image.fromarray(GREY))],
+        lambda: [{"bytes": encode(Image.fromarray(GREY)), "path": None}],
+        lambda: base64.b64encode(encode(Image.fromarray(GREY))).decode(),
+        lambda: "data:image/png;base64," + base64.b64encode(encode(Image.fromarray(GREY))).decode(),
+        lambda: encode(Image.fromarray(GREY), icc_profile=SRGB),
+        lambda: encode(Image.fromarray(GREY), icc_profile=DISPLAY_P3[:200]),  # damaged: counts as sRGB
+        lambda: encode(Image.fromarray(GREY), icc_profile=DISPLAY_P3),  # of other channels
     ],
 )
 def test_all_modes_decode_to_the_same_image(make: Callable[[], object]) -> None:
@@ -82,6 +91,88 @@ def test_cmyk_and_one_bit() -> None:
     assert np.abs(pixels.astype(int) - (255, 0, 0)).max() < 8
     pixels = np.asarray(decode_image(encode(Image.new("1", (16, 16), 1))))
     assert (pixels == 255).all()
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF", "HEIF"])
+def test_an_embedded_profile_is_converted_to_srgb(file_format: str) -> None:
+    """Display P3's (234, 51, 35) is sRGB's (255, 0, 0); with alpha and as a palette, too."""
+    options = dict(JPEG=dict(quality=100, subsampling=0), WEBP=dict(lossless=True), AVIF=dict(quality=100))
+    if file_format == "HEIF":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    options = options.get(file_format, {}) | dict(icc_profile=DISPLAY_P3)
+    pixels = np.asarray(decode_image(encode(solid(P3_RED), file_format, **options)))
+    assert np.abs(pixels.astype(int) - (255, 0, 0)).max() <= (0 if file_format in ("PNG", "WEBP", "TIFF") else 6)
+    if file_format == "PNG":
+        transparent = decode(encode(solid((*P3_RED, 128), "RGBA"), **options))
+        assert transparent.rgb.getpixel((0, 0)) == (255, 127, 127) and transparent.alpha.getpixel((0, 0)) == 128
+        assert decode_image(encode(solid(P3_RED).quantize(2), **options)).getpixel((0, 0)) == (255, 0, 0)
+
+
+def test_colours_without_an_icc_profile() -> None:
+    """Adobe RGB as cameras mark it, gAMA and cHRM of a PNG, LAB; expected values from the formulas in float64."""
+    linear = (np.array([100, 150, 200]) / 255) ** (563 / 256)
+    to_xyz = np.array([[0.57667, 0.18556, 0.18823], [0.29734, 0.62736, 0.07529], [0.02703, 0.07069, 0.99134]])
+    to_srgb = np.array([[3.24045, -1.53714, -0.49853], [-0.96927, 1.87601, 0.04156], [0.05564, -0.20403, 1.05723]])
+    rgb = np.clip(to_srgb @ to_xyz @ linear, 0, 1)
+    expected = 255 * np.where(rgb <= 0.0031308, 12.92 * rgb, 1.055 * rgb ** (1 / 2.4) - 0.055)
+    exif = Image.Exif()
+    exif.get_ifd(0x8769).update({0xA001: 0xFFFF, 0xA005: {1: "R03"}})
+    marked = encode(solid((100, 150, 200)), "JPEG", exif=exif, quality=100, subsampling=0)
+    embedded = encode(solid((100, 150, 200)), icc_profile=ADOBE_RGB)
+    assert np.abs(np.asarray(decode_image(marked))[0, 0] - expected).max() <= 2
+    assert np.abs(np.asarray(decode_image(embedded))[0, 0] - expected).max() <= 1
+
+    def png_with(chunk: bytes, *values: int) -> bytes:
+        content = chunk + struct.pack(f">{len(values)}I", *values)
+        added = struct.pack(">I", len(content) - 4) + content + struct.pack(">I", zlib.crc32(content))
+        stored = encode(solid((55, 128, 188)))
+        return stored[:33] + added + stored[33:]
+
+    assert np.abs(np.asarray(decode_image(png_with(b"gAMA", 100_000)))[0, 0] - (129.0, 188.0, 222.0)).max() <= 1.5
+    assert decode_image(png_with(b"gAMA", 45_455)).getpixel((0, 0)) == (55, 128, 188)
+    p3 = [31270, 32900, 68000, 32000, 26500, 69000, 15000, 6000]
+    assert decode_image(png_with(b"cHRM", *p3)).getpixel((0, 0))[0] < 30  # outside sRGB: less red
+    grey = decode_image(encode(Image.new("LAB", (16, 16), (128, 128, 128)), "TIFF")).getpixel((0, 0))
+    assert max(grey) - min(grey) <= 1 and abs(grey[0] - 119) <= 1  # L* 50.2
+
+
+@pytest.mark.parametrize("file_format", ["GIF", "WEBP", "PNG", "TIFF"])
+def test_animations(file_format: str) -> None:
+    frames = [solid(colour, size=(40, 30)) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))]
+    options = dict(lossless=True) if file_format == "WEBP" else {}
+    if file_format != "TIFF":
+        options |= dict(duration=[50, 70, 90], loop=3)
+    stored = encode(frames[0], file_format, save_all=True, append_images=frames[1:], **options)
+    animation = decode_animation(stored)
+    assert num_frames(stored) == 3 and animation.alphas == [None] * 3
+    for decoded, frame in zip(animation.frames, frames, strict=True):
+        np.testing.assert_array_equal(np.asarray(decoded), np.asarray(frame))
+    if file_format != "TIFF":
+        assert (animation.durations, animation.loop) == ([50, 70, 90], 3)
+    with pytest.raises(BadRow, match="3 frames, at most 2"):
+        decode_animation(stored, max_frames=2)
+    still = encode(frames[0], file_format)
+    assert num_frames(still) == len(decode_animation(still).frames) == 1
+
+
+def test_a_replacement_image_is_not_a_frame_of_an_apng() -> None:
+    frames = [solid(colour) for colour in ((9, 9, 9), (250, 0, 0), (0, 250, 0))]
+    stored = encode(frames[0], save_all=True, append_images=frames[1:], default_image=True)
+    assert num_frames(stored) == 2
+    assert [frame.getpixel((0, 0)) for frame in decode_animation(stored).frames] == [(250, 0, 0), (0, 250, 0)]
+    assert decode_image(stored).getpixel((0, 0)) == (250, 0, 0)
+
+
+def test_alpha_on_a_chosen_background() -> None:
+    stored = encode(solid((200, 0, 0, 0), "RGBA"))
+    assert decode(stored, background="#0000ff").rgb.getpixel((0, 0)) == (0, 0, 255)
+    assert decode(encode(solid((200, 0, 0, 255), "RGBA"))).alpha is None  # opaque
+
+
+def test_heic_without_pillow_heif_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("utils.pixels.register_heif", lambda: False)
+    with pytest.raises(BadRow, match="pip install pillow-heif"):
+        decode_image(b"\0\0\0\x18ftypheic" + bytes(40))
 
 
 def test_animated_gif_gives_its_first_frame() -> None:
@@ -148,9 +239,21 @@ BAD_IMAGES = {
     "zero bytes": (lambda: {"bytes": b"", "path": "a.png"}, "0 bytes"),
     "text": (lambda: b"make it a cartoon", "not an image in a format"),
     "missing file": (lambda: "/no/such/file.png", "no such file: /no/such/file.png"),
-    "folder": (lambda: "/tmp", "cannot be"),
+    "folder": (lambda: "/tmp", "/tmp is a folder"),
+    "device": (lambda: "/dev/zero", "is not a regular file"),
     "number": (lambda: 7, "not an image but int"),
-    "list": (lambda: [make_image(0)], "not an image but list"),
+    "empty list": (list, "no image"),
+    "list of two": (lambda: [make_image(0), make_image(1)], "a list of 2 images"),
+    "EPS named .png": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\nshowpage\n", "EPS or PostScript"),
+    "TGA": (lambda: encode(make_image(0), "TGA"), "not an image in a format"),
+    "Photoshop": (lambda: b"8BPS\0\1" + bytes(40), "a Photoshop file"),
+    "JPEG XL": (lambda: b"\xff\x0a" + bytes(40), "a JPEG XL image"),
+    "camera's raw file": (lambda: encode(make_image(0), "TIFF", tiffinfo={50706: b"\1\4\0\0"}), "camera's raw file"),
+    "raw file with a thumbnail": (lambda: encode(make_image(0), "TIFF", tiffinfo={254: 1}), "camera's raw file"),
+    "video": (lambda: b"\0\0\0\x20ftypisom" + bytes(40), "a video"),
+    "web page": (lambda: b"\n<!DOCTYPE html><html>", "a web page"),
+    "SVG": (lambda: b'<?xml version="1.0"?>\n<!-- x --><svg width="9">', "an SVG"),
+    "Git LFS pointer": (lambda: b"version https://git-lfs.github.com/spec/v1\n", "run git lfs pull"),
     "one pixel": (lambda: encode(Image.new("RGB", (1, 1))), "too small: 1x1"),
     "narrow": (lambda: encode(Image.new("RGB", (7, 900))), "too small: 7x900"),
     "20,000 pixels square": (lambda: png_header(20_000, 20_000), "too large"),

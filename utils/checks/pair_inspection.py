@@ -13,7 +13,7 @@ from utils.checks import image_measures as measures
 from utils.checks.prompt_checks import MAX_TOKENS, CountTokens, estimate_tokens, guess_task
 from utils.data.columns import usable_prompts
 from utils.data.geometry import Size, check_aspects, mentions_direction
-from utils.pixels import BadRow, decode_image_and_size
+from utils.pixels import BadRow, decode
 
 WORKING_SIDE = 384  # longer side at which images are compared
 TINY_SIDE, HUGE_PIXELS, HUGE_BYTES = 64, 50_000_000, 25_000_000
@@ -93,14 +93,14 @@ def inspect_row(
     for name, value in (("original", original), ("edited", edited)):
         try:
             shorter_side = None if task in RESTORATION_TASKS else WORKING_SIDE // 2
-            image, size = decode_image_and_size(value, shorter_side=shorter_side)
+            image = decode(value, shorter_side=shorter_side)
         except BadRow as error:
             findings.append(Finding("unreadable", f"{name} image: {error.reason}"))
             summaries.append(None)
             continue
-        pixels = np.asarray(image)
-        decoded.append((pixels, size))
-        summaries.append(_summarize(pixels, size, value))
+        pixels = np.asarray(image.rgb)
+        decoded.append((pixels, image.stored_size))
+        summaries.append(_summarize(pixels, image.stored_size, value))
         findings += check_image(name, summaries[-1], pixels)
     if len(decoded) == 2 and not any(finding.kind == "blank" for finding in findings):
         findings += check_pair(*decoded[0], *decoded[1], task)

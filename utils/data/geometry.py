@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from utils.pixels import BadRow, decode_image_and_size
+from utils.pixels import BadRow, decode
 
 RESIZE_MODES = ("crop", "squash", "bucket")
 MAX_ASPECT_DIFFERENCE = 0.02
@@ -92,7 +92,8 @@ def prepare_pair(
     images, stored_sizes = [], []
     for name, value in (("original image", original), ("edited image", edited)):
         try:
-            image, size = decode_image_and_size(value, shorter_side=needed_side)
+            decoded = decode(value, shorter_side=needed_side)
+            image, size = decoded.rgb, decoded.stored_size
         except BadRow as error:
             raise BadRow(f"{name}: {error.reason}") from error
         images.append(image)
