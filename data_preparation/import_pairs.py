@@ -122,7 +122,7 @@ def format_problems(args: argparse.Namespace, format_name: str) -> list[str]:
 
 def detect_format(source: str, edited_dir: Path | None, given: str | None) -> tuple[str, Path | str]:
     """(a key of FLAGS_OF_FORMAT, the absolute path or Hub id of the source). given: by --format. Raises InputError."""
-    from data_preparation.importing.table_pairs import TABLE_SUFFIXES
+    from utils.data.tables import TABLE_SUFFIXES
 
     path = Path(source).expanduser().absolute()  # a Ray worker has another working directory
     if given == "dataset":
@@ -144,19 +144,19 @@ def detect_format(source: str, edited_dir: Path | None, given: str | None) -> tu
 
 def detect_folder_format(folder: Path) -> str:
     """A key of FLAGS_OF_FORMAT. With a metadata file it is a dataset, whatever its subfolders."""
-    from data_preparation.importing.folder_pairs import find_folders
-    from data_preparation.importing.seed_folders import has_seed_folders
-    from data_preparation.importing.table_pairs import TABLE_SUFFIXES
+    from utils.data.folder_pairs import find_folders
     from utils.data.rows import METADATA_NAMES
+    from utils.data.seed_folders import has_seed_folders
+    from utils.data.tables import TABLE_SUFFIXES
 
     if has_seed_folders(folder):
         return "seeds"
     is_saved = any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
     if is_saved or any((folder / name).is_file() or any(folder.glob(f"*/{name}")) for name in METADATA_NAMES):
         return "dataset"
-    if find_folders(folder, None) is not None:
+    if find_folders(folder) is not None:
         return "folders"
-    if any(path.suffix.lower() in (".parquet", ".arrow") for path in folder.rglob("*")):
+    if any(path.suffix.lower() in (".parquet", ".arrow", ".tar") for path in folder.rglob("*")):
         return "dataset"
     names = sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir())
     if any(name.lower().endswith(TABLE_SUFFIXES) for name in names):
@@ -175,9 +175,10 @@ def open_pair_source(args: argparse.Namespace, format_name: str, place: Path | s
 
     columns = Columns(args.original_image_column, args.edit_prompt_column, args.edited_image_column)
     if format_name == "folders":
-        from data_preparation.importing.folder_pairs import find_folder_pairs, find_folders
+        from data_preparation.importing.folder_pairs import find_folder_pairs
+        from utils.data.folder_pairs import find_folders
 
-        folders = find_folders(place, args.edited_dir)
+        folders = (place, args.edited_dir.expanduser().absolute()) if args.edited_dir else find_folders(place)
         if folders is None:
             raise InputError(f"--source {place}: has no subfolders such as original/ and edited/; give --edited_dir")
         common = read_phrasings(args.task, args.heldout_phrasings)[0] if args.task else args.edit_prompt or []

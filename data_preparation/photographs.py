@@ -5,11 +5,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from utils.image_formats import has_image_suffix
 from utils.json_lines import read_json_lines
 from utils.pixels import BadRow
 
 MIN_SIDE = 64  # pixels of a photograph that can be used
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff"}
 
 
 def seeded_rng(seed: int, row: int) -> np.random.Generator:
@@ -28,7 +28,7 @@ def list_photographs(folder: Path, split: str = "all") -> list[Path]:
     rows = read_metadata(folder) if split != "all" else []
     if any("split" in row for row in rows):
         return sorted(folder / row["file_name"] for row in rows if row.get("split") == split)
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    return sorted(path for path in folder.rglob("*") if has_image_suffix(path) and path.is_file())
 
 
 def read_photograph(path: Path) -> np.ndarray | None:

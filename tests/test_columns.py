@@ -30,6 +30,25 @@ def test_each_flag_overrides_a_known_column() -> None:
     assert swapped == Columns("output_image", "inverse_edit", "input_image")
 
 
+@pytest.mark.parametrize(
+    ("original", "prompt", "edited"),
+    [
+        ("control_path", "caption", "image_path"),
+        ("edit_image", "prompt", "image"),  # DiffSynth: the image to edit, and the result
+        ("image", "instruction", "edited"),
+        ("original", "text", "edit_image"),
+        ("source.path", "meta.prompt", "target.path"),
+        ("input_images", "prompts", "output_images"),
+        ("conditioning_image", "text", "image"),
+    ],
+)
+def test_the_columns_of_other_trainers_are_known_by_name(original: str, prompt: str, edited: str) -> None:
+    """In any order of the columns, and beside columns of other roles."""
+    for names in ((original, prompt, edited, "mask"), ("mask", edited, prompt, original)):
+        features = datasets.Features({name: TEXT if name == prompt else IMAGE for name in names})
+        assert resolve_columns("x", features) == Columns(original, prompt, edited)
+
+
 def test_one_flag_completes_a_known_triple() -> None:
     features = datasets.Features(original_image=IMAGE, edit_prompt=TEXT, cartoon=IMAGE)
     assert resolve_columns("x", features, edited="cartoon").original == "original_image"
@@ -55,7 +74,12 @@ def test_one_flag_completes_a_known_triple() -> None:
             dict(original="a", prompt="b", edited="c"),
             ["holds int64"],
         ),
-        (dict(a=datasets.List(IMAGE), b=TEXT, c=IMAGE), dict(original="a", prompt="b", edited="c"), ["list of image"]),
+        (
+            dict(image=IMAGE, edit_image=IMAGE, edited_image=IMAGE, text=TEXT),
+            {},
+            ["ambiguous", "--original_image_column could be image or edit_image"],
+        ),
+        (dict(source=IMAGE, target=IMAGE, caption=TEXT, prompt=TEXT), {}, ["could be caption or prompt"]),
         (dict(original_image=TEXT, edit_prompt=TEXT, edited_image=IMAGE), {}, ["original_image (string)"]),
     ],
 )

@@ -675,7 +675,7 @@ def test_column_flags(tmp_path):
         (
             {"input/a.png": "x", "target/a.png": "x", "before/a.png": "x", "after/a.png": "x"},
             ["--source", "{0}"],
-            ["several pairs of folders (input and target; before and after)"],
+            ["several pairs of folders (before or input, and target or after)", "--edited_dir"],
         ),
         ({"input/a.png": "x", "target/a.png": "x"}, ["--source", "{0}"], ["have no instructions", "prompts.txt"]),
         ({"input/a.png": "x", "target/a.png": "x", "prompts.txt": "b\tGo.\n"}, ["--source", "{0}"], ["names none"]),

@@ -148,7 +148,7 @@ def test_csv_with_an_unquoted_comma(tmp_path: Path) -> None:
 
 def test_images_without_metadata_are_refused(tmp_path: Path) -> None:
     write_image_folder(tmp_path / "images", 2)
-    with pytest.raises(InputError, match=r"image \(image\)"):
+    with pytest.raises(InputError, match=r"none of the 2 pairs of original_image and edited_image has an instruction"):
         open_source(train_data_dir=str(tmp_path / "images"))
 
 

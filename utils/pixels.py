@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from utils.archives import is_member_path, read_member
 from utils.colour_profiles import convert_to_srgb, find_profile
 from utils.image_formats import (
     ANIMATED_FORMATS,
@@ -32,7 +33,6 @@ from utils.image_formats import (
 MAX_PIXELS = 178_956_970  # twice Pillow's limit for a warning: above this, Pillow refuses to open a file
 MIN_SIDE = 8  # one latent pixel of Stable Diffusion
 SNIFFED_BYTES = 512
-MIN_BASE64_LENGTH = 100  # of the smallest image
 BASE64_START = re.compile(r"(/9j/|iVBORw0KGgo|UklGR|R0lGOD|Qk|SUkq|TU0AK)[A-Za-z0-9+/\s]{90}")  # JPEG, PNG, WebP, ...
 ORIENTATION_TAG = 0x0112
 TRANSPOSE_BY_ORIENTATION = {
@@ -219,11 +219,16 @@ def unpack_image_value(value: object) -> object:
     return value
 
 
+def is_base64(text: str) -> bool:
+    """Whether a text is a data URL or an image as base64, not a path."""
+    return text.startswith("data:image/") or bool(BASE64_START.match(text))
+
+
 def decode_base64(text: str) -> bytes | None:
     """The bytes of a data URL or of an image as base64 text; None for any other text, such as a path."""
-    content = text.partition(";base64,")[2] if text.startswith("data:image/") else text
-    if content is text and (len(text) < MIN_BASE64_LENGTH or not BASE64_START.match(text)):
+    if not is_base64(text):
         return None
+    content = text.partition(";base64,")[2] if text.startswith("data:image/") else text
     try:
         return base64.b64decode(content, validate=False)
     except binascii.Error:
@@ -232,7 +237,12 @@ def decode_base64(text: str) -> bytes | None:
 
 def read_image_file(path: str) -> bytes:
     """The bytes of a file, or of a streamed file such as "hf://…". Raises BadRow if it does not exist, and OSError."""
-    if "://" in path:  # "hf://…", "zip://…::…"
+    if is_member_path(path):
+        try:
+            return read_member(path)
+        except FileNotFoundError as error:
+            raise BadRow(f"no such file: {error}") from None
+    if "://" in path:  # such as "hf://…"
         from datasets.utils.file_utils import xopen
 
         with xopen(path, "rb") as file:

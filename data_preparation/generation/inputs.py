@@ -15,10 +15,11 @@ from typing import Any
 import datasets
 import numpy as np
 
-from data_preparation.photographs import SUFFIXES, list_photographs, read_metadata
+from data_preparation.photographs import list_photographs, read_metadata
 from utils.data.rows import open_rows
 from utils.errors import InputError
 from utils.hub_names import public_name
+from utils.image_formats import IMAGE_SUFFIXES
 from utils.licences import find_dataset_license
 from utils.pixels import decode_image
 
@@ -174,7 +175,7 @@ def _open_image_folder(folder: Path, split: str) -> OpenPhotographs:
     if missing:
         raise InputError(f"{metadata} names {missing[0]}, which does not exist")
     if not paths:
-        raise InputError(f"{folder} has no images of split {split!r}; supported are {', '.join(sorted(SUFFIXES))}")
+        raise InputError(f"{folder} has no images of split {split!r}; supported are {', '.join(IMAGE_SUFFIXES)}")
     names = [path.relative_to(folder).as_posix() for path in paths]
     digest = hashlib.blake2b(digest_size=16)
     for name, path in zip(names, paths, strict=True):

@@ -1,6 +1,5 @@
 """Pairs of a CSV, JSONL, JSON or parquet table whose rows name images by path or URL."""
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +15,11 @@ import urllib3
 from data_preparation.importing.dataset_pairs import ProvenanceMap, map_provenance
 from data_preparation.importing.source_pairs import PairOrError, ReadPairs, SourcePair, digest_json, read_each
 from utils.data.columns import ROLES, Columns, resolve_columns
-from utils.data.rows import image_column_name, names_images, read_columns
+from utils.data.tables import TABLE_SUFFIXES, image_column_name, names_images, read_columns
 from utils.errors import InputError
 from utils.image_sources import download
-from utils.pixels import BadRow
+from utils.pixels import BadRow, decode_base64, is_base64
 
-TABLE_SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
 # Tables of published datasets, recognised by their columns.
 KNOWN_TABLES = (
     Columns("input_images", "prompt", "output_images"),  # sysuyy/ImgEdit
@@ -81,6 +79,8 @@ class TableSource:
             pair.append(images[names[0]])
         provenance = self.provenance.read(row)
         name = _image_names(row[self.columns.original])[0]
+        if is_base64(name):
+            return SourcePair(*pair, row[self.columns.prompt], provenance)
         is_private = not _is_url(name) and Path(name).is_absolute()
         provenance["source"] = provenance.get("source") or (Path(name).name if is_private else name)
         return SourcePair(*pair, row[self.columns.prompt], provenance)
@@ -171,17 +171,7 @@ def table_in(folder: Path) -> Path:
 
 def read_table(path: Path) -> dict[str, list]:
     """The values of each column. Raises InputError."""
-    if path.suffix.lower() != ".json":
-        table = read_columns(path)
-    else:
-        try:
-            rows = json.loads(path.read_text(encoding="utf-8-sig"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read as JSON: {error}") from None
-        rows = rows.get("data", rows) if isinstance(rows, dict) else rows
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise InputError(f"{path} must hold a list of objects, one for each pair")
-        table = {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+    table = read_columns(path)
     for name, values in table.items():
         value = next((value for value in values if value is not None), None)
         if isinstance(value, bytes) or (isinstance(value, dict) and "bytes" in value):
@@ -189,9 +179,11 @@ def read_table(path: Path) -> dict[str, list]:
     return table
 
 
-def locate(name: str, image_root: str) -> Path | str:
-    """The URL of an image, or the path of its file."""
+def locate(name: str, image_root: str) -> Path | str | bytes:
+    """The URL of an image, the path of its file, or its content if the table holds it as base64 text."""
     name = name.strip()
+    if is_base64(name):
+        return decode_base64(name)
     if _is_url(name):
         return name
     if _is_url(image_root):
@@ -236,5 +228,5 @@ def _image_names(value: Any) -> list[str]:
     return [name for name in values if isinstance(name, str) and name.strip()]
 
 
-def _is_url(name: Path | str) -> bool:
-    return str(name).lower().startswith(("http://", "https://"))
+def _is_url(name: Path | str | bytes) -> bool:
+    return isinstance(name, (str, Path)) and str(name).lower().startswith(("http://", "https://"))

@@ -147,8 +147,8 @@ def scan_buckets(sources: list[Source], geometry: Geometry) -> list[list[Size]]:
 def _stored_image(row: pa.Table) -> object:
     """The image file of a row with one column, without copying it."""
     image = row.column(0)[0]
-    if not image.is_valid:
-        return None
+    if not image.is_valid or isinstance(image, (pa.ListScalar, pa.LargeListScalar)):
+        return image.as_py()
     if image["bytes"].is_valid:
         return pa.BufferReader(image["bytes"].as_buffer())
     return image["path"].as_py()

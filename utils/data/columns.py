@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import datasets
 import numpy as np
 
+from utils.data.column_words import find_image_pair, find_prompt
 from utils.errors import InputError
 
 
@@ -51,18 +52,24 @@ ROLES = ("original", "prompt", "edited")
 
 
 def is_image_feature(feature: object) -> bool:
-    """Whether a column of this type holds images: `datasets.Image`, or the encoded bytes of a file."""
+    """Whether a column of this type holds images: `datasets.Image`, the encoded bytes of a file, or lists of one."""
+    if inner := _item_of(feature):
+        return is_image_feature(inner)
     if isinstance(feature, dict):
         return "bytes" in feature and set(feature) <= {"bytes", "path"}
     return isinstance(feature, datasets.Image) or getattr(feature, "dtype", None) in ("binary", "large_binary")
 
 
+def _item_of(feature: object) -> object | None:
+    """The type of the items of a list; None for any other type."""
+    if isinstance(feature, list) and len(feature) == 1:
+        return feature[0]
+    return getattr(feature, "feature", None)
+
+
 def is_prompt_feature(feature: object) -> bool:
     """Whether a column of this type holds prompts: a string, or a list of strings to choose from."""
-    if isinstance(feature, list) and len(feature) == 1:
-        feature = feature[0]
-    elif hasattr(feature, "feature"):
-        feature = feature.feature
+    feature = _item_of(feature) or feature
     return isinstance(feature, datasets.Value) and feature.dtype in ("string", "large_string", "string_view")
 
 
@@ -74,11 +81,11 @@ def usable_prompts(value: object) -> list[str]:
 
 def describe_feature(feature: object) -> str:
     """The type of a column, such as "image", "string" or "list of string"."""
-    if is_image_feature(feature):
+    inner = _item_of(feature)
+    if inner is None and is_image_feature(feature):
         return "image"
     if isinstance(feature, datasets.Value):
         return feature.dtype
-    inner = feature[0] if isinstance(feature, list) and feature else getattr(feature, "feature", None)
     return f"list of {describe_feature(inner)}" if inner is not None else type(feature).__name__
 
 
@@ -94,7 +101,7 @@ def resolve_columns(
     prompt: str | None = None,
     edited: str | None = None,
 ) -> Columns:
-    """The three columns: given by flags, else known for the dataset, else the only known triple that it has.
+    """The three columns: given by flags, else known for the dataset, else the only known triple, else by their names.
 
     Raises InputError with all problems and the existing columns; never guesses by position.
     """
@@ -139,6 +146,20 @@ def _known_columns(dataset_name: str, features: datasets.Features, given: Column
     if len(matches) == 1:
         return matches[0]
     missing = ", ".join(getattr(COLUMN_FLAGS, role) for role in ROLES if getattr(given, role) is None)
+    if not matches:
+        originals, editeds = find_image_pair([name for name, feature in features.items() if is_image_feature(feature)])
+        prompts = find_prompt([name for name, feature in features.items() if is_prompt_feature(feature)])
+        found = {"original": originals, "edited": editeds, "prompt": prompts}
+        choices = {role: [getattr(given, role)] if getattr(given, role) else found[role] for role in ROLES}
+        if all(len(names) == 1 for names in choices.values()):
+            return Columns(**{role: names[0] for role, names in choices.items()})
+        several = "; ".join(
+            f"{getattr(COLUMN_FLAGS, role)} could be {' or '.join(names)}"
+            for role, names in choices.items()
+            if len(names) > 1
+        )
+        if several:
+            raise InputError(f"the columns of {dataset_name} are ambiguous: {several}. Name them with {missing}")
     if matches:
         triples = "; ".join(f"{c.original} / {c.prompt} / {c.edited}" for c in sorted(matches, key=str))
         raise InputError(f"{dataset_name} has the columns of several known datasets ({triples}): choose with {missing}")

@@ -1,19 +1,24 @@
 """Opens the rows of a dataset: on the Hub, in data files, saved by `save_to_disk`, or in a metadata file of images."""
 
-import csv
+import logging
 from pathlib import Path
 
 import datasets
 import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image
 
+from utils.archives import is_member_path
+from utils.data.dataset_cache import announce_copy
+from utils.data.folder_pairs import find_folders, match_files, read_captions
+from utils.data.image_columns import unify_image_columns
+from utils.data.seed_folders import has_seed_folders, read_pairs
+from utils.data.tables import TABLE_SUFFIXES, image_column_name, locate_images, names_images, read_columns
+from utils.data.web_dataset import find_tars, read_samples
 from utils.errors import InputError
 from utils.hub_names import looks_like_path
-from utils.json_lines import read_json_lines
+
+logger = logging.getLogger(__name__)
 
 METADATA_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-FILE_NAME = "file_name"  # in datasets' imagefolder, columns of paths are `file_name` and `<column>_file_name`
 
 
 def open_rows(
@@ -29,14 +34,18 @@ def open_rows(
     path = Path(name).expanduser()
     if path.is_dir():
         rows = _open_saved(path, split)
-        rows = _open_metadata(path, split) if rows is None else rows
+        rows = _open_files(path, split) if rows is None else rows
         if rows is not None and config:
             raise InputError(f"--dataset_config_name {config}: {name} has no configurations; drop the flag")
         if rows is not None:
+            rows = unify_image_columns(rows, path)
             return rows.to_iterable_dataset() if streaming else rows
         name = str(path)
+    elif path.suffix.lower() in TABLE_SUFFIXES[:3] and path.is_file():
+        rows = unify_image_columns(open_table(path), path.parent)
+        return rows.to_iterable_dataset() if streaming else rows
     elif path.exists():
-        raise InputError(f"{name} is a file; give its folder")
+        raise InputError(f"{name} is a file; give its folder, or a table ({', '.join(TABLE_SUFFIXES[:3])})")
     elif is_folder or looks_like_path(name):
         raise InputError(f"there is no folder {name}; give an existing folder, or for --dataset_name a Hub id")
     try:
@@ -44,11 +53,12 @@ def open_rows(
         _check_split(name, split, builder)
         if streaming:
             rows = builder.as_streaming_dataset(split=split)
-            return _with_features(name, rows)
+            return unify_image_columns(_with_features(name, rows), path)
+        announce_copy(builder, name, path)
         builder.download_and_prepare()
         if split in builder.info.splits and builder.info.splits[split].num_examples == 0:
             raise InputError(f"{name}, split {split!r}, has no rows")  # the error of as_dataset does not say so
-        return builder.as_dataset(split=split)
+        return unify_image_columns(builder.as_dataset(split=split), path)
     except InputError:
         raise
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
@@ -91,28 +101,71 @@ def _open_saved(folder: Path, split: str) -> datasets.Dataset | None:
     return saved[split]
 
 
-def _open_metadata(folder: Path, split: str) -> datasets.Dataset | None:
-    """The rows of a metadata file in `folder` or `folder/<split>`; None if there is none.
+def _open_files(folder: Path, split: str) -> datasets.Dataset | None:
+    """The rows of a metadata file, of tars, of seeds.json, of two folders of images or of the only table; else None."""
+    if path := _find_metadata(folder, split):
+        return open_table(path)
+    if tars := find_tars(folder, split):
+        return _make_rows(folder, read_samples(tars), tars[0].parent)
+    place = folder / split if (folder / split).is_dir() else folder if split == "train" else None
+    if place is None:
+        return None
+    if has_seed_folders(place):
+        return _make_rows(place, read_pairs(place), place)
+    if found := find_folders(place):
+        return _open_folder_pairs(place, *found)
+    tables = [path for path in sorted(place.iterdir()) if path.suffix.lower() in TABLE_SUFFIXES[:3]]
+    named = [path for path in tables if path.stem == split] or tables
+    return open_table(named[0]) if len(named) == 1 and not any(folder.rglob("*.parquet")) else None
+
+
+def open_table(path: Path) -> datasets.Dataset:
+    """The rows of a table. Raises InputError.
 
     Unlike datasets' imagefolder, any column of image paths becomes an image column, so that a row can have two images
-    (huggingface/diffusers#8824). Paths are relative to the metadata file.
+    (huggingface/diffusers#8824). Paths are relative to the table.
     """
-    path = _find_metadata(folder, split)
-    if path is None:
-        return None
-    image_columns, other_columns, parent = {}, {}, path.parent.resolve()
-    for name, values in read_columns(path).items():
-        if names_images(name, values):
-            image_columns[image_column_name(name)] = [str(parent / value) if value else None for value in values]
+    return _make_rows(path, read_columns(path), path.parent)
+
+
+def _make_rows(source: Path, columns: dict[str, list], folder: Path) -> datasets.Dataset:
+    image_columns, other_columns = {}, {}
+    for name, values in columns.items():
+        if all(isinstance(value, str) and is_member_path(value) for value in values):
+            image_columns[name] = values
+        elif names_images(name, values):
+            image_columns[image_column_name(name)] = locate_images(name, values, folder)
         else:
             other_columns[name] = values
     try:
         rows = datasets.Dataset.from_dict({**other_columns, **image_columns})
     except (pa.ArrowException, TypeError, ValueError) as error:
-        raise InputError(f"{path}: a column has values of different types: {error}") from error
+        raise InputError(f"{source}: a column has values of different types: {error}") from error
     for name in image_columns:
         rows = rows.cast_column(name, datasets.Image(decode=False))
     return rows
+
+
+def _open_folder_pairs(folder: Path, originals: Path, edited: Path) -> datasets.Dataset:
+    pairs, problems = match_files(originals, edited)
+    if not pairs:
+        first = f"{folder}: no image of {originals.name} has the name of an image in {edited.name}"
+        raise InputError.from_problems([first, *problems])
+    for problem in problems:
+        logger.warning("not used: %s", problem)
+    prompts = read_captions(originals, edited, pairs)
+    if not any(prompts):
+        raise InputError(
+            f"{folder}: none of the {len(pairs)} pairs of {originals.name} and {edited.name} has an instruction: "
+            f"create a text file with the name of each image, such as {edited.name}/{Path(pairs[0][1]).stem}.txt, "
+            "or give one for all with data_preparation/import_pairs.py --edit_prompt"
+        )
+    columns = {
+        "original_image": [str((originals / original).resolve()) for original, _ in pairs],
+        "edit_prompt": prompts,
+        "edited_image": [str((edited / changed).resolve()) for _, changed in pairs],
+    }
+    return _make_rows(folder, columns, folder)
 
 
 def _find_metadata(folder: Path, split: str) -> Path | None:
@@ -129,38 +182,3 @@ def _find_metadata(folder: Path, split: str) -> Path | None:
     if splits and split != "train":
         raise InputError(f"--dataset_split {split!r} is not in {folder}; its splits: {', '.join(sorted(splits))}")
     return None
-
-
-def read_columns(path: Path) -> dict[str, list]:
-    """The columns of a .jsonl, .csv or .parquet file; missing values are None. Raises InputError."""
-    try:
-        if path.suffix == ".parquet":
-            return pq.read_table(path).to_pydict()
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            is_csv = path.suffix == ".csv"
-            rows = list(csv.DictReader(file)) if is_csv else [row for _, row in read_json_lines(path, file)]
-    except (OSError, UnicodeDecodeError, csv.Error, pa.ArrowException) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
-    if any(None in row for row in rows):
-        raise InputError(
-            f"{path}: a row has more fields than the header; put quotes around prompts that contain a comma"
-        )
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
-
-
-def names_images(name: str, values: list) -> bool:
-    """Whether a column holds image paths: by its name as in datasets, or because most values end in an image suffix."""
-    present = [value for value in values if value is not None]
-    if not present or not all(isinstance(value, str) for value in present):
-        return False
-    extensions = Image.registered_extensions()
-    num_images = sum(Path(value).suffix.lower() in extensions and "://" not in value for value in present)
-    return name.endswith(FILE_NAME) or 2 * num_images > len(present)
-
-
-def image_column_name(name: str) -> str:
-    """`original_image_file_name` -> `original_image`, `file_name` -> `image`, as in datasets."""
-    if name == FILE_NAME:
-        return "image"
-    return name.removesuffix(f"_{FILE_NAME}")

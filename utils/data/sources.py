@@ -18,6 +18,7 @@ from utils.data.columns import Columns, refuse_unreadable, resolve_columns
 from utils.data.draws import random_subset
 from utils.data.rows import open_rows
 from utils.errors import InputError
+from utils.pixels import BadRow, read_image_file, unpack_image_value
 
 COLUMN_KEYS = {"original_image_column": "original", "edit_prompt_column": "prompt", "edited_image_column": "edited"}
 DIGESTED_ROWS, DIGESTED_STREAM_ROWS = 64, 8  # whose bytes go into the digest
@@ -73,7 +74,9 @@ def open_source(
     # Images are decoded in the workers, where a corrupt one is a bad row.
     rows = rows.select_columns([columns.original, columns.prompt, columns.edited])
     for column in (columns.original, columns.edited):
-        rows = rows.cast_column(column, datasets.Image(decode=False))
+        is_list = not isinstance(rows.features[column], datasets.Image) and hasattr(rows.features[column], "feature")
+        stored = datasets.Image(decode=False)
+        rows = rows.cast_column(column, datasets.List(stored) if is_list else stored)
     source = Source(rows, columns, split, is_streaming=streaming)
     if max_train_samples is None:
         return source
@@ -173,6 +176,8 @@ def _file_sizes(rows: datasets.Dataset, column: str) -> np.ndarray:
     """The file size of each image of the whole table, selected or not, as int64; -1 if there is none."""
     images = rows.data.column(column)
     sizes = [np.empty(0, dtype="<i8")]
+    if pa.types.is_list(images.type) or pa.types.is_large_list(images.type):
+        return np.full(len(images), -1, dtype="<i8")  # lists of none or several images, which are bad rows
     for chunk in images.chunks:
         # Reads only offsets: the images of a memory-mapped table stay on disk.
         lengths = pc.binary_length(pc.struct_field(chunk, "bytes"))
@@ -189,11 +194,16 @@ def _file_sizes(rows: datasets.Dataset, column: str) -> np.ndarray:
 def _add_row(digest: hashlib._Hash, source: Source, row: dict) -> None:
     _add(digest, row[source.columns.prompt])
     for name in (source.columns.original, source.columns.edited):
-        image = row[name] or {}
-        content = image.get("bytes")
-        if content is None and image.get("path") and Path(image["path"]).is_file():
-            content = Path(image["path"]).read_bytes()
+        content = _read_content(row[name])
         digest.update(hashlib.sha256(content or b"").digest())
+
+
+def _read_content(value: object) -> bytes | None:
+    try:
+        value = unpack_image_value(value)
+        return value if isinstance(value, bytes) or value is None else read_image_file(value)
+    except (BadRow, OSError, ValueError):
+        return None
 
 
 def _read_mix(path: Path) -> list[dict]:

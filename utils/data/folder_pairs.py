@@ -1,0 +1,127 @@
+"""Pairs in two folders, matched by file names, with a caption file for each pair: the layout of many trainers."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from utils.errors import InputError
+from utils.image_formats import has_image_suffix
+
+_BEFORE = ("control", "conditioning", "condition", "conditioning_image", "reference", "ref", "before", "unedited")
+_BEFORE += ("source", "sources", "src", "input", "inputs", "input_image", "original", "originals")
+_BEFORE += ("original_image", "original_images", "source_image", "source_images", "control_image", "control_images")
+_AFTER = ("target", "targets", "tgt", "dst", "edited", "edits", "edited_image", "edited_images", "output", "outputs")
+_AFTER += ("after", "result", "results", "target_image", "target_images", "output_image", "gt", "groundtruth")
+_AFTER += ("ground_truth", "image", "images", "img", "cartoon")
+# Subfolders before and after the edit; for restoration, the clean photographs are the edited images.
+SUBFOLDERS = {name: _AFTER for name in _BEFORE} | {
+    "a": ("b",),
+    "traina": ("trainb",),
+    "lq": ("gt", "hq"),
+    "low": ("high",),
+    "blur": ("sharp",),
+    "noisy": ("clean", "gt"),
+    "rainy": ("clean", "gt"),
+    "hazy": ("clean", "clear", "gt"),
+}
+# What the names of the two images of a pair may end in, such as cat.jpg and cat_edited.png.
+ENDING = re.compile(
+    r"(?<=.)[_-](original|edited|edit|input|output|source|target|src|tgt|before|after|in|out|a|b|gt|cartoon|cartoonized"
+    r"|result|control|reference|ref)\Z",
+    re.IGNORECASE | re.DOTALL,
+)
+CAPTION_SUFFIXES = (".txt", ".caption")
+MAX_LISTED = 8
+
+
+def find_folders(source: Path) -> tuple[Path, Path] | None:
+    """(folder of original images, folder of edited images): two subfolders of `SUBFOLDERS`. Raises InputError."""
+    found = {path.name.casefold(): path for path in sorted(source.iterdir()) if path.is_dir()}
+    pairs = [(found[a], found[b]) for a in SUBFOLDERS if a in found for b in SUBFOLDERS[a] if b in found]
+    if len(pairs) > 1:
+        names = ", and ".join(" or ".join(dict.fromkeys(two.name for two in side)) for side in zip(*pairs, strict=True))
+        raise InputError(
+            f"{source} has several pairs of folders ({names}): choose two with data_preparation/import_pairs.py "
+            "--source FOLDER --edited_dir FOLDER, or move the others away"
+        )
+    return pairs[0] if pairs else None
+
+
+def match_files(originals: Path, edited: Path) -> tuple[list[tuple[str, str]], list[str]]:
+    """(paths of each pair below the two folders, sorted; one line for each kind of file that is not used).
+
+    The images of a pair have the same path without suffix, else the same path without `ENDING`. Files of a
+    folder that differ only in their suffix are not used, because either could be meant.
+    """
+    lefts, left_duplicates = _files_by_name(originals, edited)
+    rights, right_duplicates = _files_by_name(edited, originals)
+    names = {name: name for name in lefts if name in rights}
+    left_stems = _group_by_stem(name for name in lefts if name not in names)
+    right_stems = _group_by_stem(name for name in rights if name not in names)
+    for stem, candidates in left_stems.items():
+        if len(candidates) == 1 and len(right_stems.get(stem, ())) == 1:
+            names[candidates[0]] = right_stems[stem][0]
+    used = set(names.values())
+    problems = [
+        *list_files("files with the same name but different suffixes", originals, left_duplicates),
+        *list_files("files with the same name but different suffixes", edited, right_duplicates),
+        *list_files("files without a partner", originals, [lefts[name] for name in lefts if name not in names]),
+        *list_files("files without a partner", edited, [rights[name] for name in rights if name not in used]),
+    ]
+    return sorted((lefts[left], rights[right]) for left, right in names.items()), problems
+
+
+def read_captions(originals: Path, edited: Path, pairs: list[tuple[str, str]]) -> list[str | None]:
+    """The caption of each pair: the text file of the edited image's name, else of the original's; None without one.
+
+    The lines of a file are one instruction. Raises InputError.
+    """
+    captions = []
+    for original, changed in pairs:
+        files = [
+            (folder / name).with_suffix(suffix)
+            for folder, name in ((edited, changed), (originals, original))
+            for suffix in CAPTION_SUFFIXES
+        ]
+        file = next((file for file in files if file.is_file()), None)
+        try:
+            text = "" if file is None else file.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{file} cannot be read as UTF-8 text: {error}") from None
+        captions.append(" ".join(text.split()) or None)
+    return captions
+
+
+def list_files(what: str, place: Path, names: list[str]) -> list[str]:
+    """["files without a partner in photos: a.png, b.png, c.png"], or [] for no names."""
+    more = f" and {len(names) - MAX_LISTED:,} more" if len(names) > MAX_LISTED else ""
+    return [f"{len(names)} {what} in {place}: {', '.join(names[:MAX_LISTED])}{more}"] if names else []
+
+
+def without_suffix(path: str) -> str:
+    """A path without the suffix of an image file."""
+    pure = PurePosixPath(path.replace("\\", "/"))
+    return str(pure.with_suffix("")) if has_image_suffix(pure.name) else str(pure)
+
+
+def _files_by_name(folder: Path, other: Path) -> tuple[dict[str, str], list[str]]:
+    """(image files by path without suffix, files that share one); `other` may lie in `folder`, and is left out."""
+    if not folder.is_dir():
+        raise InputError(f"the folder {folder} does not exist")
+    is_inside = other.resolve().is_relative_to(folder.resolve())
+    found = defaultdict(list)
+    for path in sorted(folder.rglob("*")):
+        is_in_other = is_inside and path.resolve().is_relative_to(other.resolve())
+        if has_image_suffix(path) and path.is_file() and not is_in_other:
+            relative = path.relative_to(folder).as_posix()
+            found[without_suffix(relative)].append(relative)
+    duplicates = [path for group in found.values() if len(group) > 1 for path in group]
+    return {name: group[0] for name, group in found.items() if len(group) == 1}, duplicates
+
+
+def _group_by_stem(names: Iterable[str]) -> dict[str, list[str]]:
+    groups = defaultdict(list)
+    for name in names:
+        groups[ENDING.sub("", name)].append(name)
+    return groups

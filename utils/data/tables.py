@@ -1,0 +1,128 @@
+"""Tables of rows in files, and their columns of image paths."""
+
+import csv
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path, PureWindowsPath
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from utils.archives import ARCHIVE_SUFFIXES, list_members, member_path
+from utils.errors import InputError
+from utils.image_formats import has_image_suffix
+from utils.json_lines import read_json_lines
+from utils.pixels import decode_base64, is_base64
+
+logger = logging.getLogger(__name__)
+
+TABLE_SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
+FILE_NAME = (
+    "file_name"  # in datasets' imagefolder, columns of paths are `file_name` and `<column>_file_name`, also plural
+)
+
+
+def read_columns(path: Path) -> dict[str, list]:
+    """The columns of a .jsonl, .json, .csv or .parquet file; missing values are None. Raises InputError."""
+    try:
+        if path.suffix.lower() == ".parquet":
+            return pq.read_table(path).to_pydict()
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            if path.suffix.lower() == ".csv":
+                rows = list(csv.DictReader(file))
+            elif path.suffix.lower() == ".json":
+                rows = _rows_of_json(path, json.load(file))
+            else:
+                rows = [row for _, row in read_json_lines(path, file)]
+    except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
+        if isinstance(error, InputError):
+            raise
+        kind = " as JSON" if path.suffix.lower() == ".json" else ""
+        raise InputError(f"{path} cannot be read{kind}: {error}") from error
+    if any(None in row for row in rows):
+        raise InputError(
+            f"{path}: a row has more fields than the header; put quotes around prompts that contain a comma"
+        )
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _rows_of_json(path: Path, content: object) -> list[dict]:
+    """A list of objects, also below "data", or objects by the name of their image, as kohya's metadata has them."""
+    if isinstance(content, dict) and isinstance(content.get("data"), list):
+        content = content["data"]
+    elif isinstance(content, dict) and content and all(isinstance(value, dict) for value in content.values()):
+        content = [{FILE_NAME: name, **values} for name, values in content.items()]
+    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+        raise InputError(f"{path} must hold a list of objects, one for each pair")
+    return content
+
+
+def names_images(name: str, values: list) -> bool:
+    """Whether a column holds image paths: by its name as in datasets, or because most values end in an image suffix.
+
+    A value may also be a list of paths.
+    """
+    present = [value[0] if isinstance(value, list) and value else value for value in values if value not in (None, [])]
+    if not present or not all(isinstance(value, str) for value in present):
+        return False
+    num_images = sum(has_image_suffix(value[-10:]) and "://" not in value or is_base64(value) for value in present)
+    return name.endswith((FILE_NAME, f"{FILE_NAME}s")) or 2 * num_images > len(present)
+
+
+def image_column_name(name: str) -> str:
+    """`original_image_file_name` -> `original_image`, `file_name` -> `image`, as in datasets; the plural too."""
+    name = name.removesuffix("s") if name.endswith(f"{FILE_NAME}s") else name
+    if name == FILE_NAME:
+        return "image"
+    return name.removesuffix(f"_{FILE_NAME}")
+
+
+def locate_images(name: str, values: list, folder: Path) -> list[str | dict | None]:
+    """The absolute path of each image of a column, None if there is none or the value lists several.
+
+    Base64 text becomes {"bytes", "path"}.
+
+    Relative paths start at `folder`; where the files do not exist, they are looked up in the archives of the folder.
+    Paths with backslashes, written on Windows, are understood.
+    """
+    several = sum(isinstance(value, list) and len(value) > 1 for value in values)
+    if several:
+        logger.warning("column %s: %d of %d rows list several images and are skipped", name, several, len(values))
+    names = [_only(value) for value in values]
+    if any(value and is_base64(value) for value in names):
+        return [{"bytes": decode_base64(value) if value else None, "path": None} for value in names]
+    find = _finder(folder, next((value for value in names if value), ""))
+    return [find(value) if value else None for value in names]
+
+
+def _only(value: object) -> str | None:
+    if isinstance(value, list):
+        value = value[0] if len(value) == 1 else None
+    return value.strip() if isinstance(value, str) and value.strip() else None
+
+
+def _finder(folder: Path, first: str) -> Callable[[str], str]:
+    folder = folder.resolve()
+
+    def path_of(value: str) -> str:
+        if "\\" in value and not (folder / value).exists():
+            value = PureWindowsPath(value).as_posix()
+        return str(folder / Path(value).expanduser())
+
+    if Path(path_of(first)).exists():
+        return path_of
+    members = archive_members(folder)
+    return lambda value: members.get(value.replace("\\", "/").removeprefix("./")) or path_of(value)
+
+
+def archive_members(folder: Path) -> dict[str, str]:
+    """The path of each file in the archives of a folder, by its name in the archive. Raises InputError."""
+    members = {}
+    for archive in sorted(path for path in folder.iterdir() if path.suffix.lower() in ARCHIVE_SUFFIXES):
+        try:
+            members |= {name: member_path(archive, name) for name in list_members(archive)}
+        except (OSError, ValueError) as error:
+            raise InputError(f"{archive} cannot be read: {error}") from None
+    return members
