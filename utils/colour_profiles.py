@@ -32,6 +32,13 @@ def find_profile(image: Image.Image) -> bytes | None:
     return None
 
 
+def is_srgb(image: Image.Image) -> bool:
+    """Whether an opened image shows the same colours without its profile."""
+    profile = find_profile(image)
+    mode = image.mode if image.mode in ("L", "CMYK", "LAB") else "RGB"
+    return mode != "LAB" and (profile is None or _transform(profile, mode) is None)
+
+
 def convert_to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """An image of mode L, RGB, CMYK or LAB -> mode RGB in sRGB. Colours that are sRGB already stay as they are."""
     transform = None if profile is None and image.mode != "LAB" else _transform(profile, image.mode)

@@ -4,7 +4,9 @@ from collections.abc import Iterator
 
 from PIL import Image, ImageDraw
 
-LABEL_HEIGHT = 16
+from utils.fonts import Font, fit_font
+
+LABEL_HEIGHT, FONT_SIZE, MAX_LABEL = 16, 10, 300
 CELL, MAX_SHEET_ROWS = 256, 50
 HOLD_MS, FADE_MS, FADE_FRAMES = 1200, 80, 4
 MIN_GIF_SIDE, GIF_SIDE = 256, 512
@@ -26,7 +28,8 @@ def draw_grid(
     for row, label, height in zip(scaled, labels, heights, strict=True):
         texts = [(label, sheet.width)] if isinstance(label, str) else [(text, cell) for text in label]
         for column, (text, width) in enumerate(texts):
-            draw.text((column * cell + 3, top + 2), _truncate(text, draw, width - 6), fill="black")
+            shown, font = _truncate(text, draw, width - 6)
+            draw.text((column * cell + 3, top + 8), shown, fill="black", font=font, anchor="lm")
         for column, image in enumerate(row):
             sheet.paste(image, (column * cell, top + LABEL_HEIGHT))
         top += height
@@ -40,14 +43,14 @@ def _fit(image: Image.Image, side: int) -> Image.Image:
     return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))), resample)
 
 
-def _truncate(text: str, draw: ImageDraw.ImageDraw, width: int) -> str:
-    """Truncate a text to `width` pixels; characters that Pillow's built-in font does not have become "?"."""
-    text = text.encode("latin-1", "replace").decode("latin-1")
-    if draw.textlength(text) <= width:
-        return text
-    while text and draw.textlength(f"{text}...") > width:
+def _truncate(text: str, draw: ImageDraw.ImageDraw, width: int) -> tuple[str, Font]:
+    """(the text truncated to `width` pixels, a font that has its characters)."""
+    text, font = fit_font(text[:MAX_LABEL], FONT_SIZE)
+    if draw.textlength(text, font) <= width:
+        return text, font
+    while text and draw.textlength(f"{text}...", font) > width:
         text = text[:-1]
-    return f"{text.rstrip()}..."
+    return f"{text.rstrip()}...", font
 
 
 def draw_sheets(rows: list[list[Image.Image]], labels: list[list[str]]) -> Iterator[Image.Image]:

@@ -1,6 +1,5 @@
 """The dataset card: facts counted in the exported files, presented by the template dataset_card.md."""
 
-import io
 import json
 import re
 from collections import Counter
@@ -10,10 +9,8 @@ from pathlib import Path
 
 import datasets
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from huggingface_hub import DatasetCard, DatasetCardData, get_token
-from PIL import Image
 
 from data_preparation.exporting.export_shards import DROPPED, HELD_OUT, SPLITS, RowKeys, measure_splits
 from data_preparation.exporting.licensing import NO_SOURCE, OTHER, LicenceChoice, names_repository
@@ -21,6 +18,7 @@ from data_preparation.exporting.reading import ExportInput, ExportOptions, scrub
 from data_preparation.generation.pair_rows import PROVENANCE_COLUMNS, parse_json
 from utils.hub import redact
 from utils.licences import is_hub_licence
+from utils.pixels import BadRow, peek_size
 
 TEMPLATE = Path(__file__).with_name("dataset_card.md")
 GRID = "assets/grid.jpg"
@@ -152,9 +150,8 @@ def _measure_images(folder: Path) -> np.ndarray:
         images = pq.ParquetFile(path).read_row_group(group, ["original_image"])["original_image"]
         for image in images.slice(0, MEASURED_ROWS // len(chosen)).to_pylist():
             try:
-                with Image.open(io.BytesIO(image["bytes"])) as opened:
-                    sides.append(opened.size[::-1])
-            except (OSError, TypeError, ValueError, pa.ArrowException):
+                sides.append(peek_size(image))
+            except BadRow:
                 continue
     return np.array(sides, dtype=int).reshape(-1, 2)
 

@@ -4,11 +4,12 @@ import io
 from pathlib import Path
 
 import pyarrow.parquet as pq
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from data_preparation.exporting.card import NO_TASK, first_instruction, read_text_groups
 from data_preparation.generation.pair_rows import IMAGES
 from utils.errors import InputError
+from utils.fonts import Font, fit_font
 from utils.pixels import BadRow, decode_image
 
 NUM_PAIRS = 8
@@ -58,7 +59,6 @@ def _choose_rows(folder: Path) -> list[RowPlace]:
 
 def _draw_pairs(pairs: list[tuple[list[Image.Image], str, str]]) -> Image.Image:
     """pairs: (the two images, task, instruction)."""
-    font, small = ImageFont.load_default(17), ImageFont.load_default(13)
     tallest = max(image.height for images, _, _ in pairs for image in images)
     width, height = 2 * SIDE + 3 * MARGIN, tallest + MAX_LINES * 21 + 22 + 2 * MARGIN
     num_columns = min(2, len(pairs))
@@ -69,7 +69,9 @@ def _draw_pairs(pairs: list[tuple[list[Image.Image], str, str]]) -> Image.Image:
         for column, image in enumerate(images):
             indent = (SIDE - image.width) // 2, (tallest - image.height) // 2
             sheet.paste(image, (left + column * (SIDE + MARGIN) + indent[0], top + indent[1]))
+        task, small = fit_font(task, 13)
         draw.text((left, top + tallest + 4), task, fill="#666666", font=small)
+        prompt, font = fit_font(prompt, 17)
         for line, text in enumerate(_wrap(prompt, font, 2 * SIDE + MARGIN)):
             draw.text((left, top + tallest + 22 + 21 * line), text, fill="black", font=font)
     return sheet
@@ -82,7 +84,7 @@ def _fit(image: Image.Image) -> Image.Image:
     return image.resize(size, Image.Resampling.NEAREST if factor >= 4 else Image.Resampling.LANCZOS)
 
 
-def _wrap(text: str, font: ImageFont.ImageFont, width: int) -> list[str]:
+def _wrap(text: str, font: Font, width: int) -> list[str]:
     """At most MAX_LINES lines of `width` pixels; a text that does not fit ends in "..."."""
     lines = [""]
     for word in text.split():

@@ -1,7 +1,6 @@
 """From the pairs of any source to rows: which files are stored unchanged, re-encoded or rejected."""
 
 import hashlib
-import io
 import json
 import logging
 from collections import Counter
@@ -17,9 +16,10 @@ from PIL import Image
 from data_preparation.generation.pair_rows import encode_image, make_pair, pair_features
 from data_preparation.generation.runner import GeneratedRows, GenerateRows
 from data_preparation.photographs import seeded_rng
+from utils.colour_profiles import is_srgb
 from utils.data.columns import usable_prompts
 from utils.data.geometry import Size, check_aspects
-from utils.pixels import ORIENTATION_TAG, BadRow, decode_image, read_image_file
+from utils.pixels import ORIENTATION_TAG, BadRow, decode_image, open_image, read_image_file
 
 logger = logging.getLogger(__name__)
 
@@ -208,12 +208,12 @@ def _read(value: Any) -> Any:
 
 
 def _can_store_unchanged(content: bytes) -> bool:
-    """Whether all programs decode an image file to the same pixels: upright, a single frame, no alpha."""
-    image = Image.open(io.BytesIO(content))
+    """Whether all programs decode an image file to the same pixels: upright, a single frame, no alpha, sRGB."""
+    image = open_image(content)
     try:
         orientation = image.getexif().get(ORIENTATION_TAG, 1)
     except Exception:  # damaged EXIF is common in photographs, and means upright (utils/pixels.py)
         orientation = 1
     is_single = getattr(image, "n_frames", 1) == 1
     is_plain = image.format in UNCHANGED_FORMATS and image.mode in UNCHANGED_MODES and not image.has_transparency_data
-    return is_plain and is_single and orientation in (0, 1)
+    return is_plain and is_single and orientation in (0, 1) and is_srgb(image)

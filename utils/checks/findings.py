@@ -34,7 +34,7 @@ KINDS: dict[str, FindingKind] = {
     "unreadable": _error("image cannot be read", "training skips the row; recreate the file or drop the row"),
     "blank": _error("image of one colour", "often the output of a safety checker; drop the row"),
     "no_prompt": _error("no instruction", "training skips the row; write an instruction or drop the row"),
-    "aspect": _error("aspect ratios differ", "training skips the row; crop both images alike"),
+    "aspect": _error("aspect ratios differ", "only --resize_mode squash trains it; crop both images alike"),
     "identical": _error("nothing edited", "teaches no edit; drop the row or set its task to identity"),
     "swapped": _error("original and edited swapped", "teaches the opposite edit; swap the images (--fix_swapped)"),
     "exchanged": _error("same pair in both directions", "the same instruction for opposite edits; drop the wrong row"),
@@ -46,6 +46,8 @@ KINDS: dict[str, FindingKind] = {
     "near_duplicate": _warning("near-duplicate row", "a recompressed or resized copy; drop one"),
     "tiny": _warning("very small image", "training enlarges it, which blurs; use a larger one"),
     "huge": _warning("very large image", "slow to decode in every epoch; resize it once"),
+    "animated": _warning("animation", "training uses the first frame; save the frame you want, or drop the row"),
+    "transparent": FindingKind("info", "transparent image", "training shows it on white; nothing to do"),
     "size_differs": FindingKind(
         "info", "sizes differ", "the edited image is resized; check that both show the same crop"
     ),

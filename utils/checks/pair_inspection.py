@@ -13,7 +13,7 @@ from utils.checks import image_measures as measures
 from utils.checks.prompt_checks import MAX_TOKENS, CountTokens, estimate_tokens, guess_task
 from utils.data.columns import usable_prompts
 from utils.data.geometry import Size, check_aspects, mentions_direction
-from utils.pixels import BadRow, decode
+from utils.pixels import BadRow, decode, num_frames
 
 WORKING_SIDE = 384  # longer side at which images are compared
 TINY_SIDE, HUGE_PIXELS, HUGE_BYTES = 64, 50_000_000, 25_000_000
@@ -98,6 +98,10 @@ def inspect_row(
             findings.append(Finding("unreadable", f"{name} image: {error.reason}"))
             summaries.append(None)
             continue
+        if (count := num_frames(value)) > 1:
+            findings.append(Finding("animated", f"{name} image: {count} frames or pages"))
+        if image.alpha is not None:
+            findings.append(Finding("transparent", f"{name} image"))
         pixels = np.asarray(image.rgb)
         decoded.append((pixels, image.stored_size))
         summaries.append(_summarize(pixels, image.stored_size, value))

@@ -25,12 +25,15 @@ class Geometry:
     resize_mode: str = "crop"
     center_crop: bool = False
     random_flip: bool = False
+    max_aspect_difference: float = MAX_ASPECT_DIFFERENCE
 
     def __post_init__(self) -> None:
         if self.resize_mode not in RESIZE_MODES:
             raise ValueError(f"--resize_mode is {self.resize_mode!r}; use one of {', '.join(RESIZE_MODES)}")
         if self.resolution < 8:
             raise ValueError(f"--resolution is {self.resolution}; it must be at least 8")
+        if not 0 <= self.max_aspect_difference < math.inf:
+            raise ValueError(f"--max_aspect_difference is {self.max_aspect_difference}; it must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,8 @@ def prepare_pair(
             raise BadRow(f"{name}: {error.reason}") from error
         images.append(image)
         stored_sizes.append(size)
-    check_aspects(*stored_sizes)
+    if geometry.resize_mode != "squash":  # which gives both images the same shape
+        check_aspects(*stored_sizes, geometry.max_aspect_difference)
     resized, target = _sizes(stored_sizes[0], geometry, bucket)
     u_crop = (0.5, 0.5) if geometry.center_crop else u_crop
     top, left = (min(int(u * (r - t + 1)), r - t) for u, r, t in zip(u_crop, resized, target, strict=True))
@@ -111,12 +115,18 @@ def prepare_pair(
     return PreparedPair(original_pixels, edited_pixels, stored_sizes[0], (top, left), target, is_flipped)
 
 
-def check_aspects(original_size: Size, edited_size: Size) -> None:
-    """Raise BadRow for two images whose aspect ratios differ too much to show the same view."""
+def check_aspects(original_size: Size, edited_size: Size, max_difference: float = MAX_ASPECT_DIFFERENCE) -> None:
+    """Raise BadRow for two images whose aspect ratios differ too much to show the same view.
+
+    max_difference: 0.02 allows that one is up to 2 % wider than the other.
+    """
     ratio = (original_size[0] / original_size[1]) / (edited_size[0] / edited_size[1])
-    if max(ratio, 1 / ratio) > 1 + MAX_ASPECT_DIFFERENCE:
+    if max(ratio, 1 / ratio) > 1 + max_difference:
         sizes = " and ".join(f"{width}x{height}" for height, width in (original_size, edited_size))
-        raise BadRow(f"the aspect ratios of the two images differ by more than {MAX_ASPECT_DIFFERENCE:.0%} ({sizes})")
+        raise BadRow(
+            f"the aspect ratios of the two images differ by more than {100 * max_difference:.3g}% ({sizes}): crop them "
+            "alike, raise --max_aspect_difference, or train with --resize_mode squash"
+        )
 
 
 def _sizes(size: Size, geometry: Geometry, bucket: Size | None) -> tuple[Size, Size]:

@@ -6,6 +6,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from utils.archives import is_member_path
 from utils.data.tables import locate_images, names_images
 
 Rows = datasets.Dataset | datasets.IterableDataset
@@ -110,13 +111,18 @@ def _set_column(rows: datasets.Dataset, name: str, values: pa.ChunkedArray) -> d
     return datasets.Dataset(datasets.table.InMemoryTable(table), datasets.DatasetInfo(features=features), rows.split)
 
 
+def _exists(image: str | dict | None) -> bool:
+    return isinstance(image, dict) or bool(image) and (is_member_path(image) or Path(image).exists())
+
+
 def _open_paths(rows: Rows, name: str, folder: Path) -> Rows:
-    """A column of text that names images -> images by absolute path; any other column stays."""
+    """A column of text that names existing images -> images by absolute path; any other column stays."""
     if not folder.is_dir():
         return rows
     probe = [row[name] for row in rows.select_columns([name]).take(PROBED_ROWS)]
-    if not names_images(name, probe):
-        return rows
+    named = next((value for value in probe if value), None)
+    if not names_images(name, probe) or not _exists(locate_images(name, [named], folder)[0]):
+        return rows  # such as the file name that a pair was made from
     if isinstance(rows, datasets.Dataset):
         paths = locate_images(name, rows.data.column(name).to_pylist(), folder)
         rows = rows.remove_columns(name).add_column(name, paths)

@@ -3,27 +3,25 @@
 import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
-from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from utils.atomic_files import make_writable
+from utils.editing.inputs import WRITABLE, InputImage, SourceReader, animated_suffix, find_inputs, limit_name
 from utils.editing.schedulers import SCHEDULERS, SPACINGS
 from utils.editing.settings import EditSettings, fill_settings, find_setting_problems
 from utils.errors import InputError
-from utils.image_sources import read_image_source
 from utils.json_lines import parse_json_object
-from utils.pixels import BadRow, decode_image
+from utils.pixels import BadRow, decode_image, num_frames
 
-WRITABLE = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-READABLE = (*WRITABLE, ".gif", ".jfif", ".ppm", ".avif")  # the files of a folder that are edited
 SLUG_LENGTH = 40
 MAX_PROBLEMS = 10  # of a file of jobs
 OTHER_KEYS = ("image", "edit", "output", "seed", "num_images")
 KEYS = (*OTHER_KEYS, *(field.name for field in fields(EditSettings)))
 WHOLE_NUMBERS = ("steps", "resolution", "seed", "num_images")
-SWITCHES = ("keep_size", "randomize_cfg")
+SWITCHES = ("keep_size", "randomize_cfg", "first_frame")
+TEXTS = ("background",)
 CHOICES = {"scheduler": tuple(SCHEDULERS), "timestep_spacing": SPACINGS}
 
 
@@ -49,52 +47,63 @@ class Job:
 
 
 def plan_input(
-    source: str, output: str | None, edits: list[str | None], settings: EditSettings, num_images: int = 1
+    sources: str | list[str],
+    output: str | None,
+    edits: list[str | None],
+    settings: EditSettings,
+    num_images: int = 1,
+    recursive: bool = False,
+    say: Callable[[str], None] = print,
 ) -> list[Job]:
     """The jobs of `--input`: every image with every edit, `num_images` times.
 
-    Creates the output folder and reads a single image at once. Raises InputError.
+    sources: paths, folders, patterns or URLs. One image is saved as `output`, those of a folder or of several sources
+    in the folder `output`. Creates the output folder and reads a single image at once. say: called with a line for
+    everything that is skipped. Raises InputError.
     """
-    is_url = "://" in source
-    path = Path(unquote(urlsplit(source).path)) if is_url else Path(source)
-    if not is_url and path.is_dir():
-        return _plan_folder(path, Path(output or f"{path.resolve()}-edited"), edits, settings, num_images)
-    target = Path(output or f"{path.stem or 'image'}-edited.png")
-    if target.is_dir() or (output or "").endswith("/"):
-        target = target / f"{path.stem or 'image'}.png"
-    if target.suffix.lower() not in WRITABLE:
-        raise InputError(f"--output {target}: the name must end in one of {', '.join(WRITABLE)}")
-    if target.resolve() == path.resolve():
-        raise InputError(f"--output {target} is the input itself: choose another name")
-    content = read_image_source(source, "--input")
+    sources = [sources] if isinstance(sources, str) else sources
+    images = find_inputs(sources, recursive, say)
+    path = Path(sources[0]).expanduser()
+    if len(sources) == 1 and len(images) == 1 and (images[0].path is None or images[0].path == path):
+        return _plan_single(sources[0], images[0], output, edits, settings, num_images)
+    is_folder = len(sources) == 1 and path.is_dir()
+    target = Path(output or (f"{path.resolve()}-edited" if is_folder else "edited")).expanduser()
+    if target.exists() and not target.is_dir():
+        what = f"--input {sources[0]} is a folder" if is_folder else f"--input names {len(images)} images"
+        raise InputError(f"--output {target} is a file, and {what}: give a folder")
+    if is_folder and target.resolve() == path.resolve():
+        raise InputError(f"--output {target} is the input folder itself: choose another one")
+    make_writable(target, "--output")
+    jobs = []
+    for image in images:
+        base = target / image.target.with_suffix(animated_suffix(image))
+        if image.path is not None and base.resolve() == image.path.resolve():
+            raise InputError(f"--output {target} would overwrite {image.path}: choose another folder")
+        base.parent.mkdir(parents=True, exist_ok=True)
+        jobs += _plan_image(image.name, image.read, base, edits, settings, num_images)
+    _require_distinct_outputs(jobs)
+    return jobs
+
+
+def _plan_single(
+    source: str, image: InputImage, output: str | None, edits: list[str | None], settings: EditSettings, num_images: int
+) -> list[Job]:
+    content = image.read()
     try:
+        suffix = ".png" if num_frames(content) == 1 or settings.first_frame else animated_suffix(image)
         decode_image(content)
     except BadRow as error:
         raise InputError(f"--input {source} cannot be used: {error.reason}") from error
+    stem = Path(image.name).stem or "image"
+    target = limit_name(Path(output).expanduser() if output else Path(f"{stem}-edited{suffix}"))
+    if target.is_dir() or (output or "").endswith("/"):
+        target = target / f"{stem}{suffix}"
+    if target.suffix.lower() not in WRITABLE:
+        raise InputError(f"--output {target}: the name must end in one of {', '.join(WRITABLE)}")
+    if image.path is not None and target.resolve() == image.path.resolve():
+        raise InputError(f"--output {target} is the input itself: choose another name")
     make_writable(target.parent, "--output")
-    return list(_plan_image(path.name, lambda: content, target, edits, settings, num_images))
-
-
-def _plan_folder(
-    folder: Path, target: Path, edits: list[str | None], settings: EditSettings, num_images: int
-) -> list[Job]:
-    """The jobs of a folder of images; the outputs are PNG files of the same names in `target`."""
-    if target.exists() and not target.is_dir():
-        raise InputError(f"--output {target} is a file, and --input {folder} is a folder: give a folder")
-    if target.resolve() == folder.resolve():
-        raise InputError(f"--output {target} is the input folder itself: choose another one")
-    images = sorted(p for p in folder.iterdir() if p.suffix.lower() in READABLE and not p.name.startswith("."))
-    if not images:
-        raise InputError(f"--input {folder} has no images ({', '.join(READABLE)})")
-    make_writable(target, "--output")
-    stems = [image.stem for image in images]
-    names = [p.stem if stems.count(p.stem) == 1 else p.name.replace(".", "_") for p in images]  # a.jpg beside a.png
-    jobs = []
-    for image, name in zip(images, names, strict=True):
-        read = partial(read_image_source, str(image), "--input")
-        jobs += _plan_image(image.name, read, target / f"{name}.png", edits, settings, num_images)
-    _require_distinct_outputs(jobs)
-    return jobs
+    return list(_plan_image(image.name, lambda: content, target, edits, settings, num_images))
 
 
 def plan_job_file(
@@ -137,6 +146,7 @@ def _plan_rows(
 ) -> Iterator[Job]:
     inputs = {number: _input_name(row["image"]) for number, row in rows.items()}
     names = {number: row.get("output") or f"{Path(inputs[number]).stem or 'image'}.png" for number, row in rows.items()}
+    reader = SourceReader("--jobs:")
     for number, row in rows.items():
         source = row["image"] if "://" in row["image"] else str(folder / row["image"])
         output = target / names[number]
@@ -145,7 +155,7 @@ def _plan_rows(
         if "://" not in source and output.resolve() == Path(source).resolve():
             raise InputError(f"--jobs line {number} would overwrite its own image {source}: choose another --output")
         own_edits = [row["edit"]] if isinstance(row.get("edit"), str) else row.get("edit", edits)
-        read = partial(read_image_source, source, f"line {number}:")
+        read = reader(source)
         count = row.get("num_images", num_images)
         yield from _plan_image(
             inputs[number], read, output, own_edits, fill_settings(settings, row), count, row.get("seed")
@@ -167,7 +177,8 @@ def _plan_image(
 ) -> Iterator[Job]:
     """The jobs of one input image."""
     for suffix, edit, offset in list_variants(edits, num_images):
-        yield Job(name, read, edit, settings, seed, offset, add_suffix(base, suffix), base)
+        output = limit_name(add_suffix(base, suffix))
+        yield Job(name, read, edit, settings, seed, offset, output, limit_name(base))
 
 
 def _find_row_problems(row: dict[str, Any], settings: EditSettings, edits: list[str | None]) -> Iterator[str]:
@@ -188,6 +199,7 @@ def _find_row_problems(row: dict[str, Any], settings: EditSettings, edits: list[
     problems += [
         f"{key} {row[key]!r}: must be true or false" for key in SWITCHES if not isinstance(row.get(key, False), bool)
     ]
+    problems += [f"{key} {row[key]!r}: must be text" for key in TEXTS if not isinstance(row.get(key, ""), str)]
     for key, known in CHOICES.items():
         if row.get(key) is not None and row[key] not in known:
             problems.append(f"{key} {row[key]!r}: choose one of {', '.join(known)}")

@@ -23,6 +23,7 @@ SCALES = ("guidance_scale", "image_guidance_scale")
 ADAPTED = "adapted.json"  # adapt_distill.py writes recommended settings, keys of `DEFAULT_SETTINGS`, into this file
 INSTRUCTIONS = tuple(Path(__file__).with_name("random_instructions.txt").read_text("utf-8").splitlines())
 EASY_INSTRUCTIONS = INSTRUCTIONS[:8]  # the toy editor was trained on these
+RECORDED_IF_SET = ("first_frame", "background")  # newer than the records of many edits
 SPREAD = 0.2  # as edit_app.py, which draws 6 to 9 around 7.5 and 1.2 to 1.8 around 1.5
 
 
@@ -30,7 +31,8 @@ SPREAD = 0.2  # as edit_app.py, which draws 6 to 9 around 7.5 and 1.2 to 1.8 aro
 class EditSettings:
     """What decides an edit besides the image, the instruction and the seed; None is the model's default.
 
-    guidance_interval: (start, stop) as fractions of the steps; scheduler: a key of `schedulers.SCHEDULERS`.
+    guidance_interval: (start, stop) as fractions of the steps; scheduler: a key of `schedulers.SCHEDULERS`;
+    first_frame: of an animation, edit only this; background: a colour for transparent pixels, None keeps them.
     """
 
     steps: int | None = None
@@ -42,6 +44,8 @@ class EditSettings:
     timestep_spacing: str | None = None
     resolution: int | None = None
     keep_size: bool = False
+    first_frame: bool = False
+    background: str | None = None
     randomize_cfg: bool = False
 
 
@@ -70,6 +74,9 @@ def resolve_settings(
     values = asdict(settings)
     values |= {name: value for name, value in defaults.items() if values[name] is None}
     del values["randomize_cfg"]
+    for name in RECORDED_IF_SET:
+        if not values[name]:
+            del values[name]
     return values | {"scheduler": settings.scheduler or own_scheduler}
 
 
@@ -84,6 +91,9 @@ def find_setting_problems(values: dict[str, Any], prefix: str = "--") -> list[st
     if interval is not None and not _is_interval(interval):
         given = " ".join(map(str, interval)) if isinstance(interval, (list, tuple)) else interval
         problems.append(f"{prefix}guidance_interval {given}: must be two fractions with 0 <= START < STOP <= 1")
+    background = values.get("background")
+    if background is not None and not _is_colour(background):
+        problems.append(f"{prefix}background {background}: must be a colour such as white, #1e90ff or rgb(30,144,255)")
     if values.get("randomize_cfg") and any(values.get(name) is not None for name in SCALES):
         problems.append(f"{prefix}randomize_cfg draws both guidance scales: remove it, or remove the scales")
     return problems
@@ -93,6 +103,15 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
+def _is_colour(value: object) -> bool:
+    from PIL import ImageColor
+
+    try:
+        return isinstance(value, str) and len(ImageColor.getrgb(value)) == 3
+    except ValueError:
+        return False
+
+
 def _is_interval(value: object) -> bool:
     is_pair = isinstance(value, (list, tuple)) and len(value) == 2 and all(map(_is_number, value))
     return is_pair and 0 <= value[0] < value[1] <= 1
@@ -100,6 +119,7 @@ def _is_interval(value: object) -> bool:
 
 def draw_instruction(seed: int, name: str) -> str:
     """One of `INSTRUCTIONS`; the input's file name is part of the key, so the images of a folder get different ones."""
+    name = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")  # names that are not UTF-8
     return random.Random(f"instruction {seed} {name}").choice(INSTRUCTIONS)
 
 

@@ -118,6 +118,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "bucket: keep the aspect ratio and batch by shape"
     )
     group.add_argument("--resize_mode", choices=("crop", "squash", "bucket"), default="crop", help=modes)
+    aspects = "skip pairs whose aspect ratios differ by more than this share (squash: none)"
+    group.add_argument("--max_aspect_difference", type=float, default=0.02, metavar="SHARE", help=aspects)
     group.add_argument("--center_crop", action="store_true", help="crop the centre instead of a random position")
     group.add_argument(
         "--random_flip", action="store_true", help="mirror half of the pairs, never 'left'/'right' edits"
