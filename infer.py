@@ -19,6 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from utils.atomic_files import FileWriter
 from utils.cli import FlagParser, pick
 from utils.editing.flags import EditorOptions, find_flag_problems
 from utils.editing.jobs import Job, plan_input, plan_job_file
@@ -40,16 +41,22 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def _add_input_and_output(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("input").add_argument
-    add("--input", help="an image, a folder of images, or the http(s) address of an image")
+    sources = "images, folders of images, patterns such as 'photos/*.jpg', and http(s) addresses"
+    add("--input", nargs="+", metavar="IMAGE", help=sources)
+    add("--recursive", action="store_true", help="also edit the images of subfolders")
+    add("--first_frame", action="store_true", help="edit only the first frame of an animation (default: all frames)")
+    add("--background", metavar="COLOR", help="fill transparent pixels (default: the edit keeps the transparency)")
     add("--edit", action="append", metavar="TEXT", help='instruction, such as "make it winter"; may repeat')
     add("--jobs", type=Path, metavar="FILE", help='JSON lines such as {"image": "a.jpg", "edit": "make it winter"}')
     add("--repeat", type=Path, metavar="IMAGE", help="make the edit of a saved image again, from the record in it")
+    add("--trust_record", action="store_true", help="with --repeat: load the model that the record names")
     add("--surprise_me", action="store_true", help="draw the instruction from the seed instead of --edit")
     add("--num_images", type=int, metavar="N", help="edits per instruction, with seeds SEED, SEED+1, ... (default 1)")
     resolution = "approximate longer side of the edit (default 512, SDXL 1024, or the model's own if smaller)"
     add("--resolution", type=int, metavar="PIXELS", help=resolution)
     add = parser.add_argument_group("output").add_argument
     add("--output", help="file for one image (default NAME-edited.png), folder for a folder (default FOLDER-edited)")
+    add("--keep_metadata", action="store_true", help="keep date, place, camera and author (default: nothing is kept)")
     add("--keep_size", action="store_true", help="resize each edit to the size of its input")
     add("--gif", action="store_true", help="also save an animation of each input and its edits")
     add("--grid", action="store_true", help="also save a contact sheet of the inputs and their edits")
@@ -100,10 +107,11 @@ def plan(args: argparse.Namespace) -> tuple[list[Job], dict]:
     """The jobs, and for --repeat the record of the image, which also sets the flags of the model."""
     if args.repeat:
         record = require_record(args.repeat)
-        job = plan_repeat(args.repeat, record, args.input, args.output)
-        args.model = args.model or find_model(record, args.repeat)
+        args.model = args.model or find_model(record, args.repeat, args.trust_record)
         if "adapter" in record:
-            args.lora = args.lora or find_model(record, args.repeat, "adapter")
+            args.lora = args.lora or find_model(record, args.repeat, args.trust_record, "adapter")
+        job = plan_repeat(args.repeat, record, args.input and args.input[0], args.output)
+        if "adapter" in record:
             args.lora_scale = record["adapter"].get("scale")
         args.revision, args.variant = (record["model"].get(name) for name in ("revision", "variant"))
         for flag in ("dtype", "compile", "vae_slicing", "vae_tiling", "no_safety_checker"):
@@ -115,30 +123,34 @@ def plan(args: argparse.Namespace) -> tuple[list[Job], dict]:
     planned = edits, pick(args, EditSettings), args.num_images or 1
     if args.jobs:
         return plan_job_file(args.jobs, args.output, *planned), {}
-    return plan_input(args.input, args.output, *planned), {}
+    return plan_input(args.input, args.output, *planned, args.recursive, lambda line: print(line, file=sys.stderr)), {}
 
 
 def edit_jobs(service: Any, jobs: list[Job], seed: int) -> Counter:
     """Edit and save every job; counts "edited", "finished" before and "failed" ones."""
-    counts, problems = Counter(), {}
+    counts, problems, notes = Counter(), {}, {}
+
+    def save(result: Any) -> None:
+        result.save(result.job.output)
+        for line in describe(result):
+            tqdm.write(line, file=sys.stderr)
 
     def show_step(step: int, steps: int, _: int) -> None:
         bar.set_postfix_str(f"step {step} of {steps}")
 
-    with tqdm(total=len(jobs), unit="edit", leave=False, disable=None) as bar:
+    with tqdm(total=len(jobs), unit="edit", leave=False, disable=None) as bar, FileWriter() as writer:
         for result in service.edit(jobs, seed, show_step):
             bar.update(1)
             if result.image is not None:
-                result.save(result.job.output)
+                writer.submit(save, result)
                 counts["edited"] += 1
-                for line in describe(result):
-                    tqdm.write(line, file=sys.stderr)
+                notes |= dict.fromkeys(result.notes)  # once for all edits of an image
             elif result.problem:
                 problems[f"skipped {result.job.name}: {result.problem}"] = None  # the same for all edits of one image
                 counts["failed"] += 1
             else:
                 counts["finished"] += 1
-    print("".join(f"{problem}\n" for problem in problems), end="", file=sys.stderr)
+    print("".join(f"{line}\n" for line in [*notes, *problems]), end="", file=sys.stderr)
     return counts
 
 
@@ -174,7 +186,7 @@ def run(args: argparse.Namespace) -> int:
     if used:
         print("recommended by this editor:", ", ".join(f"{name} {value}" for name, value in used.items()))
     started = time.monotonic()
-    service = EditService(editor, args.batch_size, lambda line: tqdm.write(line, file=sys.stderr))
+    service = EditService(editor, args.batch_size, lambda line: tqdm.write(line, file=sys.stderr), args.keep_metadata)
     seed = service.choose_seed(jobs) if args.seed is None else args.seed
     counts = edit_jobs(service, jobs, seed)
     report(jobs, counts, seed, time.monotonic() - started, args)

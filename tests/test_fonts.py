@@ -36,7 +36,10 @@ def test_ascii_keeps_its_font() -> None:
     assert draw("make it winter") == image.tobytes()
 
 
-def test_letters_without_a_font_are_shown_by_their_code_point(caplog: pytest.LogCaptureFixture) -> None:
+def test_letters_without_a_font_are_shown_by_their_code_point(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("utils.fonts._told", set())
     with caplog.at_level(logging.WARNING):
         assert fit_font(f"snow {NO_FONT_HAS_IT}", 20)[0] == "snow <U+F1234>"
         fit_font(f"{NO_FONT_HAS_IT} again", 20)

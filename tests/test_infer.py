@@ -135,10 +135,12 @@ def test_folder_with_bad_images(tiny_editor: Path, tmp_path: Path, capsys) -> No
     edited = {path.name: Image.open(path).size for path in (tmp_path / "out" / "deep").iterdir()}
     assert edited == {"a_jpg.png": (36, 24), "a_png.png": (36, 24), "upright.png": (24, 36)}
     assert [line.split(":")[0] for line in printed.err.splitlines()] == [
+        str(photos),
         "skipped broken.png",
         "skipped empty.jpg",
         "skipped strip.png",
     ]
+    assert f"{photos}: skipped 1 (not an image): notes.txt" in printed.err
     assert printed.out.startswith("3 of 6 edited in ")
 
 
@@ -385,9 +387,11 @@ def test_repeat(tiny_editor: Path, photo: Path, capsys, monkeypatch) -> None:
         assert str(folder).encode() not in made.read_bytes()
 
     error = expect_error(capsys, "--repeat", made)
+    assert "its record names the model 'editor'. Give --model with the one to load, or --trust_record" in error
+    error = expect_error(capsys, "--repeat", made, "--trust_record")
     assert "its model editor is not in this folder. Give its path with --model" in error
     shutil.copytree(tiny_editor, photo.parent / "editor")
-    assert infer.main(["--repeat", str(made)]) == 0
+    assert infer.main(["--repeat", str(made), "--trust_record"]) == 0
     assert f"identical to {made}" in capsys.readouterr().out
     repeated = photo.with_name("photo-edited-2-repeated.png")
     assert repeated.read_bytes() == made.read_bytes()

@@ -1,9 +1,13 @@
 """Files and folders that are either complete or absent: written to a temporary name, then renamed."""
 
+from __future__ import annotations
+
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -72,6 +76,28 @@ def make_writable(folder: Path, flag: str) -> None:
     except OSError as error:
         message = f"{flag} {folder} cannot be written to ({error.strerror}): choose another folder or make room"
         raise InputError(message) from error
+
+
+class FileWriter:
+    """Writes files in a thread while the caller goes on; the first error is raised by the next call or at the end."""
+
+    def __init__(self, max_waiting: int = 4) -> None:
+        self._thread, self._waiting, self._max_waiting = ThreadPoolExecutor(1), deque(), max_waiting
+
+    def submit(self, write: Callable[..., object], *arguments: object) -> None:
+        """Call write(*arguments) soon; waits if many files are unwritten."""
+        self._waiting.append(self._thread.submit(write, *arguments))
+        while self._waiting and (self._waiting[0].done() or len(self._waiting) > self._max_waiting):
+            self._waiting.popleft().result()
+
+    def __enter__(self) -> FileWriter:
+        return self
+
+    def __exit__(self, error_type: type | None, error: BaseException | None, traceback: object) -> None:
+        self._thread.shutdown(wait=True)  # also after an interruption: no file is half-written
+        if error_type is None:
+            for future in self._waiting:
+                future.result()
 
 
 def write_atomically(path: Path, content: bytes, folder: Path | None = None) -> None:

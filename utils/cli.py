@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import sys
 from typing import NoReturn, TypeVar, get_type_hints
 
 Options = TypeVar("Options")
@@ -19,8 +20,19 @@ def pick(args: argparse.Namespace, options_class: type[Options]) -> Options:
     return options_class(**values)
 
 
+def make_console_robust() -> None:
+    """Print characters that the console cannot show, such as Chinese with LANG=C, as escapes instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 class FlagParser(argparse.ArgumentParser):
     """Reports a mistake in one message, without the usage of a hundred flags."""
+
+    def __init__(self, *arguments, **keywords) -> None:
+        make_console_robust()
+        super().__init__(*arguments, **keywords)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see --help)\n")

@@ -28,15 +28,15 @@ _KNOWN_FILES = (
     (rb"\xff\x0a|\0\0\0\x0cJXL ", "a JPEG XL image: convert it to PNG or JPEG"),
     (rb"(?s).{4}ftypcrx|FUJIFILMCCD-RAW|IIRO|IIU\0|(II\*\0|MM\0\*).{4}CR", CAMERA_RAW),
     (rb"(?s).{4}ftyp(hei|hev|mif1|msf1)", "a HEIC image"),
-    (rb"(?s).{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI ", "a video: save its frames as PNG or JPEG"),
+    (rb"(?s).{4}ftyp|\x1aE\xdf\xa3|RIFF.{4}AVI ", "not an image but a video: save its frames as PNG or JPEG"),
     (rb"version https://git-lfs", "a Git LFS pointer and not the image: run git lfs pull"),
-    (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!", "an archive: unpack it"),
+    (rb"PK\x03\x04|\x1f\x8b|7z\xbc\xaf|Rar!", "not an image but an archive: unpack it"),
     (
         rb"(?is)(\xef\xbb\xbf)?\s*(<\?xml[^>]*>\s*)?(<!--.*?-->\s*)*(<!DOCTYPE svg[^>]*>\s*)?<svg",
         "an SVG: export it as PNG",
     ),
-    (rb"(?is)(\xef\xbb\xbf)?\s*(<!doctype html|<html|<head|<body)", "a web page: its download failed"),
-    (rb"(?s)\s*[{\[]", "JSON text"),
+    (rb"(?is)(\xef\xbb\xbf)?\s*(<!doctype html|<html|<head|<body)", "not an image but a web page: its download failed"),
+    (rb"(?s)\s*[{\[]", "not an image but JSON text"),
 )
 
 

@@ -53,6 +53,8 @@ def _find_model_problems(flags: Mapping[str, Any]) -> list[str]:
         problems.append(ORIGINAL_MODEL)
     elif not flags["model"] and not flags["repeat"]:
         problems.append("--model is missing: give the folder, the file or the Hub id of an editor")
+    if flags.get("trust_record") and not flags["repeat"]:
+        problems.append("--trust_record is for --repeat: remove it")
     for flag in ("model", "lora", "single_file_config"):
         problems += find_missing_path(flag, flags[flag])
     if flags["lora_scale"] not in (None, 1) and not flags["lora"]:
@@ -74,6 +76,10 @@ def _find_input_problems(flags: Mapping[str, Any]) -> list[str]:
         problems.append("--jobs names its images itself: remove --input")
     elif missing and not flags["jobs"] and not (flags["surprise_me"] and flags["input"]):
         problems.append(f"{', '.join(missing)} missing: give an image and an instruction (or --jobs)")
+    if flags["repeat"] and len(flags["input"] or []) > 1:
+        problems.append(f"--repeat has one input, and --input names {len(flags['input'])}: give one")
+    if flags.get("recursive") and not flags["input"]:
+        problems.append("--recursive is for the folders of --input: remove it")
     if any(not edit.strip() for edit in flags["edit"] or []):
         problems.append("--edit is empty: describe what to change")
     if flags["surprise_me"] and flags["edit"]:

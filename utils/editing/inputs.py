@@ -4,7 +4,7 @@ import glob
 import hashlib
 import os
 import tempfile
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -35,13 +35,13 @@ class InputImage:
 class SourceReader:
     """Reads sources; what is fetched from an address is kept, so that each is fetched once, and errors too."""
 
-    def __init__(self, flag: str) -> None:
-        self._flag, self._readers, self._folder = flag, {}, None
+    def __init__(self) -> None:
+        self._readers, self._folder = {}, None
 
-    def __call__(self, source: str) -> Callable[[], bytes]:
-        """The same function for the same source."""
+    def __call__(self, source: str, flag: str) -> Callable[[], bytes]:
+        """The same function for the same source. flag: for its errors."""
         read = self._fetch if "://" in source else read_image_source
-        return self._readers.setdefault(source, partial(read, source, self._flag))
+        return self._readers.setdefault(source, partial(read, source, flag))
 
     def _fetch(self, source: str, flag: str) -> bytes:
         self._folder = self._folder or tempfile.TemporaryDirectory(prefix="inputs-")  # memory may be too small for all
@@ -71,11 +71,11 @@ def find_inputs(sources: list[str], recursive: bool, say: Callable[[str], None])
         else:
             for path, place in _expand(Path(source).expanduser(), source, recursive, say):
                 found.setdefault(str(path), (path, place))
-    reader, images = SourceReader("--input"), []
+    reader, images = SourceReader(), []
     targets = _distinct_targets([place for _, place in found.values()], [path for path, _ in found.values()])
     for (source, (path, _)), target in zip(found.items(), targets, strict=True):
         is_url = "://" in source
-        images.append(InputImage(path.name, reader(source), target, None if is_url else path))
+        images.append(InputImage(path.name, reader(source, "--input"), target, None if is_url else path))
     return images
 
 
@@ -103,20 +103,26 @@ def _expand(path: Path, source: str, recursive: bool, say: Callable[[str], None]
 
 
 def _distinct_targets(places: list[Path], paths: list[Path]) -> list[Path]:
-    """A PNG file for each input; where names are equal, with the suffix in the name, then with the folder's name."""
-    stems = Counter(place.with_suffix("") for place in places)
-    names = [p.with_suffix("") if stems[p.with_suffix("")] == 1 else _with_suffix_in_name(p) for p in places]
-    repeated = Counter(names)
-    return [
-        place.with_name(f"{place.name}.png")
-        if repeated[place] == 1
-        else place.with_name(f"{path.parent.name}_{place.name}.png")
-        for place, path in zip(names, paths, strict=True)
-    ]
+    """A PNG file for each input; equal names get the suffix, else the folder, else a number into them."""
+    by_stem = defaultdict(list)
+    for index, place in enumerate(places):
+        by_stem[place.with_suffix("")].append(index)
+    targets = [place.with_suffix("") for place in places]
+    for stem, indices in by_stem.items():
+        if len(indices) > 1:
+            suffixes, folders = ({part[i] for i in indices} for part in _suffixes_and_folders(places, paths))
+            for number, index in enumerate(indices, 1):
+                if len(suffixes) == len(indices):  # a.jpg beside a.png
+                    targets[index] = stem.with_name(places[index].name.replace(".", "_"))
+                elif len(folders) == len(indices):
+                    targets[index] = stem.with_name(f"{paths[index].parent.name}_{stem.name}")
+                else:
+                    targets[index] = stem.with_name(f"{stem.name}-{number}")
+    return [target.with_name(f"{target.name}.png") for target in targets]
 
 
-def _with_suffix_in_name(place: Path) -> Path:
-    return place.with_name(place.name.replace(".", "_"))  # a.jpg beside a.png
+def _suffixes_and_folders(places: list[Path], paths: list[Path]) -> tuple[list[str], list[str]]:
+    return [place.suffix for place in places], [path.parent.name for path in paths]
 
 
 def animated_suffix(image: InputImage) -> str:

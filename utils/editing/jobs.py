@@ -146,7 +146,7 @@ def _plan_rows(
 ) -> Iterator[Job]:
     inputs = {number: _input_name(row["image"]) for number, row in rows.items()}
     names = {number: row.get("output") or f"{Path(inputs[number]).stem or 'image'}.png" for number, row in rows.items()}
-    reader = SourceReader("--jobs:")
+    reader = SourceReader()
     for number, row in rows.items():
         source = row["image"] if "://" in row["image"] else str(folder / row["image"])
         output = target / names[number]
@@ -155,7 +155,7 @@ def _plan_rows(
         if "://" not in source and output.resolve() == Path(source).resolve():
             raise InputError(f"--jobs line {number} would overwrite its own image {source}: choose another --output")
         own_edits = [row["edit"]] if isinstance(row.get("edit"), str) else row.get("edit", edits)
-        read = reader(source)
+        read = reader(source, f"line {number}:")
         count = row.get("num_images", num_images)
         yield from _plan_image(
             inputs[number], read, output, own_edits, fill_settings(settings, row), count, row.get("seed")

@@ -171,7 +171,8 @@ def find_record_problems(record: dict) -> list[str]:
         if not _is_optional(settings.get(key), bool):
             problems.append(f"{key} {settings[key]!r:.80}")
     for key, known in RECORDED_CHOICES.items():
-        if settings.get(key) is not None and settings[key] not in known:
+        value = settings.get(key)
+        if value is not None and not (isinstance(value, str) and value in known):
             problems.append(f"{key} {settings[key]!r:.80}")
     for key in ("steps", "resolution"):
         if not _is_optional(settings.get(key), int):
