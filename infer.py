@@ -23,7 +23,7 @@ from utils.atomic_files import FileWriter
 from utils.cli import FlagParser, pick
 from utils.editing.flags import EditorOptions, find_flag_problems
 from utils.editing.jobs import Job, plan_input, plan_job_file
-from utils.editing.records import find_model, plan_repeat, require_record
+from utils.editing.records import find_model, plan_repeat, recorded_adapters, require_record
 from utils.editing.schedulers import SCHEDULERS, SPACINGS
 from utils.editing.settings import SCALES, EditSettings
 from utils.errors import InputError, exit_on_input_error
@@ -35,7 +35,6 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     _add_input_and_output(parser)
     _add_settings(parser)
     _add_model_and_machine(parser)
-    parser.add_argument("--ckpt", "--vae-ckpt", dest="original_model", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
@@ -81,17 +80,25 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 def _add_model_and_machine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
     editor = "an editor: a diffusers folder, a Hub id or one .safetensors file; adapted.json in it sets its defaults"
-    add("--model", help=editor)
+    add("--model", "--ckpt", help=editor)
     adapter = (
-        "LoRA or DoRA for --model, or one that turns a text-to-image --model into an editor: folder, file or Hub id"
+        "LoRAs or DoRAs for --model, or one that turns a text-to-image --model into an editor: folder, file or Hub id"
     )
-    add("--lora", metavar="ADAPTER", help=adapter)
-    add("--lora_scale", type=float, metavar="S", help="strength of the adapter (default 1)")
+    add("--lora", nargs="+", action="extend", metavar="ADAPTER", help=adapter)
+    add(
+        "--lora_scale", nargs="+", action="extend", type=float, metavar="S", help="strength of each adapter (default 1)"
+    )
     config = (
         "for a --model in one file: a pipeline of its family for configuration and tokenizers (default: from the Hub)"
     )
     add("--config", "--single_file_config", dest="single_file_config", metavar="PIPELINE", help=config)
     add("--revision", help="branch, tag or commit of a model on the Hub")
+    add(
+        "--vae",
+        "--vae-ckpt",
+        metavar="VAE",
+        help="another autoencoder: a file, a folder or a Hub id (default: the model's own)",
+    )
     add("--variant", help="variant of the weight files, such as fp16")
     add("--no_safety_checker", action="store_true", help="do not run the model's safety checker")
     add = parser.add_argument_group("machine").add_argument
@@ -108,11 +115,12 @@ def plan(args: argparse.Namespace) -> tuple[list[Job], dict]:
     if args.repeat:
         record = require_record(args.repeat)
         args.model = args.model or find_model(record, args.repeat, args.trust_record)
-        if "adapter" in record:
-            args.lora = args.lora or find_model(record, args.repeat, args.trust_record, "adapter")
+        adapters = recorded_adapters(record)
+        if adapters:
+            args.lora = args.lora or [find_model(one, args.repeat, args.trust_record, "adapter") for one in adapters]
         job = plan_repeat(args.repeat, record, args.input and args.input[0], args.output)
-        if "adapter" in record:
-            args.lora_scale = record["adapter"].get("scale")
+        if adapters:
+            args.lora_scale = [one["adapter"].get("scale", 1.0) for one in adapters][: len(args.lora)]
         args.revision, args.variant = (record["model"].get(name) for name in ("revision", "variant"))
         for flag in ("dtype", "compile", "vae_slicing", "vae_tiling", "no_safety_checker"):
             setattr(args, flag, record["settings"].get(flag))

@@ -438,7 +438,7 @@ def test_refusals(tiny_editor: Path, tiny_base: Path, tiny_sdxl: Path, tmp_path:
         ({"delta": tmp_path / "cond.safetensors"}, "not a difference of weights"),
         ({"lora": save("dora", lora | {f"unet.{layer}.lora_magnitude_vector": torch.ones(32)})}, "is a DoRA"),
         ({"lora": save("kohya-dora", {"lora_unet_x.dora_scale": torch.ones(2)})}, "is a DoRA"),
-        ({"lora": save("loha", {"lora_unet_x.hada_w1_a": torch.ones(2)})}, "another kind than LoRA"),
+        ({"lora": save("loha", {"lora_unet_x.hada_w1_a": torch.ones(2)})}, "is a LoHa .*, which is not supported"),
         ({"lora": tiny_base / UNET}, "is not a LoRA"),
         ({"lora": save("narrow", narrow)}, "mid_block.* has shape .*, the matrices"),
         ({"lora": save("half", no_up)}, "missing one of two matrices of mid_block"),

@@ -224,7 +224,7 @@ def test_mistakes_in_the_flags(capsys, photo: Path, tmp_path: Path) -> None:
         ("--batch_size", "0"): "--batch_size 0",
         ("--seed", "-3"): "--seed -3",
         ("--edit", "  "): "--edit is empty",
-        ("--ckpt", "old.ckpt"): "convert a .ckpt",
+        ("--ckpt", "old.ckpt"): "the model old.ckpt does not exist",
         ("--config", "generate.yaml"): "belong to the original edit_cli.py",
         ("--dtype", "int4"): "invalid choice: 'int4'",
         ("--stpes", "4"): "--stpes is not a flag: did you mean --steps?",

@@ -97,17 +97,36 @@ class _OpenFile:
             return safe_open(self._path, framework="pt") if self._is_safetensors else _load_pickle(self._path)
         except READ_ERRORS as error:
             advice = "copy it again" if self._is_safetensors else "only plain tensors are supported"
-            raise InputError(f"{self._what}: {self._path} cannot be read ({first_line(error)}): {advice}") from error
+            reason = first_line(error)
+            if isinstance(error, pickle.UnpicklingError):
+                reason, advice = "damaged, or objects that could run code", "give a .safetensors file instead"
+            raise InputError(f"{self._what}: {self._path} cannot be read ({reason}): {advice}") from error
+
+
+class _Ignored:
+    """Stands for an object of a class that is not loaded."""
+
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
 
 
 def _load_pickle(path: Path) -> dict[str, torch.Tensor]:
     """The tensors of a `torch.save` file, without running code in it; memory-mapped unless the format is too old."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "mmap" not in str(error):
-            raise
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except (ValueError, RuntimeError):  # only files of the current format can be inspected
+        unknown = []
+    # Classes of other libraries, such as callbacks of PyTorch Lightning, become empty objects: no code of theirs runs.
+    with torch.serialization.safe_globals([(type(f"Ignored{i}", (_Ignored,), {}), n) for i, n in enumerate(unknown)]):
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError as error:
+            if "mmap" not in str(error):
+                raise
+            content = torch.load(path, map_location="cpu", weights_only=True)
     content = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(value, torch.Tensor) for value in content.values()):
         raise ValueError("it is not a dict of tensors by name")

@@ -65,10 +65,12 @@ def open_editor(options: EditorOptions, record: dict | None = None, image: Path 
     record: of the `image` that is to be repeated, which the same model must have made. Raises InputError.
     """
     device, dtype = choose_device(options.device, options.dtype)
-    scale = 1.0 if options.lora_scale is None else options.lora_scale
-    source = {name: getattr(options, name) for name in ("revision", "variant", "lora", "single_file_config")}
+    adapters = list(options.lora or ())
+    scales = list(options.lora_scale or [1.0])
+    scales = scales * len(adapters) if len(scales) == 1 else scales
+    source = {name: getattr(options, name) for name in ("revision", "variant", "vae", "single_file_config")}
     machine = dict(dtype=dtype, device=device, safety_checker=not options.no_safety_checker)
-    pipeline = load_editor(options.model, lora_scale=scale, **source, **machine)
+    pipeline = load_editor(options.model, lora=adapters, lora_scale=scales, **source, **machine)
     weights = _digest_weights(pipeline)
     if record and record["model"].get("weights") != weights:
         raise InputError(f"--model {options.model} is not the model that made {image}: its weights differ")
@@ -76,8 +78,9 @@ def open_editor(options: EditorOptions, record: dict | None = None, image: Path 
     origin = {
         "model": _describe_source(options.model) | {key: value for key, value in own.items() if value is not None}
     }
-    if options.lora:
-        origin["adapter"] = _describe_source(options.lora) | {"scale": scale}
+    described = [_describe_source(name) | {"scale": scale} for name, scale in zip(adapters, scales, strict=True)]
+    if described:
+        origin |= {"adapter": described[0]} if len(described) == 1 else {"adapters": described}
     messages = _apply_options(pipeline, options)
     is_compiled = options.compile and not messages
     if record:

@@ -1,6 +1,6 @@
 """The flags of infer.py and app.py about the editor, and the checks of infer.py's flags. Nothing heavy is imported."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,6 @@ from typing import Any
 from utils.editing.settings import EditSettings, find_setting_problems
 from utils.hub_names import looks_like_path
 
-ORIGINAL_MODEL = (
-    "--ckpt, --vae-ckpt and a --config of .yaml belong to the original edit_cli.py: give --model the folder of a "
-    "diffusers pipeline, a Hub id (the original is timbrooks/instruct-pix2pix) or one .safetensors file, and convert a "
-    ".ckpt with diffusers"
-)
 # The flags whose values --repeat reads from the image, besides the settings of an edit.
 RECORDED = ("edit", "jobs", "surprise_me", "num_images", "seed")
 RECORDED_OPTIONS = ("dtype", "compile", "vae_slicing", "vae_tiling", "no_safety_checker", "lora_scale")
@@ -25,8 +20,9 @@ class EditorOptions:
     model: str
     revision: str | None = None
     variant: str | None = None
-    lora: str | None = None
-    lora_scale: float | None = None
+    lora: tuple[str, ...] | list[str] | None = None
+    lora_scale: tuple[float, ...] | list[float] | None = None
+    vae: str | None = None
     single_file_config: str | None = None
     no_safety_checker: bool = False
     device: str = "auto"
@@ -38,7 +34,9 @@ class EditorOptions:
 
 def find_flag_problems(flags: Mapping[str, Any]) -> list[str]:
     """Everything that is wrong with infer.py's flags by themselves, one line each."""
-    return _find_model_problems(flags) + _find_input_problems(flags) + find_setting_problems(dict(flags))
+    return (
+        _find_model_problems(flags) + _find_input_problems(flags) + find_setting_problems({**flags, "lora_scale": None})
+    )
 
 
 def find_missing_path(flag: str, name: str | None) -> list[str]:
@@ -47,18 +45,27 @@ def find_missing_path(flag: str, name: str | None) -> list[str]:
     return [f"--{flag} {name} is not a folder or file that exists"] if is_missing else []
 
 
+def find_scale_problems(lora: Sequence[str] | None, scales: Sequence[float] | None) -> list[str]:
+    """What is wrong with --lora_scale: one scale for each adapter, or one for all."""
+    given = " ".join(map(str, scales or ()))
+    if scales and not lora:
+        return [f"--lora_scale {given} has no effect without --lora"]
+    if scales and len(scales) not in (1, len(lora)):
+        return [f"--lora_scale {given}: give one scale, or one for each of the {len(lora)} adapters of --lora"]
+    return [problem for scale in scales or () for problem in find_setting_problems({"lora_scale": scale})]
+
+
 def _find_model_problems(flags: Mapping[str, Any]) -> list[str]:
     problems = []
-    if flags["original_model"] or (flags["single_file_config"] or "").endswith((".yaml", ".yml")):
-        problems.append(ORIGINAL_MODEL)
-    elif not flags["model"] and not flags["repeat"]:
+    if not flags["model"] and not flags["repeat"]:
         problems.append("--model is missing: give the folder, the file or the Hub id of an editor")
     if flags.get("trust_record") and not flags["repeat"]:
         problems.append("--trust_record is for --repeat: remove it")
-    for flag in ("model", "lora", "single_file_config"):
+    for flag in ("model", "vae", "single_file_config"):
         problems += find_missing_path(flag, flags[flag])
-    if flags["lora_scale"] not in (None, 1) and not flags["lora"]:
-        problems.append(f"--lora_scale {flags['lora_scale']} has no effect without --lora")
+    for lora in flags["lora"] or ():
+        problems += find_missing_path("lora", lora)
+    problems += find_scale_problems(flags["lora"], flags["lora_scale"])
     if flags["single_file_config"] and flags["model"] and Path(flags["model"]).is_dir():
         problems.append(f"--config is for a --model in one file, and {flags['model']} is a folder: remove it")
     return problems

@@ -1,47 +1,88 @@
 """Loading an editor, and fusing an adapter (LoRA, DoRA) in diffusers' format into it."""
 
+import json
+import logging
+import re
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from utils.editing.edit_images import Editor
 from utils.errors import InputError, explaining_load_errors
 from utils.hub_names import looks_like_path
-from utils.models.single_file import COMPONENTS, is_single_file, load_single_file, read_single_file
+from utils.models.adapter_files import (
+    PEFT_CONFIG,
+    PEFT_WEIGHTS,
+    AdapterContent,
+    read_adapter_content,
+    read_peft_config,
+    refuse_other_kinds,
+)
+from utils.models.latents import LATENT_CHANNELS
+from utils.models.model_folders import (
+    OPTIONAL_PARTS,
+    choose_variant,
+    load_tokenizer,
+    require_model_folder,
+    require_variant,
+    require_whole_files,
+)
+from utils.models.single_file import COMPONENTS, SDXL_COMPONENTS, is_single_file, load_single_file, read_single_file
 from utils.models.stable_diffusion import (
     EDITOR_CHANNELS,
     Configs,
     StableDiffusion,
     editor_class,
+    load_vae,
     make_editor,
     require_editor,
     widen_conv_in,
 )
-from utils.weight_files import read_header
+from utils.weight_files import TensorFiles, read_header
+
+logger = logging.getLogger(__name__)
 
 NEEDED = "give an InstructPix2Pix editor of Stable Diffusion 1.x/2.x or SDXL"
-CONV_IN = "unet.conv_in.lora_A.weight"  # (rank, channels, 3, 3)
+CONV_IN = re.compile(
+    r"(.*[._])?(conv_in|input_blocks[._]0[._]0)[._](.*[._])?(lora_A(\.\w+)?|lora[._]down|lora_down)\.weight"
+)
+WHOLE_CONV_IN = re.compile(r"(.*\.)?conv_in(\.modules_to_save\.\w+|\.base_layer)?\.weight")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 ADAPTER_ADVICE = f"give the folder of an adapter, its {LORA_WEIGHT_NAME_SAFE}, or its id on the Hub"
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's file, and the shapes of its tensors by their names."""
+    """An adapter's file, the shapes of its tensors by their names, and peft's configuration beside it."""
 
     name: str
     file: Path
     shapes: dict[str, tuple[int, ...]]
+    peft_config: dict | None = None
 
     @property
     def in_channels(self) -> int | None:
         """The input channels of its conv_in; None where it does not change conv_in."""
-        return self.shapes[CONV_IN][1] if CONV_IN in self.shapes else None
+        found = (s for k, s in self.shapes.items() if CONV_IN.fullmatch(k) or WHOLE_CONV_IN.fullmatch(k))
+        return next((shape[1] for shape in found if len(shape) > 1), None)
+
+    def read(self, components: dict[str, torch.nn.Module], model: str) -> AdapterContent:
+        """Its layers for these components of a model. Raises InputError."""
+        shapes = {
+            part: {name: tuple(value.shape) for name, value in module.named_parameters()}
+            for part, module in components.items()
+        }
+        files, layers = TensorFiles([self.file], f"the adapter {self.name}"), components["unet"].config.layers_per_block
+        return read_adapter_content(files, f"the adapter {self.name}", shapes, layers, self.peft_config, model)
 
 
 def load_editor(
@@ -53,14 +94,16 @@ def load_editor(
     variant: str | None = None,
     cache_dir: str | Path | None = None,
     single_file_config: str | None = None,
-    lora: str | Path | None = None,
-    lora_scale: float = 1.0,
+    lora: str | Path | Sequence[str | Path] | None = None,
+    lora_scale: float | Sequence[float] = 1.0,
+    vae: str | Path | None = None,
     safety_checker: bool = True,
 ) -> Editor:
     """Load an SD 1.x/2.x or SDXL editor from a folder, a Hub id or one .safetensors file.
 
-    lora: an adapter (folder, file or Hub id) to fuse into the weights with `lora_scale`. An adapter that was trained on
-    a text-to-image model turns that model into an editor. single_file_config: see `read_single_file`.
+    lora: one or more adapters (folder, file or Hub id) to fuse into the weights, each with its `lora_scale`. An adapter
+    that was trained on a text-to-image model turns that model into an editor. vae: a file, folder or Hub id instead of
+    the model's own; single_file_config: of `read_single_file`.
 
     Model and adapter are checked by their small files and headers before any weights are read or downloaded.
     Raises InputError where one is missing, damaged, out of reach, or not an editor.
@@ -68,28 +111,32 @@ def load_editor(
     name, place = str(path_or_id), {"revision": revision, "cache_dir": cache_dir}
     is_file = is_single_file(name)
     configs = Configs(*read_single_file(name, single_file_config, cache_dir)) if is_file else _read_configs(name, place)
-    adapter = inspect_adapter(str(lora), cache_dir) if lora else None
-    if not adapter or configs.unet.get("in_channels", 4) != 4:
+    names = [lora] if isinstance(lora, (str, Path)) else list(lora or ())
+    scales = [lora_scale] * len(names) if isinstance(lora_scale, (int, float)) else list(lora_scale)
+    adapters = [inspect_adapter(str(adapter), cache_dir) for adapter in names]
+    if not adapters or configs.unet.get("in_channels", 4) != 4:
         require_editor(configs, name)
-    if adapter:
-        _require_matching(adapter, configs.unet, name)
+    if adapters:
+        _require_matching(adapters, configs.unet, name)
     with explaining_load_errors(f"the model {name}"):
         if is_file:
             parts = StableDiffusion(**load_single_file(name, single_file_config, cache_dir))
             pipeline = make_editor(parts, parts.scheduler).to(dtype)
         else:
             # Always a dtype: without it, diffusers and transformers would choose different ones.
-            settings = dict(dtype=dtype, variant=variant)
-            pipeline = editor_class(configs.is_sdxl).from_pretrained(name, **settings, **place)
+            settings = dict(dtype=dtype, variant=_common_variant(name, variant), **place)
+            settings |= _load_incomplete_parts(name, configs.is_sdxl, safety_checker, place)
+            pipeline = editor_class(configs.is_sdxl).from_pretrained(name, **settings)
     if getattr(pipeline, "is_cosxl_edit", False):
         pipeline.register_to_config(is_cosxl_edit=True)  # stock diffusers would not save it
-    if not safety_checker and getattr(pipeline, "safety_checker", None) is not None:
-        pipeline.register_modules(safety_checker=None)
+    if vae:
+        loaded = load_vae(str(vae), dict(pipeline.vae.config), f"the VAE {vae}", cache_dir=cache_dir)
+        pipeline.register_modules(vae=loaded.to(dtype).eval())
     pipeline.to(device)
-    if adapter:
-        if pipeline.unet.config.in_channels != EDITOR_CHANNELS:
-            widen_conv_in(pipeline.unet)
-        fuse_adapter(pipeline, adapter, lora_scale)
+    if adapters and pipeline.unet.config.in_channels != EDITOR_CHANNELS:
+        widen_conv_in(pipeline.unet)
+    for adapter, scale in zip(adapters, scales, strict=True):
+        fuse_adapter(pipeline, adapter, scale)
     return pipeline
 
 
@@ -97,6 +144,7 @@ def _read_configs(name: str, place: dict) -> Configs:
     """The UNet's configuration of a pipeline. Raises `InputError` for anything but Stable Diffusion."""
     if not Path(name).is_dir() and looks_like_path(name):
         raise InputError(f"the model folder {name} does not exist")
+    require_model_folder(name, f"the model {name}")
     with explaining_load_errors(f"the model {name}"):
         index = DiffusionPipeline.load_config(name, **place)
         if missing := [part for part, source in index.items() if _is_missing(name, part, source)]:
@@ -113,17 +161,51 @@ def _read_configs(name: str, place: dict) -> Configs:
 
 def _is_missing(name: str, part: str, source: object) -> bool:
     """Whether a local pipeline has no folder for a component of its index (`"unet": ["diffusers", "UNet…"]`)."""
-    is_component = isinstance(source, list) and source[0] is not None
+    is_component = isinstance(source, list) and source[0] is not None and part not in OPTIONAL_PARTS
     return is_component and Path(name).is_dir() and not (Path(name) / part).is_dir()
+
+
+def _common_variant(name: str, variant: str | None) -> str | None:
+    """The variant for diffusers, which uses it for the parts that have it, and the default files for the others."""
+    require_variant(name, SDXL_COMPONENTS, variant, f"the model {name}")
+    chosen = {choose_variant(name, part, variant) for part in SDXL_COMPONENTS} - {None}
+    if len(chosen) > 1:
+        raise InputError(f"the model {name} has parts of different variants: {', '.join(sorted(chosen))}. Rename one")
+    return chosen.pop() if chosen else None
+
+
+def _load_incomplete_parts(name: str, is_sdxl: bool, safety_checker: bool, place: dict) -> dict[str, Any]:
+    """Components that diffusers should not load itself: optional ones that are absent, and incomplete tokenizers."""
+    folder, parts = Path(name), {}
+    if not is_sdxl and not safety_checker:  # neither loaded nor downloaded
+        parts |= dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    if not folder.is_dir():
+        return parts
+    require_whole_files(name, f"the model {name}", list(SDXL_COMPONENTS))
+    index = DiffusionPipeline.load_config(name, **place)
+    listed = [part for part in OPTIONAL_PARTS if isinstance(index.get(part), list) and index[part][0]]
+    absent = [part for part in listed if not (folder / part).is_dir() and part not in parts]
+    if absent:
+        logger.warning("the model %s lists %s, which it does not have: editing without", name, ", ".join(absent))
+        parts |= dict.fromkeys(absent)
+        if "safety_checker" in absent:
+            parts["requires_safety_checker"] = False
+    for tokenizer, encoder in (("tokenizer", "text_encoder"), ("tokenizer_2", "text_encoder_2")):
+        is_whole = all((folder / tokenizer / f"{file}.json").is_file() for file in ("tokenizer_config", "tokenizer"))
+        if (folder / tokenizer).is_dir() and not is_whole:
+            width = json.loads((folder / encoder / "config.json").read_text("utf-8"))["hidden_size"]
+            parts[tokenizer] = load_tokenizer(name, tokenizer, place, width)
+    return parts
 
 
 def inspect_adapter(name: str, cache_dir: str | Path | None = None) -> Adapter:
     """The adapter in a folder or file, or downloaded from the Hub; only its header is read. Raises `InputError`."""
     file = _find_adapter_file(name, cache_dir)
     shapes, _ = read_header(file, f"the adapter {name}")
+    refuse_other_kinds(shapes, f"the adapter {name}")
     if not any("lora" in key for key in shapes):
         raise InputError(f"the adapter {name} has no LoRA weights: {ADAPTER_ADVICE}")
-    return Adapter(name, file, shapes)
+    return Adapter(name, file, shapes, read_peft_config(file.parent) if file.name == PEFT_WEIGHTS else None)
 
 
 def _find_adapter_file(name: str, cache_dir: str | Path | None) -> Path:
@@ -133,47 +215,61 @@ def _find_adapter_file(name: str, cache_dir: str | Path | None) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        if (path / LORA_WEIGHT_NAME_SAFE).is_file():
-            return path / LORA_WEIGHT_NAME_SAFE
-        raise InputError(f"the adapter {name} is incomplete: missing {LORA_WEIGHT_NAME_SAFE}")
+        return _find_in_folder(path, name)
     if looks_like_path(name) or path.suffix == ".safetensors":
         raise InputError(f"the adapter {name} does not exist ({ADAPTER_ADVICE})")
     with explaining_load_errors(f"the adapter {name}", ADAPTER_ADVICE):
-        return Path(hf_hub_download(name, LORA_WEIGHT_NAME_SAFE, cache_dir=cache_dir))
+        return _find_on_hub(name, cache_dir)
 
 
-def _require_matching(adapter: Adapter, unet_config: dict, model: str) -> None:
-    """Compare shapes, without loading weights. Raises `InputError` if the adapter is for another model."""
-    if unet_config.get("in_channels", 4) != EDITOR_CHANNELS and adapter.in_channels is None:
+def _find_in_folder(folder: Path, name: str) -> Path:
+    for known in (LORA_WEIGHT_NAME_SAFE, PEFT_WEIGHTS):
+        if (folder / known).is_file():
+            return folder / known
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return others[0]
+    found = f"; it has {', '.join(path.name for path in others[:5])}: give one of these files" if others else ""
+    raise InputError(f"the adapter {name} is incomplete: missing {LORA_WEIGHT_NAME_SAFE} or {PEFT_WEIGHTS}{found}")
+
+
+def _find_on_hub(name: str, cache_dir: str | Path | None) -> Path:
+    """The adapter's file under a name that diffusers or peft uses, else the only .safetensors file."""
+    for known in (LORA_WEIGHT_NAME_SAFE, PEFT_WEIGHTS):
+        try:
+            file = Path(hf_hub_download(name, known, cache_dir=cache_dir))
+        except LocalEntryNotFoundError:
+            raise
+        except EntryNotFoundError:
+            continue
+        if known == PEFT_WEIGHTS:
+            with suppress(EntryNotFoundError):
+                hf_hub_download(name, PEFT_CONFIG, cache_dir=cache_dir)
+        return file
+    others = [file for file in HfApi().list_repo_files(name) if file.endswith(".safetensors")]
+    if len(others) != 1:
+        found = f"it has {', '.join(others[:5])}: download one and give its path" if others else "it has none"
+        raise InputError(f"the adapter {name} has no {LORA_WEIGHT_NAME_SAFE} ({found})")
+    return Path(hf_hub_download(name, others[0], cache_dir=cache_dir))
+
+
+def _require_matching(adapters: list[Adapter], unet_config: dict, model: str) -> None:
+    """Compare the adapters with the UNet, without loading its weights. Raises `InputError` for another model."""
+    channels = [adapter.in_channels for adapter in adapters]
+    if unet_config.get("in_channels", 4) != EDITOR_CHANNELS and EDITOR_CHANNELS not in channels:
         raise InputError(
-            f"the adapter {adapter.name} cannot turn the text-to-image model {model} into an editor: it has no conv_in "
-            f"for {EDITOR_CHANNELS} channels. If it was trained on an editor, give that editor as the model"
+            f"the adapter {adapters[0].name} cannot turn the text-to-image model {model} into an editor: it has no "
+            f"conv_in for {EDITOR_CHANNELS} channels. If it was trained on an editor, give that editor as the model"
         )
-    if adapter.in_channels not in (None, EDITOR_CHANNELS):
-        raise InputError(
-            f"the adapter {adapter.name} is for a UNet with {adapter.in_channels} input channels: an editor has "
-            f"{EDITOR_CHANNELS}"
-        )
+    for adapter, count in zip(adapters, channels, strict=True):
+        if count not in (None, LATENT_CHANNELS, EDITOR_CHANNELS):
+            raise InputError(
+                f"the adapter {adapter.name} is for a UNet with {count} input channels: an editor has {EDITOR_CHANNELS}"
+            )
     with init_empty_weights():
         unet = UNet2DConditionModel.from_config({**unet_config, "in_channels": EDITOR_CHANNELS})
-    if problem := _find_mismatch(adapter, unet):
-        raise InputError(f"the adapter {adapter.name} was trained on another model than {model}: {problem}")
-
-
-def _find_mismatch(adapter: Adapter, unet: UNet2DConditionModel) -> str | None:
-    """The first layer of the adapter that the UNet does not have, or has in another size; None if all match."""
-    modules = dict(unet.named_modules())
-    for key, shape in adapter.shapes.items():
-        for part, side, kind in ((".lora_A.weight", 1, "inputs"), (".lora_B.weight", 0, "outputs")):
-            if not (key.startswith("unet.") and key.endswith(part)):  # other formats are left to diffusers
-                continue
-            layer = key.removeprefix("unet.").removesuffix(part)
-            if layer not in modules:
-                return f"the model has no layer {layer}"
-            size = modules[layer].weight.shape[side]
-            if shape[side] != size:
-                return f"its {layer} has {shape[side]} {kind}, the model's has {size}"
-    return None
+    for adapter in adapters:
+        adapter.read({"unet": unet}, model)
 
 
 @torch.no_grad()
@@ -182,9 +278,25 @@ def fuse_adapter(pipeline: DiffusionPipeline, adapter: Adapter, scale: float = 1
 
     pipeline: any of Stable Diffusion or SDXL whose shapes match; scale: factor of the adapter's change of the weights.
     """
+    parts = ("unet", "text_encoder", "text_encoder_2")
+    components = {part: module for part in parts if (module := getattr(pipeline, part, None)) is not None}
     with explaining_load_errors(f"the adapter {adapter.name}", ADAPTER_ADVICE):
-        pipeline.load_lora_weights(str(adapter.file.parent), weight_name=adapter.file.name)
-        if not any(pipeline.get_list_adapters().values()):
-            raise InputError(f"the adapter {adapter.name} changes nothing in a {type(pipeline).__name__}")
-        pipeline.fuse_lora(lora_scale=scale, safe_fusing=True)
-        pipeline.unload_lora_weights()
+        content = adapter.read(components, f"the {type(pipeline).__name__}")
+    if not content.num_layers:
+        raise InputError(f"the adapter {adapter.name} changes nothing in a {type(pipeline).__name__}")
+    for message in content.messages:
+        logger.warning(message)
+    for part, module in components.items():
+        parameters = dict(module.named_parameters())
+        for name, layer in content.layers.get(part, {}).items():
+            value = parameters[name]
+            _assign(value, layer.to(value.device).apply(value, scale), adapter.name)
+        for name, whole in content.replaced.get(part, {}).items():
+            value = parameters[name]
+            _assign(value, torch.lerp(value.float(), whole.to(value.device).float(), scale), adapter.name)
+
+
+def _assign(parameter: torch.Tensor, value: torch.Tensor, adapter: str) -> None:
+    if not value.isfinite().all():
+        raise InputError(f"the adapter {adapter} cannot be loaded: its weights contain NaN or infinite values")
+    parameter.copy_(value.to(parameter.dtype))

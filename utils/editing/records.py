@@ -36,6 +36,7 @@ RECORDED_CHOICES = {
     "timestep_spacing": set(SPACINGS),
     "dtype": {"fp32", "fp16", "bf16"},
 }
+MAX_ADAPTERS = 64
 NOT_COMPARED = ("machine", "batch")  # they decide the last bits alone
 ADVICE = "give an image that infer.py or the page saved (editing or sending an image often removes its record)"
 
@@ -158,8 +159,11 @@ def require_record(image: Path) -> dict:
 def find_record_problems(record: dict) -> list[str]:
     """What is wrong with the values of a record that has the needed keys: anyone can write one into an image."""
     problems = []
-    for part in ("model", "adapter"):
-        values = record.get(part, {"name": ""})
+    several = record.get("adapters", [])
+    if not isinstance(several, list) or len(several) > MAX_ADAPTERS:
+        return [f"adapters {several!r:.80}"]
+    sources = [("model", record["model"]), ("adapter", record.get("adapter", {"name": ""}))]
+    for part, values in [*sources, *(("adapter", values) for values in several)]:
         if not isinstance(values, dict) or not isinstance(values.get("name"), (str, type(None))):
             problems.append(f"{part} {values!r:.80}")
             continue
@@ -181,6 +185,12 @@ def find_record_problems(record: dict) -> list[str]:
     if not isinstance(record["input"].get("name", ""), str):
         problems.append(f"input {record['input']['name']!r:.80}")
     return problems + ([] if isinstance(record.get("machine", {}), dict) else ["machine"])
+
+
+def recorded_adapters(record: dict) -> list[dict]:
+    """The adapters of a record, each as {"adapter": its description}; records of several have a list."""
+    several = record.get("adapters", [record["adapter"]] if "adapter" in record else [])
+    return [{"adapter": one} for one in several]
 
 
 def _is_optional(value: Any, kind: type) -> bool:

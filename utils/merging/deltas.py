@@ -7,9 +7,9 @@ from typing import Protocol
 import torch
 
 from utils.errors import InputError
-from utils.merging.unet_names import match_parameters, shorten_list
 from utils.merging.weight_sources import SourceFiles
 from utils.models.latents import LATENT_CHANNELS
+from utils.models.unet_names import match_parameters, shorten_list
 from utils.weight_files import ALL, TensorFiles
 
 Shape = tuple[int, ...]

@@ -14,7 +14,7 @@ import torch
 
 from utils.errors import InputError
 from utils.merging.deltas import CONV_IN, Delta, UNetWeights
-from utils.merging.unet_names import block_of, shorten_list
+from utils.models.unet_names import block_of, shorten_list
 from utils.weight_files import ALL, split_rows
 
 DEFAULT_DENSITY = {"linear": 1.0, "ties": 0.2, "dare": 0.5}  # by method; TIES: the paper's 20 %

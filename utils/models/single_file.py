@@ -1,9 +1,13 @@
-"""Models in one .safetensors file, as Stability AI and the community publish them, loaded as whole pipelines.
+"""Models in one file (.safetensors, or .ckpt without running its code), loaded as whole pipelines.
 
 The header tells what the file contains. What no header tells (attention heads, layers per block, the tokenizers) comes
 from a pipeline of the same family in diffusers' format. diffusers converts the weights.
 """
 
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -20,14 +24,17 @@ from diffusers import (
 )
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from huggingface_hub import snapshot_download
+from safetensors.torch import save_file
 
 from utils.errors import InputError, explaining_load_errors, is_hub_out_of_reach
 from utils.models.latents import EDITOR_CHANNELS
+from utils.models.model_folders import find_damage
 from utils.weight_files import TensorFiles
 
 COMPONENTS = ("tokenizer", "text_encoder", "vae", "unet", "scheduler")  # of every pipeline
 SDXL_COMPONENTS = (*COMPONENTS, "tokenizer_2", "text_encoder_2")
 MODEL_SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin", ".gguf")
+OLD_TEXT_ENCODER = re.compile(r"(cond_stage_model\.transformer\.)((?:embeddings|encoder|final_layer_norm)\..*)")
 CONV_IN = "model.diffusion_model.input_blocks.0.0.weight"
 VAE_PREFIXES = ("first_stage_model.", "vae.")
 SIGMA_MIN, SIGMA_MAX = "edm_vpred.sigma_min", "edm_vpred.sigma_max"  # ComfyUI recognises CosXL by these
@@ -80,8 +87,8 @@ def load_single_file(name: str, config: str | None, cache_dir: str | None) -> di
     else:
         pipeline_class, names = StableDiffusionInstructPix2PixPipeline, COMPONENTS
         settings |= dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    with explaining_load_errors(f"the model {name}", ADVICE):
-        pipeline = pipeline_class.from_single_file(name, config=str(folder), local_files_only=True, **settings)
+    with explaining_load_errors(f"the model {name}", ADVICE), as_current_file(name) as file:
+        pipeline = pipeline_class.from_single_file(str(file), config=str(folder), local_files_only=True, **settings)
         components = {part: getattr(pipeline, part) for part in names}
         _refuse_mismatch(name, header, components)
         scheduler_class = EDMEulerScheduler if header.sigmas else type(pipeline.scheduler)
@@ -92,22 +99,49 @@ def load_single_file(name: str, config: str | None, cache_dir: str | None) -> di
     return components
 
 
+@contextmanager
+def as_current_file(name: str) -> Iterator[Path]:
+    """The file itself, or a temporary .safetensors copy of a pickle or of a file with older names.
+
+    No code of a pickle runs (`utils.weight_files`).
+    """
+    path, files = Path(name), TensorFiles([Path(name)], f"the model {name}")
+    names = {key: current_name(key) for key in files.shapes}
+    if path.suffix.lower() == ".safetensors" and all(key == current for key, current in names.items()):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="converted-") as folder:
+        copy = Path(folder) / "model.safetensors"
+        tensors = {current: files.read(key).contiguous().clone() for key, current in names.items()}
+        save_file(tensors, copy)
+        del tensors
+        yield copy
+
+
+def current_name(key: str) -> str:
+    """The name that diffusers expects today: older files have no "text_model", or a prefix of data parallelism."""
+    key = key.removeprefix("module.")
+    if match := OLD_TEXT_ENCODER.match(key):
+        return f"{match[1]}text_model.{match[2]}"
+    return key
+
+
 def _read_header(name: str) -> Header:
     """Raises `InputError` unless the file is a complete Stable Diffusion."""
     path = Path(name)
     if not path.is_file():
         raise InputError(f"the model {name} does not exist")
-    if path.suffix.lower() != ".safetensors":
-        raise InputError(
-            f"{name} is not a .safetensors file, and other formats can run code: convert it to safetensors, "
-            "or give the folder of a diffusers pipeline"
-        )
+    if path.suffix.lower() not in MODEL_SUFFIXES[:-1]:
+        raise InputError(f"{name} is not a {', '.join(MODEL_SUFFIXES[:-1])} file: give one, or a diffusers folder")
+    if problem := find_damage(path):
+        raise InputError(f"{name} {problem}")
     file = TensorFiles([path], "the model")
-    if problem := _find_problem(file.shapes):
+    shapes = {current_name(key): shape for key, shape in file.shapes.items()}
+    if problem := _find_problem(shapes):
         raise InputError(f"{name} {problem}: give a complete Stable Diffusion 1.x/2.x or SDXL in one file")
     sigmas = {key: file.read(key).item() for key in (SIGMA_MIN, SIGMA_MAX) if key in file.shapes}
     is_cosxl = SIGMA_MAX in sigmas
-    return Header(file.shapes, (sigmas.get(SIGMA_MIN, COSXL_SIGMA_MIN), sigmas[SIGMA_MAX]) if is_cosxl else None)
+    return Header(shapes, (sigmas.get(SIGMA_MIN, COSXL_SIGMA_MIN), sigmas[SIGMA_MAX]) if is_cosxl else None)
 
 
 def _find_problem(shapes: dict[str, tuple[int, ...]]) -> str | None:
@@ -116,8 +150,14 @@ def _find_problem(shapes: dict[str, tuple[int, ...]]) -> str | None:
     def has(*prefixes: str) -> bool:
         return any(key.startswith(prefixes) for key in shapes)
 
-    if any("lora_" in key or ".lokr_" in key for key in shapes):
-        return "is an adapter (LoRA), not a model"
+    if any("lora_" in key or ".lokr_" in key or "hada_" in key for key in shapes):
+        return "is an adapter, not a model (it belongs to --lora)"
+    if has("control_model.", "controlnet_", "input_hint_block."):
+        return "is a ControlNet"
+    if has("double_blocks.", "model.diffusion_model.double_blocks.", "model.diffusion_model.joint_blocks."):
+        return "is a transformer (FLUX or Stable Diffusion 3)"
+    if has("down_blocks.") and has("conv_in."):
+        return "contains one part of a diffusers pipeline"
     if has("conditioner.embedders.0.model."):
         return "is an SDXL refiner"
     if CONV_IN not in shapes:

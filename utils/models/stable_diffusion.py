@@ -19,7 +19,15 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from utils.errors import InputError, explaining_load_errors
 from utils.models.latents import EDITOR_CHANNELS, LATENT_CHANNELS
+from utils.models.model_folders import (
+    choose_variant,
+    load_tokenizer,
+    require_model_folder,
+    require_variant,
+    require_whole_files,
+)
 from utils.models.single_file import COMPONENTS, SDXL_COMPONENTS, is_single_file, load_single_file, read_single_file
+from utils.models.vae_file import load_vae_file
 
 
 @dataclass(frozen=True)
@@ -96,6 +104,7 @@ def read_configs(options: ModelOptions) -> Configs:
     if is_single_file(options.name):
         return Configs(*read_single_file(options.name, options.single_file_config, options.cache_dir))
     name, location = options.name, options.location
+    require_model_folder(name, f"--pretrained_model_name_or_path {name}")
     with explaining_load_errors(f"--pretrained_model_name_or_path {name}"):
         _refuse_missing_components(name, COMPONENTS)
         unet = UNet2DConditionModel.load_config(name, subfolder="unet", **location)
@@ -125,7 +134,9 @@ def load_stable_diffusion(options: ModelOptions, unet: UNet2DConditionModel | No
         else:
             parts = _load_pipeline_components(options, unet)
     if options.pretrained_vae_model_name_or_path:
-        parts.vae = _load_external_vae(options)
+        name = options.pretrained_vae_model_name_or_path
+        place = (options.vae_revision, options.vae_variant, options.cache_dir)
+        parts.vae = load_vae(name, dict(parts.vae.config), f"--pretrained_vae_model_name_or_path {name}", *place)
     for model in (parts.vae, *parts.text_encoders):
         model.eval()
     return parts
@@ -133,14 +144,22 @@ def load_stable_diffusion(options: ModelOptions, unet: UNet2DConditionModel | No
 
 def _load_pipeline_components(options: ModelOptions, unet: UNet2DConditionModel | None) -> StableDiffusion:
     name, location = options.name, options.location
-    weights = location | dict(variant=options.variant, torch_dtype=torch.float32)
+    used = [part for part in SDXL_COMPONENTS if unet is None or part != "unet"]
+    require_whole_files(name, f"--pretrained_model_name_or_path {name}", used)
+    require_variant(name, used, options.variant, f"--pretrained_model_name_or_path {name}")
+
+    def weights(part: str) -> dict:
+        variant = choose_variant(name, part, options.variant)
+        return location | dict(subfolder=part, variant=variant, torch_dtype=torch.float32)
+
     if unet is None:
-        unet_weights = weights | {"revision": options.non_ema_revision or options.revision}
-        unet = UNet2DConditionModel.from_pretrained(name, subfolder="unet", **unet_weights)
+        unet_weights = weights("unet") | {"revision": options.non_ema_revision or options.revision}
+        unet = UNet2DConditionModel.from_pretrained(name, **unet_weights)
+    text_encoder = CLIPTextModel.from_pretrained(name, **weights("text_encoder"))
     parts = StableDiffusion(
-        tokenizer=_load_tokenizer(name, "tokenizer", location),
-        text_encoder=CLIPTextModel.from_pretrained(name, subfolder="text_encoder", **weights),
-        vae=AutoencoderKL.from_pretrained(name, subfolder="vae", **weights),
+        tokenizer=load_tokenizer(name, "tokenizer", location, text_encoder.config.hidden_size),
+        text_encoder=text_encoder,
+        vae=AutoencoderKL.from_pretrained(name, **weights("vae")),
         unet=unet,
         scheduler=_load_scheduler(name, location),
     )
@@ -148,33 +167,38 @@ def _load_pipeline_components(options: ModelOptions, unet: UNet2DConditionModel 
         index = DiffusionPipeline.load_config(name, **location)
         parts.force_zeros_for_empty_prompt = index.get("force_zeros_for_empty_prompt", True)
         parts.is_cosxl_edit = bool(index.get("is_cosxl_edit", False))
-        parts.tokenizer_2 = _load_tokenizer(name, "tokenizer_2", location)
-        encoder_class = CLIPTextModelWithProjection
-        parts.text_encoder_2 = encoder_class.from_pretrained(name, subfolder="text_encoder_2", **weights)
+        parts.text_encoder_2 = CLIPTextModelWithProjection.from_pretrained(name, **weights("text_encoder_2"))
+        width = parts.text_encoder_2.config.hidden_size
+        parts.tokenizer_2 = load_tokenizer(name, "tokenizer_2", location, width)
     return parts
 
 
-def _load_external_vae(options: ModelOptions) -> AutoencoderKL:
-    """The autoencoder of a VAE's folder or repository, or of a pipeline's."""
-    name = options.pretrained_vae_model_name_or_path
-    location = dict(revision=options.vae_revision, cache_dir=options.cache_dir)
+def load_vae(
+    name: str,
+    own: dict,
+    what: str,
+    revision: str | None = None,
+    variant: str | None = None,
+    cache_dir: str | None = None,
+) -> AutoencoderKL:
+    """The autoencoder in a file, in a VAE's folder or repository, or in a pipeline's; in float32.
+
+    own: configuration of the model's own VAE, which a file without one needs. what: the start of messages.
+    """
+    location = dict(revision=revision, cache_dir=cache_dir)
     is_pipeline = (Path(name) / "vae").is_dir()
-    with explaining_load_errors(f"--pretrained_vae_model_name_or_path {name}"):
+    with explaining_load_errors(what):
+        if is_single_file(name):
+            return load_vae_file(name, own, what)
         if not Path(name).is_dir():
             try:
                 AutoencoderKL.load_config(name, **location)
             except OSError:  # no config.json at the top of the repository
                 is_pipeline = True
-        settings = location | dict(variant=options.vae_variant, torch_dtype=torch.float32)
+        subfolder = "vae" if is_pipeline else ""
+        variant = choose_variant(name, subfolder, variant)
+        settings = location | dict(variant=variant, torch_dtype=torch.float32)
         return AutoencoderKL.from_pretrained(name, subfolder="vae" if is_pipeline else None, **settings)
-
-
-def _load_tokenizer(name: str, subfolder: str, location: dict) -> CLIPTokenizer:
-    """Refuses an empty tokenizer, which transformers makes if files are missing."""
-    tokenizer = CLIPTokenizer.from_pretrained(name, subfolder=subfolder, **location)
-    if len(tokenizer) < 256:  # byte-level: at least one token per byte
-        raise InputError(f"{name}: its {subfolder} is incomplete: missing vocab.json or tokenizer.json: copy it again")
-    return tokenizer
 
 
 def _load_scheduler(name: str, location: dict) -> SchedulerMixin:

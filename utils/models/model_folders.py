@@ -1,0 +1,160 @@
+"""Model folders as they are found on disks: which weight files a part has, what is wrong with them, and what to do."""
+
+import json
+import re
+import struct
+from collections.abc import Collection
+from pathlib import Path
+
+from transformers import CLIPTokenizer
+
+from utils.errors import InputError
+
+WEIGHT_FILE = re.compile(
+    r"(diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+?))?(?:-\d{5}-of-\d{5})?\.(safetensors|bin)"
+)
+INDEX_FILE = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)\.(safetensors|bin)\.index(\.\w+)?\.json")
+OPTIONAL_PARTS = ("safety_checker", "feature_extractor", "image_encoder")
+CLIP_LENGTH = 77  # tokens of every Stable Diffusion text encoder
+OPEN_CLIP_WIDTHS = (1024, 1280)  # SD 2.x and the second encoder of SDXL: they pad with "!"
+
+
+def choose_variant(folder: str | Path, part: str, variant: str | None) -> str | None:
+    """The variant to load a part with: the given one, the default files, or the only variant that the part has.
+
+    Only for folders; the variant of a repository on the Hub is returned unchanged. Raises InputError where the part has
+    several variants and none is given.
+    """
+    place = Path(folder) / part
+    if not place.is_dir():
+        return variant
+    found = {match["variant"] for path in place.iterdir() if (match := WEIGHT_FILE.fullmatch(path.name))}
+    if variant in found or not found:
+        return variant
+    if None in found:
+        return None
+    if len(found) > 1:
+        names = " or ".join(f"--variant {name}" for name in sorted(found))
+        raise InputError(f"{folder}: its {part} has only the variants {', '.join(sorted(found))}: give {names}")
+    return found.pop()
+
+
+def require_variant(folder: str | Path, parts: Collection[str], variant: str | None, what: str) -> None:
+    """Raise InputError where no part of a model folder has the variant that was asked for."""
+    if variant is None or not Path(folder).is_dir():
+        return
+    found = set()
+    for part in parts:
+        files = (Path(folder) / part).iterdir() if (Path(folder) / part).is_dir() else ()
+        found |= {match["variant"] for path in files if (match := WEIGHT_FILE.fullmatch(path.name))}
+    if variant not in found:
+        others = " or ".join(f"--variant {name}" for name in sorted(found - {None}))
+        raise InputError(f"{what} has no variant {variant}: " + (f"give {others}" if others else "remove --variant"))
+
+
+def require_model_folder(name: str, what: str) -> None:
+    """Raise InputError for a folder that is not a pipeline but something that is easily taken for one.
+
+    what: the start of the message, such as "--model name".
+    """
+    folder = Path(name)
+    if not folder.is_dir() or (folder / "model_index.json").is_file():
+        return
+    if snapshots := sorted(folder.glob("snapshots/*/model_index.json")):
+        raise InputError(f"{what} is a folder of the Hub's cache: give {snapshots[-1].parent}, or the model's id")
+    if below := sorted(folder.glob("*/model_index.json")):
+        raise InputError(f"{what} holds a model in a subfolder: give {below[0].parent}")
+    if (folder / "adapter_config.json").is_file() or (folder / "pytorch_lora_weights.safetensors").is_file():
+        raise InputError(f"{what} is an adapter: give its base model, and the adapter with --lora or --init_adapter")
+    if (folder / "config.json").is_file() and (folder.parent / "model_index.json").is_file():
+        raise InputError(f"{what} is only the {folder.name} of a model: give the folder above it, {folder.parent}")
+    if files := sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".ckpt")):
+        raise InputError(f"{what} has no model_index.json, but a file: give {files[0]} if it is a whole model")
+    raise InputError(f"{what} has no model_index.json: it is not a diffusers pipeline. Give the folder that has one")
+
+
+def require_whole_files(name: str, what: str, parts: list[str]) -> None:
+    """Raise InputError that names the part and the file for damaged, missing or unfetched weights of a folder."""
+    for part in parts:
+        folder = Path(name) / part
+        if not folder.is_dir():
+            continue
+        weights = [path for path in sorted(folder.iterdir()) if WEIGHT_FILE.fullmatch(path.name)]
+        for path in weights:
+            if problem := find_damage(path):
+                raise InputError(f"{what}: {part}/{path.name} {problem}")
+        for index in (path for path in folder.iterdir() if INDEX_FILE.fullmatch(path.name)):
+            missing = [shard for shard in _list_shards(index, what) if not (folder / shard).is_file()]
+            if missing:
+                raise InputError(f"{what}: its {part} is incomplete: missing {', '.join(missing[:3])}. Copy them")
+        has_weights = weights or any(INDEX_FILE.fullmatch(path.name) for path in folder.iterdir())
+        if not has_weights and part in ("unet", "vae", "text_encoder", "text_encoder_2"):
+            has = ", ".join(sorted(path.name for path in folder.iterdir())[:4]) or "nothing"
+            raise InputError(f"{what}: its {part} has no weights (it has {has}): copy them")
+
+
+def find_damage(path: Path) -> str | None:
+    """Why a weight file cannot be read, with the remedy; None if its beginning is right."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(512)
+    if size == 0:
+        return "is empty (0 bytes): copy it again"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer and not the weights: run git lfs pull in the folder"
+    if re.match(rb"\s*<(!doctype|html)", start, re.IGNORECASE):
+        return "is a web page and not weights: its download failed"
+    if path.suffix == ".safetensors":
+        if len(start) < 8:
+            return "is truncated: copy it again"
+        length = struct.unpack("<Q", start[:8])[0]
+        if length > size - 8 or start[8:9] != b"{":
+            return "is truncated or not a safetensors file: copy it again"
+        end = _data_end(path, length)
+        if end is not None and 8 + length + end > size:
+            return f"is truncated ({size:,} of {8 + length + end:,} bytes): copy it again"
+    return None
+
+
+def _data_end(path: Path, length: int) -> int | None:
+    """Where the last tensor of a safetensors file ends, relative to its data."""
+    with path.open("rb") as file:
+        file.seek(8)
+        try:
+            header = json.loads(file.read(length))
+            return max((value["data_offsets"][1] for key, value in header.items() if key != "__metadata__"), default=0)
+        except (ValueError, KeyError, TypeError):
+            return None
+
+
+def _list_shards(index: Path, what: str) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError):
+        raise InputError(f"{what}: {index.parent.name}/{index.name} is not an index of shards: copy it again") from None
+
+
+def load_tokenizer(name: str, subfolder: str, location: dict, width: int) -> CLIPTokenizer:
+    """The tokenizer of a model; of incomplete files, what is missing is known from the text encoder.
+
+    width: hidden size of its text encoder. Raises InputError where the vocabulary itself is missing.
+    """
+    folder = Path(name) / subfolder
+    if Path(name).is_dir() and not (folder / "tokenizer.json").is_file():
+        missing = [file for file in ("vocab.json", "merges.txt") if not (folder / file).is_file()]
+        if missing:
+            raise InputError(f"{name}: its {subfolder} is incomplete: missing {' and '.join(missing)}: copy it again")
+    tokenizer = CLIPTokenizer.from_pretrained(name, subfolder=subfolder, **location)
+    if len(tokenizer) < 256:  # byte-level: at least one token per byte
+        raise InputError(f"{name}: its {subfolder} is incomplete: missing vocab.json or tokenizer.json: copy it again")
+    complete_tokenizer(tokenizer, folder, width)
+    return tokenizer
+
+
+def complete_tokenizer(tokenizer: CLIPTokenizer, folder: Path, width: int) -> None:
+    """Set the length and padding token that tokenizer_config.json would say, where a folder lacks that file."""
+    if tokenizer.model_max_length > 10 * CLIP_LENGTH:
+        tokenizer.model_max_length = CLIP_LENGTH
+    has_settings = any((folder / file).is_file() for file in ("tokenizer_config.json", "special_tokens_map.json"))
+    if folder.is_dir() and not has_settings and width in OPEN_CLIP_WIDTHS:
+        tokenizer.pad_token = "!"
