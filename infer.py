@@ -89,9 +89,11 @@ def _add_model_and_machine(parser: argparse.ArgumentParser) -> None:
         "--lora_scale", nargs="+", action="extend", type=float, metavar="S", help="strength of each adapter (default 1)"
     )
     config = (
-        "for a --model in one file: a pipeline of its family for configuration and tokenizers (default: from the Hub)"
+        "a YAML or JSON file of flags (flags given override it); or, for a --model in one file, a pipeline of its "
+        "family for configuration and tokenizers (default: from the Hub)"
     )
     add("--config", "--single_file_config", dest="single_file_config", metavar="PIPELINE", help=config)
+    parser.config_may_be_a_model = True
     add("--revision", help="branch, tag or commit of a model on the Hub")
     add(
         "--vae",

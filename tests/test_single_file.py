@@ -292,7 +292,7 @@ def test_refusals(file: Path, folder: Path, pipeline, tmp_path: Path, tiny_edito
         (save("peft.safetensors", {"unet.x.lora_A.weight": torch.ones(2)}), right, "is an adapter"),
         (save("vae.safetensors", vae_weights(pipeline.vae)), right, "autoencoder .VAE. without a UNet"),
         (save("vae2.safetensors", pipeline.vae.state_dict()), right, "autoencoder .VAE. without a UNet"),
-        (save("flux.safetensors", {"double_blocks.0.x": torch.ones(2)}), right, "another or an unknown family"),
+        (save("flux.safetensors", {"double_blocks.0.x": torch.ones(2)}), right, "is a transformer"),
         (save("unet.safetensors", unet), right, "without its text encoder"),
         (
             save("no-vae.safetensors", {k: v for k, v in weights.items() if k.startswith((*text, "model."))}),

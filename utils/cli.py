@@ -6,6 +6,9 @@ import difflib
 import sys
 from typing import NoReturn, TypeVar, get_type_hints
 
+from utils.errors import InputError
+from utils.settings_file import expand_paths, find_config, is_settings_file, read_config
+
 Options = TypeVar("Options")
 
 
@@ -30,9 +33,26 @@ def make_console_robust() -> None:
 class FlagParser(argparse.ArgumentParser):
     """Reports a mistake in one message, without the usage of a hundred flags."""
 
+    config_may_be_a_model = False  # infer.py's --config may name a pipeline instead of a file of flags
+
     def __init__(self, *arguments, **keywords) -> None:
         make_console_robust()
         super().__init__(*arguments, **keywords)
+
+    def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
+        """As argparse's, with the flags of `--config FILE`, and with "~" and environment variables expanded."""
+        words = list(sys.argv[1:] if args is None else args)
+        if "--config" in self._option_string_actions:
+            file, rest = find_config(words)
+            if file is not None and (is_settings_file(file) or not self.config_may_be_a_model):
+                try:
+                    words = [*read_config(file, self, rest), *rest]
+                except InputError as error:
+                    self.exit(2, f"error: {error}\n")
+        parsed, unknown = super().parse_known_args(words, namespace)
+        if problems := expand_paths(parsed):
+            self.exit(2, f"error: {InputError.from_problems(problems)}\n")
+        return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see --help)\n")

@@ -92,7 +92,7 @@ def _find_machine_problems(options: MachineOptions) -> list[str]:
     if precision == "bf16" and has_gpu and not torch.cuda.is_bf16_supported():
         problems.append("--mixed_precision bf16 is not supported by this GPU: use --mixed_precision=fp16")
     if options.enable_xformers_memory_efficient_attention and not (has_gpu and _is_installed("xformers")):
-        reason = "xformers is not installed (see requirements-optional.txt)" if has_gpu else "this machine has no GPU"
+        reason = "xformers is not installed (pip install -r requirements.txt)" if has_gpu else "this machine has no GPU"
         problems.append(
             f"--enable_xformers_memory_efficient_attention: {reason}: drop the flag to use PyTorch's own "
             "memory-efficient attention"
@@ -138,6 +138,16 @@ def _choose_trackers(report_to: str) -> list[str] | None:
 
 def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
+
+
+def peak_process_memory() -> int:
+    """The largest memory of this process so far in bytes; 0 on systems that do not tell."""
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def frozen_dtype(accelerator: Accelerator) -> torch.dtype:

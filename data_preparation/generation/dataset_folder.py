@@ -8,7 +8,6 @@ A shard holds the rows of consecutive items as one parquet file, and in its foot
 Each file is renamed into place when it is complete, so that a run killed at any moment can resume.
 """
 
-import fcntl
 import io
 import json
 import os
@@ -17,11 +16,12 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
 
 from utils.atomic_files import remove_path, remove_unfinished, write_atomically
 from utils.errors import InputError
@@ -58,7 +58,7 @@ class DatasetFolder:
             try:
                 self._prepare(overwrite)
             except BaseException:
-                self._lock.close()  # otherwise the exception would keep the folder locked for this process
+                self._lock.release()  # otherwise the exception would keep the folder locked for this process
                 raise
 
     def _prepare(self, overwrite: bool) -> None:
@@ -79,7 +79,7 @@ class DatasetFolder:
 
     def close(self) -> None:
         """Release the lock; shards of a complete dataset are removed."""
-        self._lock.close()
+        self._lock.release()
         if self.complete_counts() is not None:
             shutil.rmtree(self._shards, ignore_errors=True)
 
@@ -205,17 +205,16 @@ def _rows_to_use(shards: dict[int, ShardCounts], max_rows: int | None) -> dict[i
     return used
 
 
-def _lock(path: Path, data_root: Path) -> IO:
-    """A locked file. The lock ends when the file is closed or the process ends, also by SIGKILL."""
-    file = path.open("w")
+def _lock(path: Path, data_root: Path) -> FileLock:
+    """A held lock. It ends when it is released or the process ends, also by SIGKILL."""
+    lock = FileLock(path, thread_local=False)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
+        lock.acquire(timeout=0)
+    except Timeout:
         raise InputError(f"--data_root {data_root}: another run is writing it; wait, or give another folder") from None
-    except OSError:
+    except (OSError, NotImplementedError):
         pass  # a file system without locks
-    return file
+    return lock
 
 
 def _shorten(value: Any) -> str:

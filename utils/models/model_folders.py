@@ -65,7 +65,7 @@ def require_model_folder(name: str, what: str) -> None:
     if below := sorted(folder.glob("*/model_index.json")):
         raise InputError(f"{what} holds a model in a subfolder: give {below[0].parent}")
     if (folder / "adapter_config.json").is_file() or (folder / "pytorch_lora_weights.safetensors").is_file():
-        raise InputError(f"{what} is an adapter: give its base model, and the adapter with --lora or --init_adapter")
+        raise InputError(f"{what} is an adapter: give its base model, and the adapter with --lora")
     if (folder / "config.json").is_file() and (folder.parent / "model_index.json").is_file():
         raise InputError(f"{what} is only the {folder.name} of a model: give the folder above it, {folder.parent}")
     if files := sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".ckpt")):

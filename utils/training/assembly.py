@@ -1,6 +1,9 @@
 """The order of a run: check, load, train, publish."""
 
+import json
 import logging
+import os
+import secrets
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -25,7 +28,8 @@ from utils.training.ema import MovingAverage
 from utils.training.loop import TrainingState, fit
 from utils.training.memory_saving import checkpoint_blocks
 from utils.training.objective import Objective
-from utils.training.optimizers import make_lr_schedule, make_optimizer
+from utils.training.optimizers import apply_changed_settings, make_lr_schedule, make_optimizer
+from utils.training.out_of_memory import explaining_out_of_memory
 from utils.training.preflight import RunPlan, count_rows, run_preflight, write_settings
 from utils.training.publishing import BestWeights, publish
 from utils.training.session import Batches, TrainingSession
@@ -33,6 +37,7 @@ from utils.training.settings import Settings
 from utils.training.validation import validate
 
 logger = logging.getLogger(__name__)
+WANDB_RUN = "wandb-run.json"
 
 
 def train_editor(settings: Settings, check_base: Callable[[Configs, str], None]) -> int:
@@ -41,6 +46,11 @@ def train_editor(settings: Settings, check_base: Callable[[Configs, str], None])
     check_base(configs, name) raises `InputError` for a base model that the script does not train. A text-to-image UNet
     is widened.
     """
+    with explaining_out_of_memory(settings):
+        return _train_editor(settings, check_base)
+
+
+def _train_editor(settings: Settings, check_base: Callable[[Configs, str], None]) -> int:
     hide_progress_bars()
     accelerator = start_accelerator(settings.machine)
     plan = run_preflight(accelerator, settings, check_base)
@@ -50,7 +60,10 @@ def train_editor(settings: Settings, check_base: Callable[[Configs, str], None])
     objective = make_objective(accelerator, parts, plan, settings)
     state = make_training_state(accelerator, parts.unet, settings, plan)
     if plan.checkpoint:
+        fresh = [dict(group) for group in state.optimizer.param_groups]
         state.load(plan.checkpoint)
+        if plan.changed:
+            apply_changed_settings(state.optimizer, fresh, state.lr_scheduler)
         logger.warning("resuming from %s at step %d", plan.checkpoint, plan.progress.global_step)
     write_settings(accelerator, settings, plan)  # replaces an earlier run's, so only once the models are loaded
     session = TrainingSession(settings, plan, parts, objective, state)
@@ -127,8 +140,23 @@ def start_trackers(accelerator: Accelerator, settings: Settings) -> None:
     sys.argv = redact(sys.argv)
     values = settings.by_flag()
     config = {key: value if isinstance(value, (int, float, str, bool)) else str(value) for key, value in values.items()}
-    init_kwargs = {"wandb": {"dir": str(settings.output_dir)}}
-    accelerator.init_trackers("instruct-pix2pix", config=config, init_kwargs=init_kwargs)
+    project = settings.run.tracker_project_name or os.environ.get("WANDB_PROJECT") or "instruct-pix2pix"
+    wandb = {"dir": str(settings.output_dir)} | find_wandb_run(accelerator, settings)
+    if settings.run.tracker_run_name:
+        wandb["name"] = settings.run.tracker_run_name
+    accelerator.init_trackers(project, config=config, init_kwargs={"wandb": wandb})
+
+
+def find_wandb_run(accelerator: Accelerator, settings: Settings) -> dict[str, str]:
+    """The id of the run in wandb, written to output_dir, so that a resumed run continues it."""
+    path = settings.output_dir / WANDB_RUN
+    if settings.machine.report_to not in ("wandb", "all") or not accelerator.is_main_process:
+        return {}
+    if os.environ.get("WANDB_RUN_ID"):
+        return {"resume": "allow"}
+    if not (settings.run.resume_from_checkpoint and path.is_file()):
+        path.write_text(json.dumps({"id": secrets.token_hex(4)}) + "\n")
+    return {"id": json.loads(path.read_text())["id"], "resume": "allow"}
 
 
 def train(session: TrainingSession, batches: Batches, best: BestWeights) -> int:

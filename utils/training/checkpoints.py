@@ -11,7 +11,7 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -42,6 +42,7 @@ class Progress:
     validated_step: int = 0
     best_loss: float | None = None
     bad_rows: list[list[str]] = field(default_factory=list)
+    changes: list[list] = field(default_factory=list)  # of --allow_changed: step, setting, before, after
 
 
 # ---- the trained weights of a UNet: all parameters, or those of its adapter -----------------------------------------
@@ -137,6 +138,14 @@ def _checksum(content: dict) -> int:
     return zlib.crc32(json.dumps(content).encode())
 
 
+# Settings that --allow_changed lets differ: they change how the weights go on, not what a step or a row is.
+CHANGEABLE = (
+    *("learning_rate", "lr_scheduler", "lr_warmup_steps", "max_train_steps", "adam_weight_decay", "adam_beta1"),
+    *("adam_beta2", "adam_epsilon", "max_grad_norm", "conditioning_dropout_prob", "snr_gamma", "noise_offset"),
+    *("ema_decay", "lora_dropout", "random_flip"),
+)
+
+
 # ---- resuming -------------------------------------------------------------------------------------------------------
 
 
@@ -204,19 +213,35 @@ def read_progress(checkpoint: Path) -> Progress:
     return Progress(**{name: value for name, value in stored.items() if name not in ("files", "checksum")})
 
 
-def check_same_run(stored: Progress, identity: dict) -> None:
-    """Refuse to resume with another dataset, seed or batch size. Raises `InputError` with every difference."""
-    differences = [
-        f"{name}: the checkpoint has {stored.identity.get(name)!r}, this command {value!r}"
+def check_same_run(stored: Progress, identity: dict, allowed: Collection[str] = ()) -> dict[str, tuple]:
+    """Refuse to resume with other settings, except `allowed` ones. Raises `InputError` with every difference.
+
+    Returns the allowed differences: name -> (value of the checkpoint, value of this command).
+    """
+    if never := [name for name in allowed if name not in CHANGEABLE]:
+        raise InputError(
+            f"--allow_changed {' '.join(never)}: not a setting that may change during a run; these may: "
+            f"{', '.join(CHANGEABLE)}"
+        )
+    different = {
+        name: (stored.identity[name], value)
         for name, value in identity.items()
         if stored.identity.get(name, value) != value  # older versions did not record every setting
-    ]
-    if differences:
+    }
+    refused = {name: values for name, values in different.items() if name not in allowed}
+    if refused:
+        described = [
+            f"{name}: the checkpoint has {old!r}, this command {new!r}" for name, (old, new) in refused.items()
+        ]
+        allowable = [name for name in refused if name in CHANGEABLE]
+        advice = f"Use the same values, or another --output_dir{', or' if allowable else ''}"
+        if allowable:
+            advice += f" --allow_changed {' '.join(allowable)} to continue with the new ones"
         raise InputError(
-            "--resume_from_checkpoint: the checkpoint belongs to a run with other settings. "
-            + "; ".join(differences)
-            + ". Use the same values, or another --output_dir"
+            f"--resume_from_checkpoint: the checkpoint belongs to a run with other settings. {'; '.join(described)}. "
+            f"{advice}"
         )
+    return different
 
 
 def load_training_state(checkpoint: Path) -> dict:

@@ -13,6 +13,7 @@ import sys
 from utils.cli import DefaultsHelpFormatter, FlagParser
 from utils.errors import InputError
 from utils.quiet import quiet_libraries
+from utils.settings_file import add_config_flag
 from utils.training.flag_checks import find_flag_problems
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
@@ -224,12 +225,17 @@ def _add_sdxl(parser: argparse.ArgumentParser) -> None:
 
 def _add_run(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the run")
+    add_config_flag(parser, group)
     group.add_argument("--output_dir", default="instruct-pix2pix-model", help="output folder")
     group.add_argument("--seed", type=int, help="random seed (default: drawn and written to args.json)")
     group.add_argument("--dry_run", action="store_true", help="check everything and take one step, without saving")
     group.add_argument("--logging_dir", default="logs", help="folder of the tracker's files inside output_dir")
     group.add_argument("--logging_steps", type=int, default=10, help="log every this many optimizer steps")
     group.add_argument("--report_to", choices=TRACKERS, default="tensorboard", help="tracker to log to")
+    project = "project of the tracker (default: WANDB_PROJECT, else instruct-pix2pix)"
+    group.add_argument("--tracker_project_name", metavar="NAME", help=project)
+    run = "name of the run in wandb (default: WANDB_NAME, else drawn by wandb)"
+    group.add_argument("--tracker_run_name", metavar="NAME", help=run)
     group.add_argument("--local_rank", type=int, default=-1, help=argparse.SUPPRESS)  # passed by old launchers
 
 
@@ -239,6 +245,13 @@ def _add_validation(parser: argparse.ArgumentParser) -> None:
     group.add_argument(*names, action="append", metavar="URL_OR_PATH", help=image)
     group.add_argument("--validation_prompt", action="append", help="edit prompt for the validation image; repeatable")
     group.add_argument("--num_validation_images", type=int, default=4, help="edits of each validation image")
+    group.add_argument("--validation_num_inference_steps", type=int, default=20, metavar="N", help="denoising steps")
+    scale = "guidance scale of the instruction in validation images"
+    group.add_argument("--validation_guidance_scale", type=float, default=7.0, metavar="S", help=scale)
+    scale = "image guidance scale in validation images"
+    group.add_argument("--validation_image_guidance_scale", type=float, default=1.5, metavar="S", help=scale)
+    negative = "negative prompt of the validation images"
+    group.add_argument("--validation_negative_prompt", metavar="TEXT", help=negative)
     group.add_argument("--validation_epochs", type=int, help="validate every this many epochs (default: 1)")
     steps = "validate every this many optimizer steps instead (default of the SDXL script: 100)"
     group.add_argument("--validation_steps", type=int, help=steps)
@@ -252,11 +265,15 @@ def _add_checkpoints(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--checkpointing_steps", type=int, default=500, help=every)
     group.add_argument("--checkpoints_total_limit", type=int, help="keep at most this many checkpoints")
     group.add_argument("--resume_from_checkpoint", help="'latest', a name such as checkpoint-500, or a path")
+    changed = "settings that may differ from the checkpoint's, such as learning_rate adam_weight_decay"
+    group.add_argument("--allow_changed", nargs="+", metavar="NAME", help=changed)
 
 
 def _add_publishing(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("publishing")
     group.add_argument("--push_to_hub", action="store_true", help="upload the result to the Hugging Face Hub")
     group.add_argument("--hub_model_id", help="repository to upload to (default: the output folder's name)")
+    dtype = "dtype of the published weights; 16 bits halve the files"
+    group.add_argument("--publish_dtype", choices=("fp32", "fp16", "bf16"), default="fp32", help=dtype)
     group.add_argument("--hub_private_repo", action="store_true", help="create a private repository")
     group.add_argument("--hub_token", help="access token; `hf auth login` or HF_TOKEN are safer")

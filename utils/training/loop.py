@@ -1,7 +1,6 @@
 """The training loop: accumulate, update, log, validate, checkpoint."""
 
 import math
-import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -16,7 +15,7 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from utils.errors import InputError
-from utils.runtime import StopSignal
+from utils.runtime import StopSignal, peak_process_memory
 from utils.training.checkpoints import (
     Progress,
     load_training_state,
@@ -131,7 +130,7 @@ def peak_memory_gb() -> float:
     """Peak memory in 10^9 bytes: of the GPU, or of the process on machines without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return peak_process_memory() / 1e9
 
 
 def fit(

@@ -11,6 +11,8 @@ from diffusers.optimization import get_scheduler
 
 from utils.training.memory_saving import FusedBackward, stochastic_adamw
 
+CHANGEABLE = ("initial_lr", "betas", "weight_decay", "eps")  # of a parameter group
+
 
 @dataclass(frozen=True)
 class OptimizationOptions:
@@ -157,6 +159,25 @@ def _count_bytes(value: object) -> int:
     if hasattr(value, "__tensor_flatten__"):  # torchao's tensor subclasses
         return sum(_count_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
     return value.numel() * value.element_size()
+
+
+def apply_changed_settings(
+    optimizer: torch.optim.Optimizer, fresh: list[dict], lr_schedule: torch.optim.lr_scheduler.LRScheduler
+) -> None:
+    """Give a loaded optimizer and schedule this command's settings (`--allow_changed`); their state stays.
+
+    fresh: the parameter groups before the checkpoint was loaded.
+    """
+    for group, new in zip(optimizer.param_groups, fresh, strict=True):
+        group.update({name: value for name, value in new.items() if name in CHANGEABLE and name in group})
+    lr_schedule.base_lrs = [group["initial_lr"] for group in fresh]
+    rates = [
+        base * factor(lr_schedule.last_epoch)
+        for base, factor in zip(lr_schedule.base_lrs, lr_schedule.lr_lambdas, strict=True)
+    ]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    lr_schedule._last_lr = rates
 
 
 # ---- the learning rate ----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Everything that is checked before a model is loaded, and what the checks find out."""
 
 import json
+import logging
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -25,6 +26,8 @@ from utils.training.optimizer_checks import check_lr_schedule, find_optimizer_pr
 from utils.training.settings import DataOptions, RunOptions, Settings
 from utils.training.training_log import cut_log
 
+logger = logging.getLogger(__name__)
+
 NUM_CHECKED_ROWS = 8
 
 
@@ -48,6 +51,7 @@ class RunPlan:
     needs_widening: bool
     trains_conv_in: bool
     repo_id: str | None
+    changed: dict[str, tuple]  # of --allow_changed: name -> (before, now)
 
 
 def run_preflight(accelerator: Accelerator, settings: Settings, check_base: Callable[[Configs, str], None]) -> RunPlan:
@@ -69,8 +73,10 @@ def run_preflight(accelerator: Accelerator, settings: Settings, check_base: Call
     max_train_steps, steps_per_epoch = count_steps(settings.run, sources, samples)
     check_lr_schedule(settings.optimization, max_train_steps)
     identity = describe_run(settings, accelerator, sources, progress.seed, samples, max_train_steps)
-    if checkpoint:
-        check_same_run(progress, identity)
+    changed = check_same_run(progress, identity, settings.run.allow_changed or ()) if checkpoint else {}
+    for name, (old, new) in changed.items():
+        logger.warning("--allow_changed: %s is %s from step %d on, and was %s", name, new, progress.global_step, old)
+        progress.changes.append([progress.global_step, name, old, new])
     progress.identity = identity
     needs_widening = configs.unet.get("in_channels", 4) != EDITOR_CHANNELS
     return RunPlan(
@@ -86,6 +92,7 @@ def run_preflight(accelerator: Accelerator, settings: Settings, check_base: Call
         needs_widening=needs_widening,
         trains_conv_in=needs_widening or settings.adapter.lora_target == "all",
         repo_id=check_repository(accelerator, settings),
+        changed=changed,
     )
 
 

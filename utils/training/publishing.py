@@ -16,6 +16,7 @@ from utils.model_cards import TrainedModel, write_trained_card
 from utils.models.adapters import add_adapter, merge_adapter
 from utils.models.noise_schedules import make_inference_scheduler
 from utils.models.stable_diffusion import editor_class, load_stable_diffusion, make_editor, widen_conv_in
+from utils.runtime import DTYPES
 from utils.training.checkpoints import Weights, put_weights, read_trained, save_trained, trained_weights
 from utils.training.optimizers import averaged_weights
 from utils.training.preflight import publishes_pipeline
@@ -53,7 +54,7 @@ class BestWeights:
 
 
 def publish(session: TrainingSession, best: BestWeights) -> None:
-    """Save the pipeline or the adapter in float32, with its model card, and push it with --push_to_hub.
+    """Save the pipeline or the adapter in `publish_dtype`, with its model card, and push it with --push_to_hub.
 
     Raises `InputError` if it cannot be written or pushed; the checkpoints are kept.
     """
@@ -61,9 +62,14 @@ def publish(session: TrainingSession, best: BestWeights) -> None:
     with averaged_weights(session.state.optimizer):
         results = choose_weights(session, best)
         if publishes_pipeline(settings):
-            save_result(make_final_pipeline(session).save_pretrained, settings.output_dir, "pipeline")
+            pipeline = make_final_pipeline(session).to(DTYPES[options.publish_dtype])
+            save_result(pipeline.save_pretrained, settings.output_dir, "pipeline")
         else:
-            save_result(lambda folder: save_trained(folder, session.state.model), settings.output_dir, "adapter")
+            dtype = DTYPES[options.publish_dtype]
+            weights = {name: value.to(dtype) for name, value in trained_weights(session.state.model).items()}
+            save_result(
+                lambda folder: save_trained(folder, session.state.model, weights), settings.output_dir, "adapter"
+            )
     write_trained_card(settings.output_dir, describe_model(session, results), options.hub_token)
     result = "pipeline" if publishes_pipeline(settings) else "adapter"
     print(f"the {result} is saved in {settings.output_dir}", file=sys.stderr, flush=True)
@@ -141,6 +147,9 @@ def describe_model(session: TrainingSession, results: dict[str, float]) -> Train
     if settings.adapter.lora_rank is not None:
         hyperparameters |= asdict(settings.adapter)
     hyperparameters |= {"prediction_type": plan.schedule.prediction_type, "use_ema": settings.run.use_ema}
+    hyperparameters |= {
+        f"{name} from step {step}": f"{new} (before: {old})" for step, name, old, new in plan.progress.changes
+    }
     datasets = [settings.data.dataset_name or settings.data.train_data_dir]
     if settings.data.train_mix:
         datasets = [source.name.rsplit(":", 1)[0] for source in plan.sources]

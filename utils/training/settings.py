@@ -44,6 +44,7 @@ class RunOptions:
     num_train_epochs: int = 100
     max_train_steps: int | None = None
     resume_from_checkpoint: str | None = None
+    allow_changed: list[str] | None = None
     gradient_checkpointing: bool = False
     gradient_checkpointing_blocks: list[str] | None = None
     vae_precision: str | None = None
@@ -52,6 +53,8 @@ class RunOptions:
     ema_device: str | None = None
     val_image_url: list[str] | None = None
     validation_prompt: list[str] | None = None
+    tracker_project_name: str | None = None
+    tracker_run_name: str | None = None
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,10 @@ class ValidationOptions:
     validation_epochs: int = 1
     validation_steps: int | None = None
     save_best: bool = False
+    validation_num_inference_steps: int = 20
+    validation_guidance_scale: float = 7.0
+    validation_image_guidance_scale: float = 1.5
+    validation_negative_prompt: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,7 @@ class PublishingOptions:
 
     push_to_hub: bool = False
     hub_model_id: str | None = None
+    publish_dtype: str = "fp32"
     hub_private_repo: bool = False
     hub_token: str | None = None
 

@@ -20,7 +20,6 @@ from utils.training.session import TrainingSession
 from utils.training.settings import ValidationOptions
 from utils.training.training_log import append_log, draw_curve
 
-SAMPLING = SamplingSettings(num_inference_steps=20, guidance_scale=7.0, image_guidance_scale=1.5)  # as diffusers
 NUM_QUARTERS = 4
 
 
@@ -112,7 +111,8 @@ def held_out_loss(
 
 def make_validation_images(session: TrainingSession) -> list[list[Image.Image]]:
     """For every (image, prompt): the resized image, then `num_validation_images` edits."""
-    plan, num_images = session.plan, session.settings.validation.num_validation_images
+    plan, options = session.plan, session.settings.validation
+    num_images, sampling = options.num_validation_images, sampling_settings(options)
     editor = make_editor(session.parts, make_inference_scheduler(session.parts.scheduler, plan.schedule))
     encodings, rows = Encodings(editor, session.objective.encode_prompts), []
     for image, prompt in plan.validation_pairs:
@@ -120,10 +120,19 @@ def make_validation_images(session: TrainingSession) -> list[list[Image.Image]]:
         seeds = [plan.progress.seed + index for index in range(num_images)]
         with session.accelerator.autocast():
             edits = edit_images(
-                editor, [resized] * num_images, [prompt] * num_images, seeds, SAMPLING, encodings=encodings
+                editor, [resized] * num_images, [prompt] * num_images, seeds, sampling, encodings=encodings
             )
         rows.append([resized, *edits])
     return rows
+
+
+def sampling_settings(options: ValidationOptions) -> SamplingSettings:
+    return SamplingSettings(
+        num_inference_steps=options.validation_num_inference_steps,
+        guidance_scale=options.validation_guidance_scale,
+        image_guidance_scale=options.validation_image_guidance_scale,
+        negative_prompt=options.validation_negative_prompt,
+    )
 
 
 def save_validation_images(
