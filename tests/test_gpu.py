@@ -1,6 +1,5 @@
 """Tests that need a GPU; skipped without one."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -15,6 +14,7 @@ import train_instruct_pix2pix
 import train_instruct_pix2pix_sdxl
 from tests.pairs import make_image, save_pairs
 from tests.runs import WEIGHTS, training_flags, weights_of
+from utils.runtime import _xformers_problem
 from utils.training.objective import Objective
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
@@ -45,8 +45,8 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=lambda flags: " ".join(flags),
 )
 def test_features_train_a_pipeline_that_loads(tiny_base, pairs, tmp_path, flags):
-    if any("xformers" in flag for flag in flags) and not importlib.util.find_spec("xformers"):
-        pytest.skip("xformers is not installed")
+    if any("xformers" in flag for flag in flags) and (reason := _xformers_problem(True)):
+        pytest.skip(reason)
     image = tmp_path / "image.png"
     make_image(3).save(image)
     validation = (f"--val_image_url={image}", "--validation_prompt=red", "--num_validation_images=1")

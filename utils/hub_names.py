@@ -5,11 +5,6 @@ import re
 from pathlib import Path
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
-_HUB_FILE = re.compile(r"(?P<owner>\w[\w.-]*)/(?P<repo>\w[\w.-]*)/(?P<path>[^\\]+)")
-_HUB_ADDRESS = re.compile(
-    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<owner>\w[\w.-]*)/(?P<repo>\w[\w.-]*)/?"
-    r"(?:(?:blob|resolve|tree)/(?P<revision>[^/?]+)/?(?P<path>[^?]*))?(?:\?.*)?"
-)
 _SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})(/|$)")
 _SAMPLED_BYTES = 2**16  # at each end of a file
 
@@ -25,18 +20,6 @@ def looks_like_path(name: str) -> bool:
 def is_hub_id(name: str) -> bool:
     """Whether `name` has the form of a Hub id and is not a path on this machine."""
     return not looks_like_path(name)
-
-
-def split_hub_file(name: str) -> tuple[str, str, str | None] | None:
-    """(repository, path inside it, revision) of "owner/name/path" or an address of the Hub; None for other names.
-
-    A path whose first folder exists on this machine is local.
-    """
-    if match := _HUB_ADDRESS.fullmatch(name):
-        return f"{match['owner']}/{match['repo']}", match["path"] or "", match["revision"]
-    if not (match := _HUB_FILE.fullmatch(name)) or Path(match["owner"]).exists():
-        return None
-    return f"{match['owner']}/{match['repo']}", match["path"], None
 
 
 def public_name(name: str) -> str:

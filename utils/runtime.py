@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import signal
 import sys
@@ -91,8 +92,7 @@ def _find_machine_problems(options: MachineOptions) -> list[str]:
         )
     if precision == "bf16" and has_gpu and not torch.cuda.is_bf16_supported():
         problems.append("--mixed_precision bf16 is not supported by this GPU: use --mixed_precision=fp16")
-    if options.enable_xformers_memory_efficient_attention and not (has_gpu and _is_installed("xformers")):
-        reason = "xformers is not installed (pip install -r requirements.txt)" if has_gpu else "this machine has no GPU"
+    if options.enable_xformers_memory_efficient_attention and (reason := _xformers_problem(has_gpu)):
         problems.append(
             f"--enable_xformers_memory_efficient_attention: {reason}: drop the flag to use PyTorch's own "
             "memory-efficient attention"
@@ -100,6 +100,24 @@ def _find_machine_problems(options: MachineOptions) -> list[str]:
     if options.allow_tf32 and not has_gpu:
         problems.append("--allow_tf32 needs a GPU, and this machine has no GPU: drop the flag")
     return problems
+
+
+def _xformers_problem(has_gpu: bool) -> str | None:
+    """Why xformers' attention cannot be used here; None if it can."""
+    if not has_gpu:
+        return "this machine has no GPU"
+    if not _is_installed("xformers"):
+        return "xformers is not installed (pip install -r requirements.txt)"
+    logging.getLogger("xformers").setLevel(logging.ERROR)  # it warns about extensions that attention does not need
+    try:
+        from xformers.ops import memory_efficient_attention
+
+        probe = torch.zeros(1, 8, 1, 40, device="cuda", dtype=torch.float16)
+        memory_efficient_attention(probe, probe, probe)
+    except (ImportError, NotImplementedError, RuntimeError) as error:
+        name = type(error).__name__
+        return f"this build of xformers has no attention for this GPU and PyTorch {torch.__version__} ({name})"
+    return None
 
 
 def _find_tracker_problems(report_to: str) -> list[str]:

@@ -58,6 +58,8 @@ def read_config(file: str, parser: argparse.ArgumentParser, words: Sequence[str]
         action = actions.get(str(key).lstrip("-")) or actions.get(str(key).lstrip("-").replace("-", "_"))
         if key in IGNORED or (action is not None and given & set(action.option_strings)):
             continue
+        if action is None and value is None:  # a setting of another script that this file does not use
+            continue
         if action is None:
             similar = difflib.get_close_matches(str(key), actions, n=1)
             hint = f": did you mean {similar[0]}?" if similar else ""
@@ -99,14 +101,14 @@ def _as_words(action: argparse.Action, value: Any) -> list[str]:
     flag = next((name for name in action.option_strings if name.startswith("--")), action.option_strings[0])
     if value is None:
         return []
-    if action.nargs == 0:
-        if not isinstance(value, bool):
-            raise TypeError
-        return [flag] if value else []
     if isinstance(action, argparse.BooleanOptionalAction):
         if not isinstance(value, bool):
             raise TypeError
         return [flag if value else f"--no-{flag[2:]}" if f"--no-{flag[2:]}" in action.option_strings else flag]
+    if action.nargs == 0:
+        if not isinstance(value, bool):
+            raise TypeError
+        return [flag] if value else []
     is_appended = isinstance(action, argparse._AppendAction)
     is_several = is_appended or action.nargs in ("+", "*") or isinstance(action.nargs, int)
     if isinstance(value, (list, tuple)) != is_several and not (is_several and not isinstance(value, dict)):

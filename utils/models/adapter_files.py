@@ -39,7 +39,6 @@ OTHER_KINDS = {  # mark in a name -> the kind
     "on_input": "an (IA)3",
     "glora": "a GLoRA",
     "vera_": "a VeRA",
-    ".diff": "a full difference of weights",
     "w_norm": "trained norms",
     "b_norm": "trained norms",
     "bone": "a Bone",
@@ -101,11 +100,10 @@ class AdapterLayer:
 
     def apply(self, weight: torch.Tensor, strength: float = 1.0) -> torch.Tensor:
         """The changed weight in float32. strength: factor of the delta; the norms of DoRA stay (as peft)."""
-        delta, changed = strength * self.delta(), weight.float().clone()
-        if delta.shape[1] < changed.shape[1]:  # conv_in of a 4-channel model, in an editor of 8
-            changed[:, : delta.shape[1]] += delta
-        else:
-            changed += delta.view_as(changed)
+        if self.num_inputs < weight.shape[1]:  # conv_in of a 4-channel model, in an editor of 8
+            changed = self.apply(weight[:, : self.num_inputs], strength)
+            return torch.cat([changed, weight[:, self.num_inputs :].float()], dim=1)
+        changed = weight.float() + (strength * self.delta()).view_as(weight)
         if self.magnitude is None:
             return changed
         magnitude = self.magnitude.float().flatten()
@@ -137,7 +135,9 @@ class AdapterContent:
 def refuse_other_kinds(names: Iterable[str], what: str) -> None:
     """Raise InputError for adapters that are neither LoRA nor DoRA. what: the start of the message."""
     for name in names:
+        is_difference = name.endswith((".diff", ".diff_b"))  # not the "model.diffusion_model." of other names
         kind = next((kind for mark, kind in OTHER_KINDS.items() if mark in name), None)
+        kind = "a full difference of weights" if is_difference else kind
         if kind:
             raise InputError(f"{what} is {kind} ({name}), which is not supported: {CONVERT}")
 
@@ -180,7 +180,8 @@ def read_adapter_content(
     config = peft_config or _read_config(files.metadata)
     layers: dict[str, dict[str, AdapterLayer]] = {}
     for (component, name), tensors in parts.items():
-        layer = _make_layer(f"{what} does not match {model}", name, tensors, config, components[component][name])
+        own_config = config if component == "unet" else {}  # peft's metadata describe the UNet's layers
+        layer = _make_layer(f"{what} does not match {model}", name, tensors, own_config, components[component][name])
         layers.setdefault(component, {})[name] = layer
     messages = [f"{len(skipped)} tensors of text encoders are not used"] if skipped else []
     if embeddings:
@@ -198,6 +199,9 @@ def read_peft_config(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     kind = config.get("peft_type", "LORA") if isinstance(config, dict) else "no configuration"
+    initial = str(config.get("init_lora_weights", True)).lower() if isinstance(config, dict) else ""
+    if initial.startswith(("pissa", "olora", "corda", "loftq")):
+        kind = f"{initial.partition('_')[0]} (it also changed the base weights)"
     if kind != "LORA":
         raise InputError(f"{path} describes a {kind} adapter, which is not supported: {CONVERT}")
     return config

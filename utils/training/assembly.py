@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 
 from utils.data.samples import BadRowLimit, list_prompts
 from utils.hub import redact
-from utils.models.adapters import add_adapter, cast_frozen
+from utils.models.adapters import add_adapter, cast_frozen, make_adapter_contiguous
 from utils.models.conditioning import make_prompt_encoder
 from utils.models.quantization import quantize_linears
 from utils.models.stable_diffusion import Configs, StableDiffusion, load_stable_diffusion, widen_conv_in
@@ -108,6 +108,7 @@ def make_training_state(
     unet.to(accelerator.device).train()
     if accelerator.device.type == "cuda":
         unet.to(memory_format=torch.channels_last)
+        make_adapter_contiguous(unet)
     if settings.run.gradient_checkpointing or settings.run.gradient_checkpointing_blocks:
         checkpoint_blocks(unet, settings.run.gradient_checkpointing_blocks)
     if settings.machine.enable_xformers_memory_efficient_attention:
