@@ -225,7 +225,7 @@ def test_mistakes_in_the_flags(capsys, photo: Path, tmp_path: Path) -> None:
         ("--seed", "-3"): "--seed -3",
         ("--edit", "  "): "--edit is empty",
         ("--ckpt", "old.ckpt"): "the model old.ckpt does not exist",
-        ("--config", "generate.yaml"): "belong to the original edit_cli.py",
+        ("--config", "generate.yaml"): "--config generate.yaml cannot be read",
         ("--dtype", "int4"): "invalid choice: 'int4'",
         ("--stpes", "4"): "--stpes is not a flag: did you mean --steps?",
         ("--model", "/no/such/model"): "--model /no/such/model is not a folder or file that exists",

@@ -14,7 +14,9 @@ ENVIRONMENT = {
     "BITSANDBYTES_NOWELCOME": "1",
     "WANDB_SILENT": "true",
 }
-LOGGERS = "bitsandbytes kernels httpx httpx2 accelerate datasets peft torch.distributed torch.utils._pytree torchao"
+LOGGERS = (
+    "bitsandbytes kernels httpx httpx2 accelerate datasets peft torch.distributed torch.utils._pytree torchao xformers"
+)
 
 
 def quiet_libraries() -> None:
