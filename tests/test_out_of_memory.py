@@ -1,0 +1,54 @@
+"""The message of training that does not fit into the memory: the next way to save some that the run does not use."""
+
+import pytest
+
+from utils.cli import pick
+from utils.errors import InputError
+from utils.training.flags import parse_training_flags
+from utils.training.out_of_memory import explaining_out_of_memory
+from utils.training.settings import Settings
+
+LADDER = (  # the flags so far -> the advice
+    ((), "give --mixed_precision bf16"),
+    (("--mixed_precision=bf16",), "give --gradient_checkpointing"),
+    (("--gradient_checkpointing",), "give --train_batch_size 4 --gradient_accumulation_steps 2"),
+    (("--train_batch_size=1", "--use_ema"), "give --ema_device cpu"),
+    (("--ema_device=cpu",), "give --optimizer adamw8bit"),
+    (("--optimizer=adamw8bit",), "train an adapter with --lora_rank 16"),
+    (("--lora_rank=16",), "give --quantize_base nf4"),
+    (("--quantize_base=nf4",), "give a --resolution below 256"),
+)
+ERRORS = (
+    RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    MemoryError(),
+)
+
+
+def settings(*flags: str) -> Settings:
+    base = ["--pretrained_model_name_or_path=me/base", "--dataset_name=me/pairs", "--train_batch_size=8"]
+    return pick(parse_training_flags([*base, *flags], "x"), Settings)
+
+
+def test_the_advice_goes_down_the_ladder() -> None:
+    flags: tuple[str, ...] = ()
+    for added, advice in LADDER:
+        flags += added
+        with pytest.raises(InputError, match=f"out of memory: {advice}"), explaining_out_of_memory(settings(*flags)):
+            raise ERRORS[0]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=str)
+def test_every_allocator_is_understood(error: Exception) -> None:
+    with pytest.raises(InputError, match="out of memory: .*Earlier checkpoints are kept"):  # noqa: SIM117
+        with explaining_out_of_memory(settings()):
+            raise error
+
+
+def test_other_errors_stay_and_a_killed_worker_is_named() -> None:
+    with pytest.raises(RuntimeError, match="shape"), explaining_out_of_memory(settings()):
+        raise RuntimeError("shape mismatch")
+    flags = settings("--dataloader_num_workers=4")
+    with pytest.raises(InputError, match="lower --dataloader_num_workers 4"), explaining_out_of_memory(flags):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
