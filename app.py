@@ -53,7 +53,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--dtype", choices=("fp32", "fp16", "bf16"), help="precision (default fp16 on cuda, else fp32)")
     batch = "seeds to edit at once, halved if out of memory (default 4, on the CPU 1)"
     add("--batch_size", type=int, metavar="N", help=batch)
-    resolution = "approximate longer side of an edit (default 512, SDXL 1024, or the model's own if smaller)"
+    resolution = "approximate longer side of an edit (default: the model's own, such as 512, 768 or 1024)"
     add("--resolution", type=int, metavar="PIXELS", help=resolution)
     add = parser.add_argument_group("server").add_argument
     address = "address to listen on; 0.0.0.0 is open to other machines (default 127.0.0.1)"

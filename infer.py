@@ -51,7 +51,7 @@ def _add_input_and_output(parser: argparse.ArgumentParser) -> None:
     add("--trust_record", action="store_true", help="with --repeat: load the model that the record names")
     add("--surprise_me", action="store_true", help="draw the instruction from the seed instead of --edit")
     add("--num_images", type=int, metavar="N", help="edits per instruction, with seeds SEED, SEED+1, ... (default 1)")
-    resolution = "approximate longer side of the edit (default 512, SDXL 1024, or the model's own if smaller)"
+    resolution = "approximate longer side of the edit (default: the model's own, such as 512, 768 or 1024)"
     add("--resolution", type=int, metavar="PIXELS", help=resolution)
     add = parser.add_argument_group("output").add_argument
     add("--output", help="file for one image (default NAME-edited.png), folder for a folder (default FOLDER-edited)")

@@ -18,6 +18,7 @@ from utils.editing.edit_images import (
     edit_images,
     edit_pixels,
     fit_image,
+    fit_to_model,
     native_resolution,
     size_multiple,
 )
@@ -331,6 +332,12 @@ def test_fit_image_refuses_a_narrow_image() -> None:
 
 def test_sizes_of_the_model(editor) -> None:
     assert size_multiple(editor) == 4 and native_resolution(editor) == 32
+
+
+def test_the_default_resolution_is_that_of_the_training(editor, monkeypatch) -> None:
+    for native, longer_side in ((32, 32), (768, 768), (2048, 1024)):
+        monkeypatch.setattr("utils.editing.edit_images.native_resolution", lambda _, native=native: native)
+        assert fit_to_model(Image.new("RGB", (90, 90)), editor).size == (longer_side, longer_side)
 
 
 def test_load_editor_refuses(tiny_base: Path, tiny_editor: Path, tmp_path: Path) -> None:

@@ -98,9 +98,8 @@ def native_resolution(pipeline: Editor) -> int:
 
 
 def fit_to_model(image: Image.Image, pipeline: Editor, resolution: int | None = None, crop: bool = True) -> Image.Image:
-    """`fit_image` for a model; the default resolution is 512, for SDXL 1024, or the native one if that is smaller."""
-    default = min(1024 if is_sdxl(pipeline) else 512, native_resolution(pipeline))
-    return fit_image(image, resolution or default, size_multiple(pipeline), crop)
+    """`fit_image` for a model; the default resolution is the native one (SD 512 or 768, SDXL 1024), at most 1024."""
+    return fit_image(image, resolution or min(1024, native_resolution(pipeline)), size_multiple(pipeline), crop)
 
 
 def edit_images(
