@@ -231,6 +231,14 @@ def test_lists_of_several_images_are_bad_rows_with_a_reason(tmp_path: Path) -> N
     assert len(sources_digest([source])) == 32
 
 
+def test_images_by_path_beside_a_nested_column(tmp_path: Path) -> None:
+    write_files(tmp_path, "a{}.png", "b{}.png")
+    rows = [dict(original=f"a{i}.png", edited=f"b{i}.png", prompt=p, meta={"score": i}) for i, p in enumerate(PROMPTS)]
+    write_lines(tmp_path / "metadata.jsonl", rows)
+    source = open_source(dataset_name=str(tmp_path))
+    check_pairs([(row["original"], row["prompt"], row["edited"]) for row in source.rows])
+
+
 def test_a_damaged_archive_is_named(tmp_path: Path) -> None:
     (tmp_path / "train-0.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(InputError, match=r"train-0\.tar cannot be read as a WebDataset"):

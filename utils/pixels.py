@@ -212,7 +212,7 @@ def unpack_image_value(value: object) -> object:
     """What a cell of an image column holds: of a list of one image that image, of a dict its bytes or its path."""
     if isinstance(value, (list, tuple)):
         if len(value) > 1:
-            raise BadRow(f"a list of {len(value)} images: name one with the column flag, such as COLUMN.0")
+            raise BadRow(f"a list of {len(value)} images: give one image in each row")
         value = value[0] if value else None
     if isinstance(value, dict):
         value = value.get("bytes") if value.get("bytes") is not None else value.get("path")

@@ -74,10 +74,12 @@ def unify_nested_bytes(rows: datasets.Dataset) -> datasets.Dataset:
     """After flattening, the fields {bytes, path} of an image are two columns: join them again."""
     names = [name.removesuffix(".bytes") for name in rows.column_names if name.endswith(".bytes")]
     for name in names:
-        content = rows.data.column(f"{name}.bytes")
+        content = rows.data.column(f"{name}.bytes")  # of the same struct as the paths, and so in the same chunks
+        has_path = f"{name}.path" in rows.column_names
+        paths = rows.data.column(f"{name}.path").chunks if has_path else [pa.nulls(len(c)) for c in content.chunks]
         joined = [
-            pa.StructArray.from_arrays([chunk.cast(pa.binary()), pa.nulls(len(chunk), pa.string())], ["bytes", "path"])
-            for chunk in content.chunks
+            pa.StructArray.from_arrays([chunk.cast(pa.binary()), path.cast(pa.string())], ["bytes", "path"])
+            for chunk, path in zip(content.chunks, paths, strict=True)
         ]
         rows = rows.remove_columns([c for c in (f"{name}.bytes", f"{name}.path") if c in rows.column_names])
         rows = _set_column(rows, name, pa.chunked_array(joined, pa.struct({"bytes": pa.binary(), "path": pa.string()})))
