@@ -122,6 +122,7 @@ class Visitor:
 
     def wait_until_done(self) -> None:
         self.wait_for_status(r"^(Done|\d+ images)", "the edit does not end")
+        self.page.wait_for_selector("button#run:not([disabled])")
 
     def wait_for_status(self, pattern: str, problem: str) -> str:
         try:

@@ -157,7 +157,7 @@ class Visitor:
         self.page.wait_for_selector(STATUS)
 
     def ask(self, caption: str) -> str:
-        """The final status."""
+        """The final status, once the page takes the next request."""
         self.page.locator("#caption").locator("input, textarea").fill(caption)
         before = self.page.inner_text(STATUS)
         self.page.locator("#caption").locator("input, textarea").press("Enter")
@@ -166,6 +166,7 @@ class Visitor:
             " return text && text !== before && !text.startsWith('Asking'); }",
             arg=[STATUS, before],
         )
+        self.page.wait_for_selector("button#run:not([disabled])")
         return self.page.inner_text(STATUS)
 
 

@@ -149,16 +149,15 @@ def _connect(parts: dict[str, Any], service: CandidateService, model: str, concu
             changes = dict(zip(SAMPLING_FIELDS, sampling, strict=True))
             candidates, questions = service.generate(caption, count, seed, **changes)
         except InputError as error:
-            yield update(status=error_html(str(error)), run=gr.update(interactive=True))
+            yield update(status=error_html(str(error)))
             return
         usable = [candidate for candidate in candidates if isinstance(candidate, Triple)]
         caption = questions[0].caption if len(questions[0].caption) <= 60 else f"{questions[0].caption[:57]}..."
         status = status_html(f"Done: {len(usable)} of {len(candidates)} answers for “{caption}” are usable.")
         lines = "\n".join(json.dumps(triple._asdict(), ensure_ascii=False) for triple in usable)
         yield update(status=status, cards=render_candidates(candidates, questions), lines=lines, seed=seed)
-        yield update(run=gr.update(interactive=True))
 
-    gr.on(
+    asked = gr.on(
         [parts["run"].click, parts["caption"].submit],
         respond,
         [parts[name] for name in ("caption", "count", "seed", "new_seed", *SAMPLING_FIELDS)],
@@ -168,3 +167,6 @@ def _connect(parts: dict[str, Any], service: CandidateService, model: str, concu
         show_progress="hidden",
         api_visibility="private",
     )
+    # A step of its own: Gradio ignores a press before the last request has ended, which is later than its answer.
+    ready = dict(show_progress="hidden", api_visibility="private")
+    asked.then(lambda: gr.update(interactive=True), None, parts["run"], **ready)

@@ -53,7 +53,7 @@ class PageHandlers:
         gallery: list[GalleryItem],
         session: str,
     ) -> Iterator[dict[str, Any]]:
-        """The progress and edits of a request as updates of the page; the last one makes it ready for the next."""
+        """The progress and edits of a request as updates of the page; `ready` comes after them."""
         done: list[PageEdit] = []
         slots: list[QueueSlot] = []
         starting = {"run": gr.update(interactive=False), "stop": gr.update(interactive=True)}
@@ -83,8 +83,11 @@ class PageHandlers:
                 del self._running[session]
         # The gallery again: the browser may lose an image that immediately follows another.
         again = {"gallery": _show_gallery(gallery, request)} if done else {}
-        ready = {"run": gr.update(interactive=True), "stop": gr.update(interactive=False)}
-        yield {"status": last} | ready | again
+        yield {"status": last} | again
+
+    def ready(self) -> dict[str, Any]:
+        """An event of its own: Gradio ignores a press before the last request has ended, later than its last update."""
+        return {"run": gr.update(interactive=True), "stop": gr.update(interactive=False)}
 
     def call(
         self, image: str | None, request: EditRequest, progress: gr.Progress
@@ -152,8 +155,7 @@ class PageHandlers:
         """The page as it opens without a link."""
         empty = dict(image=None, items=[], selected="", gallery=[], query="", status=status_html(WELCOME))
         empty |= dict(comparison=gr.update(value=None, label=COMPARISON), against=gr.update(visible=False))
-        ready = dict(run=gr.update(interactive=True), stop=gr.update(interactive=False))
-        return asdict(self.default_request()) | empty | ready | dict(new_seed=True, new_guidance=False)
+        return asdict(self.default_request()) | empty | self.ready() | dict(new_seed=True, new_guidance=False)
 
     def restore(self, query: dict[str, str]) -> dict[str, Any]:
         """The values of the link with which the page was opened. Its seed is not replaced by a random one."""

@@ -140,11 +140,12 @@ class Page:
         event = dict(
             fn=run, inputs=inputs, outputs=progress + used, concurrency_limit=None, trigger_mode="once", **QUIET
         )
-        gr.on([self.parts["run"].click, self.parts["instruction"].submit], **event)
+        started = gr.on([self.parts["run"].click, self.parts["instruction"].submit], **event)
         loaded = self.parts["example"].click(
             self._updating(self._handlers.load_example), None, self._named("image", "instruction"), **AT_ONCE
         )
-        loaded.success(**event)
+        for edited in (started, loaded.success(**event)):
+            edited.then(self._updating(self._handlers.ready), None, self._named("run", "stop"), **AT_ONCE)
 
     def _connect_buttons(self) -> None:
         def stop(session: gr.Request) -> None:
