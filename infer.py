@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from utils.atomic_files import FileWriter
 from utils.cli import FlagParser, pick
-from utils.editing.flags import EditorOptions, find_flag_problems
+from utils.editing.flags import OFFLOADS, EditorOptions, find_flag_problems
 from utils.editing.jobs import Job, plan_input, plan_job_file
 from utils.editing.records import find_model, plan_repeat, recorded_adapters, require_record
 from utils.editing.schedulers import SCHEDULERS, SPACINGS
@@ -68,12 +68,16 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     kept = "similarity to the input (default 1.5; 1 takes a third less time)"
     add("--image_guidance_scale", "--cfg-image", dest=SCALES[1], **scale, help=kept)
     add("--randomize_cfg", action="store_true", help="draw both scales from the seed, within 20%% of the defaults")
+    add("--negative_prompt", metavar="TEXT", help="what the edit should not show (default: nothing)")
+    rescaled = "0 to 1, against overexposure by guidance (default 0; 0.7 for zero terminal SNR)"
+    add("--guidance_rescale", type=float, metavar="R", help=rescaled)
     interval = "fraction of the steps with guidance, such as 0 0.6; the others take a third of the time (default 0 1)"
     add("--guidance_interval", type=float, nargs=2, metavar=("START", "STOP"), help=interval)
     add("--steps", type=int, metavar="N", help="denoising steps (default 20; edit_cli.py uses 100)")
     add("--seed", type=int, metavar="N", help="the same seed gives the same edit (default: random, and printed)")
     add("--scheduler", choices=SCHEDULERS, metavar="NAME", help="%(choices)s (default: the model's own)")
     add("--timestep_spacing", choices=SPACINGS, help="spacing of the timesteps; trailing is best for few steps")
+    add("--karras_sigmas", action="store_true", help="noise levels of Karras et al. (euler, heun, dpm++, unipc)")
     add("--eta", type=float, metavar="E", help="fresh noise per step, for DDIM (default 0) and TCD (default 0.3)")
 
 
@@ -108,6 +112,8 @@ def _add_model_and_machine(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("fp32", "fp16", "bf16"), help="precision (default fp16 on cuda, else fp32)")
     add("--batch_size", type=int, default=1, metavar="N", help="edits at once, halved if out of memory (default 1)")
     add("--compile", action="store_true", help="compile the UNet first, which pays off for many edits of one size")
+    offload = "keep the weights in main memory: model (a third of the GPU memory) or sequential (a tenth, slow)"
+    add("--offload", choices=OFFLOADS, help=offload)
     add("--vae_slicing", action="store_true", help="decode the images of a batch one by one, to save memory")
     add("--vae_tiling", action="store_true", help="encode and decode in tiles, for images too large for the memory")
 

@@ -203,7 +203,7 @@ def test_missing_inputs(visit):
     visitor.wait_for_status("The instruction is empty", "no error")
     visitor.instruction.fill("make it night")
     visitor.page.click("#run")
-    visitor.wait_for_status("There is no image", "no error")
+    visitor.wait_for_status("The image is missing", "no error")
 
 
 @in_chromium

@@ -59,6 +59,10 @@ FLAG_MISTAKES = {
         "--val_image_url is given 2 times",
         "--validation_prompt 3 times",
     ),
+    "validation without steps": ("--validation_num_inference_steps=0", "--validation_num_inference_steps is 0", "1"),
+    "too many validation steps": ("--validation_num_inference_steps=1001", "must be at most 1000"),
+    "validation scale": ("--validation_guidance_scale=-1", "--validation_guidance_scale -1.0: must be from 0"),
+    "validation rescale": ("--validation_guidance_rescale=2", "--validation_guidance_rescale 2.0: must be from 0 to 1"),
     "two datasets": ("--train_data_dir=a", "--dataset_name", "--train_data_dir", "exactly one"),
 }
 

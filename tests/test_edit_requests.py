@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from functools import partial
 from pathlib import Path
 from urllib.parse import parse_qsl
 
@@ -105,7 +106,7 @@ def recommend(folder: Path, settings: dict) -> Path:
 def test_recommended_settings_of_an_adapted_editor(tmp_path):
     recommend(tmp_path, FEW_STEPS | {"scheduler": "TCDScheduler"})
     cache = ModelCache([str(tmp_path), "plain"], None, 1)
-    assert cache.settings(tmp_path.name) == FEW_STEPS and cache.has_recommended(tmp_path.name)
+    assert cache.settings(tmp_path.name) == DEFAULT_SETTINGS | FEW_STEPS and cache.has_recommended(tmp_path.name)
     assert cache.settings("plain") == DEFAULT_SETTINGS and not cache.has_recommended("plain")
     recommend(tmp_path, {"steps": "few"})
     with pytest.raises(InputError, match="adapted.json"):
@@ -274,12 +275,13 @@ def test_settings_of_the_second_model(tiny_editor, tmp_path):
     """Its recommended ones, if one of the two has any; otherwise those of the page."""
     (tmp_path / "adapted").mkdir()
     runner = make_runner([tiny_editor, recommend(tmp_path / "adapted", FEW_STEPS), tmp_path])
-    few, plain, other = EditSettings(**FEW_STEPS), EditSettings(**DEFAULT_SETTINGS), tmp_path.name
+    few, plain = EditSettings(**DEFAULT_SETTINGS | FEW_STEPS), EditSettings(**DEFAULT_SETTINGS)
+    other, page = tmp_path.name, partial(EditSettings, guidance_rescale=0.0)
     request = EditRequest("snow", "editor", "adapted", steps=30, cfg_text=5.0, scheduler="ddim")
-    assert runner.settings_for(request, "editor") == EditSettings(30, 5.0, 1.5, scheduler="ddim")
+    assert runner.settings_for(request, "editor") == page(30, 5.0, 1.5, scheduler="ddim")
     assert runner.settings_for(request, "adapted") == few
     request = EditRequest("snow", "adapted", "editor", steps=6, cfg_text=1.5, cfg_image=1.0)
-    assert runner.settings_for(request, "adapted") == EditSettings(6, 1.5, 1.0)  # the service adds the eta
+    assert runner.settings_for(request, "adapted") == page(6, 1.5, 1.0)  # the service adds the eta
     assert runner.settings_for(request, "editor") == plain
     request = EditRequest("snow", "editor", other, steps=9, cfg_text=4.0)
-    assert runner.settings_for(request, other) == runner.settings_for(request, "editor") == EditSettings(9, 4.0, 1.5)
+    assert runner.settings_for(request, other) == runner.settings_for(request, "editor") == page(9, 4.0, 1.5)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionXLInstructPix2PixPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
 import infer
@@ -14,6 +15,9 @@ import train_instruct_pix2pix
 import train_instruct_pix2pix_sdxl
 from tests.pairs import make_image, save_pairs
 from tests.runs import WEIGHTS, training_flags, weights_of
+from utils.editing.edit_images import SamplingSettings, edit_pixels
+from utils.editing.editor_setup import offload_editor
+from utils.editing.loading import load_editor
 from utils.runtime import _xformers_problem
 from utils.training.objective import Objective
 
@@ -108,3 +112,32 @@ def test_infer_in_half_precision(tiny_editor, tmp_path):
     flags = ["--model", str(tiny_editor), "--input", str(tmp_path / "in.png"), "--output", str(tmp_path / "out.png")]
     assert infer.main([*flags, "--edit", "red", "--steps", "3", "--seed", "0", "--dtype", "fp16"]) == 0
     assert (tmp_path / "out.png").exists()
+
+
+@pytest.mark.parametrize("kind", ["model", "sequential"])
+@pytest.mark.parametrize("name", ["tiny_editor", "tiny_sdxl_editor"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_offloaded_editors_edit_the_same_in_less_memory(kind, name, dtype, request):
+    """Twice, because the hooks move the models back; the memory is measured with the images of a tiny model."""
+    folder, image, settings = request.getfixturevalue(name), [make_image(1, (32, 32))], SamplingSettings(2)
+    expected = edit_pixels(load_editor(folder, dtype=dtype, device="cuda"), image, ["snow"], [1], settings)[0][0]
+    pipeline = load_editor(folder, dtype=dtype)
+    offload_editor(pipeline, kind, "cuda")
+    before = torch.cuda.memory_allocated()
+    for _ in range(2):
+        edited = edit_pixels(pipeline, image, ["snow"], [1], settings)[0][0]
+        torch.testing.assert_close(edited, expected, rtol=0, atol=1e-4 if dtype == torch.float32 else 2e-2)
+    weights = sum(value.nbytes for value in load_editor(folder, dtype=dtype).unet.parameters())
+    assert torch.cuda.memory_allocated() - before < weights
+
+
+def test_offload_as_users_run_it(tiny_sdxl_editor, tmp_path, capsys):
+    """Both kinds, with the flags of infer.py; a repeated edit without them differs at most in its last bits."""
+    make_image(2).save(tmp_path / "in.png")
+    flags = ["--model", str(tiny_sdxl_editor), "--input", str(tmp_path / "in.png"), "--edit", "red", "--steps", "3"]
+    images = []
+    for kind in ("model", "sequential"):
+        out = tmp_path / f"{kind}.png"
+        assert infer.main([*flags, "--seed", "0", "--dtype", "fp16", "--offload", kind, "--output", str(out)]) == 0
+        images.append(np.asarray(Image.open(out), int))
+    assert np.abs(images[0] - images[1]).max() <= 3

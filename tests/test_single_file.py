@@ -106,6 +106,9 @@ def test_edits_equal_those_of_the_folder(file: Path, folder: Path) -> None:
 def test_16_bits_become_float32(file: Path, folder: Path, pipeline, tmp_path: Path) -> None:
     half = {name: value.half() for name, value in load_file(file).items()}
     save_file(half, tmp_path / "half.safetensors")
+    kept = load_single_file(str(tmp_path / "half.safetensors"), str(folder), None, torch.float16)
+    kept_dtypes = {value.dtype for name in ("unet", "vae", "text_encoder") for value in kept[name].parameters()}
+    assert kept_dtypes == {torch.float16}
     components = load_single_file(str(tmp_path / "half.safetensors"), str(folder), None)
     for name in ("unet", "vae", "text_encoder"):
         expected = getattr(pipeline, name).state_dict()

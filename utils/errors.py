@@ -55,6 +55,8 @@ def explaining_load_errors(what: str, advice: str = ADVICE) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         known = (OSError, *damaged, SafetensorError)
         if not isinstance(error, known) and type(error).__name__ != "SingleFileComponentError":  # diffusers' own
             raise
@@ -73,6 +75,18 @@ def is_hub_out_of_reach(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+# What PyTorch, cuDNN, cuBLAS, bitsandbytes and the allocators of CUDA, MPS and the CPU say, in lower case
+MEMORY_ERRORS = ("out of memory", "not enough memory", "can't allocate", "cannot allocate", "alloc_failed")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of the process or of its device was too small."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    is_said = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in MEMORY_ERRORS)
+    return is_said or isinstance(error, MemoryError)
 
 
 def first_line(error: Exception) -> str:

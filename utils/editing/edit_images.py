@@ -20,13 +20,13 @@ from PIL import Image, ImageOps
 from utils.editing.encodings import Encodings, device_of, is_sdxl, vae_in_its_precision
 from utils.editing.guidance import batch_coefficients, coefficients_of_steps
 from utils.editing.sampling import denoise, fresh_scheduler
-from utils.errors import InputError
+from utils.errors import InputError, is_out_of_memory
 from utils.models.latents import unscale_latents
 
 Editor = StableDiffusionInstructPix2PixPipeline | StableDiffusionXLInstructPix2PixPipeline
 logger = logging.getLogger(__name__)
 MAX_SIDES_RATIO = 4  # the longer side of an edited image, in multiples of the resolution
-MEMORY_ERRORS = ("out of memory", "not enough memory", "can't allocate memory")  # of CUDA, of the CPU and of MPS
+DECODED_PIXELS = 2**20  # decoded at once: four images of 512x512; a whole batch needs gigabytes
 
 
 class OutOfMemory(InputError):
@@ -35,11 +35,12 @@ class OutOfMemory(InputError):
 
 @dataclass(frozen=True)
 class SamplingSettings:
-    """The settings of diffusers' pipelines, by their names and with their meanings, and two more.
+    """The settings of diffusers' pipelines, by their names and with their meanings, and three more.
 
-    guidance_scale, image_guidance_scale: one for all images, or one per image; eta: None is the scheduler's own default
-    (TCD: 0.3); guidance_interval: (start, stop) as fractions of the steps, outside only the instruction is followed;
-    scheduler: instead of the pipeline's.
+    guidance_scale, image_guidance_scale: one for all images, or one per image; negative_prompt: in place of the null
+    prompt; eta: None is the scheduler's own default (TCD: 0.3); guidance_rescale: strength in [0, 1]
+    (`guidance.rescale`); guidance_interval: (start, stop) as fractions of the steps, outside only the instruction is
+    followed; scheduler: instead of the pipeline's.
     """
 
     num_inference_steps: int = 20
@@ -47,6 +48,7 @@ class SamplingSettings:
     image_guidance_scale: float | list[float] = 1.5
     negative_prompt: str | None = None
     eta: float | None = 0.0
+    guidance_rescale: float = 0.0
     guidance_interval: tuple[float, float] | None = None
     scheduler: Any | None = None
 
@@ -112,13 +114,15 @@ def edit_images(
 ) -> list[Image.Image]:
     """Edit image i with instruction i; the edited images in the same order and of the same sizes.
 
-    options: of `edit_pixels`. `image.info["flagged"]` is True if the safety checker replaced an image by a black one.
+    options: of `edit_pixels`. `image.info["flagged"]` is True if the safety checker replaced an image by a black one;
+    "overflowed" is True if the model gave NaN, which is black.
     """
     edited = []
     for values, is_flagged in zip(*edit_pixels(pipeline, images, prompts, seeds, settings, **options), strict=True):
         # (3, H, W) in [0, 1] -> (H, W, 3) bytes, rounded as the pipelines do
-        edited.append(Image.fromarray((values.permute(1, 2, 0).numpy() * 255).round().astype("uint8")))
-        edited[-1].info["flagged"] = is_flagged
+        known = values.nan_to_num(0.0)
+        edited.append(Image.fromarray((known.permute(1, 2, 0).numpy() * 255).round().astype("uint8")))
+        edited[-1].info |= {"flagged": is_flagged, "overflowed": not torch.equal(known, values)}
     return edited
 
 
@@ -134,6 +138,8 @@ def edit_pixels(
     on_step: Callable[[int, int], None] | None = None,
 ) -> tuple[list[torch.Tensor], list[bool]]:
     """The edited images as float32 (3, H, W) in [0, 1] on the CPU, and whether the safety checker replaced each.
+
+    Pixels are NaN where the model overflows in its precision; an overflow of the VAE alone is repaired in float32.
 
     Images of one size are a batch; sides that are no multiple of the VAE's factor are rounded down to one. Seeds become
     CPU generators, so an edit depends neither on its batch nor on the device, and the global random state is not used.
@@ -168,6 +174,7 @@ def edit_pixels(
                 [torch.Generator().manual_seed(seeds[row]) for row in rows],
                 settings.eta,
                 on_step and (lambda total=total: on_step(next(steps_done), total)),
+                settings.guidance_rescale,
             )
             edited.update(zip(rows, _decode(pipeline, latents), strict=True))
     pipeline.maybe_free_model_hooks()  # frees the memory of a pipeline that is offloaded to the CPU
@@ -176,25 +183,44 @@ def edit_pixels(
 
 def _decode(pipeline: Editor, latents: torch.Tensor) -> list[tuple[torch.Tensor, bool]]:
     """(B, 4, h, w) -> for each image the pixels (3, H, W) in [0, 1] and whether the safety checker flagged it."""
-    with vae_in_its_precision(pipeline) as vae:
-        unscaled = unscale_latents(latents.float(), vae.config).to(vae.dtype)
-        decoded = vae.decode(unscaled, return_dict=False)[0]  # (B, 3, H, W) in [-1, 1]
+    pixels_each = latents.shape[2] * latents.shape[3] * pipeline.vae_scale_factor**2
+    parts = latents.split(max(1, DECODED_PIXELS // pixels_each))
+    return [decoded for part in parts for decoded in _decode_part(pipeline, part)]
+
+
+def _decode_part(pipeline: Editor, latents: torch.Tensor) -> list[tuple[torch.Tensor, bool]]:
+    """`_decode` of as many images as are decoded at once."""
+    decoded = _run_decoder(pipeline, latents, in_float32=False)
+    overflows = ~_are_finite(decoded) & _are_finite(latents)  # (B,)
+    if overflows.any() and pipeline.vae.dtype != torch.float32:
+        logger.warning("the VAE overflows in %s: decoding in float32", pipeline.vae.dtype)
+        decoded = _run_decoder(pipeline, latents, in_float32=True)
     flags = None
     if hasattr(pipeline, "run_safety_checker"):  # the pipelines of SDXL have none
         decoded, flags = pipeline.run_safety_checker(decoded, latents.device, pipeline.text_encoder.dtype)
     flags = [bool(flag) for flag in flags] if flags is not None else [False] * len(decoded)
     if getattr(pipeline, "watermark", None) is not None:
         decoded = pipeline.watermark.apply_watermark(decoded)
-    pixels = (decoded.float() / 2 + 0.5).clamp(0, 1).cpu()
-    if not pixels.isfinite().all():
-        logger.warning("the edit has NaN values: %s overflows with this model, try fp32", vae.dtype)
-        pixels = pixels.nan_to_num(0.0)
+    decoded = decoded.float().cpu()
+    pixels = (decoded / 2 + 0.5).clamp(0, 1).where(decoded.isfinite(), torch.nan)
     if any(flags):
         logger.warning(
             "the safety checker flagged %d of %d edits and replaced them by black images", sum(flags), len(flags)
         )
         pixels[torch.tensor(flags)] = 0.0
     return list(zip(pixels, flags, strict=True))
+
+
+def _are_finite(values: torch.Tensor) -> torch.Tensor:
+    """(B, ...) -> (B,)."""
+    return values.isfinite().flatten(1).all(1)
+
+
+def _run_decoder(pipeline: Editor, latents: torch.Tensor, in_float32: bool) -> torch.Tensor:
+    """(B, 3, H, W) in [-1, 1]."""
+    with vae_in_its_precision(pipeline, in_float32) as vae:
+        unscaled = unscale_latents(latents.float(), vae.config).to(vae.dtype)
+        return vae.decode(unscaled, return_dict=False)[0]
 
 
 def _group_by_size(images: list[Image.Image]) -> list[list[int]]:
@@ -205,13 +231,16 @@ def _group_by_size(images: list[Image.Image]) -> list[list[int]]:
 
 
 @contextmanager
-def explaining_out_of_memory() -> Iterator[None]:
+def explaining_out_of_memory(
+    message: str = "out of memory: use fewer images at once, a lower resolution or half precision",
+) -> Iterator[None]:
+    """Raise OutOfMemory with `message` where the memory of the device or of the process is too small."""
     try:
         yield
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not any(words in str(error) for words in MEMORY_ERRORS):
+    except (RuntimeError, MemoryError, OSError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if not is_out_of_memory(error):
             raise
-        raise OutOfMemory("out of memory: use fewer images at once, a lower resolution or half precision") from error
+        raise OutOfMemory(message) from error
 
 
 @contextmanager

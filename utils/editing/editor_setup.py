@@ -13,14 +13,15 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from utils.editing.edit_images import Editor
-from utils.editing.flags import EditorOptions
+from utils.editing.edit_images import Editor, explaining_out_of_memory
+from utils.editing.flags import EditorOptions, find_offload_problems
 from utils.editing.loading import load_editor
 from utils.editing.settings import ADAPTED, DEFAULT_SETTINGS, find_setting_problems
 from utils.errors import InputError
 from utils.hub_names import is_hub_id
 from utils.runtime import DTYPES, choose_device
 
+LOADING_ADVICE = "give --dtype fp16, on a GPU --offload model, or a smaller model"
 SAMPLED_VALUES = 64  # of each tensor, for the digest
 
 
@@ -69,8 +70,12 @@ def open_editor(options: EditorOptions, record: dict | None = None, image: Path 
     scales = list(options.lora_scale or [1.0])
     scales = scales * len(adapters) if len(scales) == 1 else scales
     source = {name: getattr(options, name) for name in ("revision", "variant", "vae", "single_file_config")}
-    machine = dict(dtype=dtype, device=device, safety_checker=not options.no_safety_checker)
-    pipeline = load_editor(options.model, lora=adapters, lora_scale=scales, **source, **machine)
+    if problems := find_offload_problems(options.offload, device):
+        raise InputError.from_problems(problems)
+    machine = dict(dtype=dtype, safety_checker=not options.no_safety_checker)
+    with explaining_out_of_memory(f"loading {options.model} needs more memory than there is: {LOADING_ADVICE}"):
+        place = "cpu" if options.offload else device
+        pipeline = load_editor(options.model, lora=adapters, lora_scale=scales, device=place, **source, **machine)
     weights = _digest_weights(pipeline)
     if record and record["model"].get("weights") != weights:
         raise InputError(f"--model {options.model} is not the model that made {image}: its weights differ")
@@ -81,10 +86,10 @@ def open_editor(options: EditorOptions, record: dict | None = None, image: Path 
     described = [_describe_source(name) | {"scale": scale} for name, scale in zip(adapters, scales, strict=True)]
     if described:
         origin |= {"adapter": described[0]} if len(described) == 1 else {"adapters": described}
-    messages = _apply_options(pipeline, options)
+    messages = _apply_options(pipeline, options, device)
     is_compiled = options.compile and not messages
     if record:
-        messages += _match_machine(pipeline, record.get("machine", {}))
+        messages += _match_machine(device, record.get("machine", {}))
     switches = {name: getattr(options, name) for name in ("vae_slicing", "vae_tiling", "no_safety_checker")}
     dtype_name = next(name for name, value in DTYPES.items() if value == dtype)
     origin["machine"] = _describe_machine(device)
@@ -116,27 +121,39 @@ def _describe_machine(device: str) -> dict[str, Any]:
     return versions | ({"threads": torch.get_num_threads()} if kind == "cpu" else {})
 
 
-def _match_machine(pipeline: Any, machine: dict) -> list[str]:
+def _match_machine(device: str, machine: dict) -> list[str]:
     """Use as many threads as the record says; a line for the user if anything else differs."""
     threads = machine.get("threads")
-    if isinstance(threads, int) and 0 < threads <= 4 * (os.cpu_count() or 1) and pipeline.unet.device.type == "cpu":
+    here = _describe_machine(device)
+    if isinstance(threads, int) and 0 < threads <= 4 * (os.cpu_count() or 1) and here["device"] == "cpu":
         torch.set_num_threads(threads)
-    here = _describe_machine(pipeline.unet.device.type)
+        here = _describe_machine(device)
     other = [f"{name} {here[name]} instead of {machine.get(name)}" for name in here if here[name] != machine.get(name)]
     return [f"the repeated edit may differ in its last bits: {', '.join(other)}"] if other else []
 
 
-def _apply_options(pipeline: Any, options: EditorOptions) -> list[str]:
-    """Slicing, tiling and compilation; a line for the user if --compile is not possible."""
+def _apply_options(pipeline: Any, options: EditorOptions, device: str) -> list[str]:
+    """Offloading, slicing, tiling and compilation; a line for the user if --compile is not possible."""
+    offload_editor(pipeline, options.offload, device)
     if options.vae_slicing:
         pipeline.vae.enable_slicing()
     if options.vae_tiling:
         pipeline.vae.enable_tiling()
     if options.compile:
-        if missing := _find_missing_compiler(pipeline.unet.device.type):
+        if missing := _find_missing_compiler(torch.device(device).type):
             return [f"--compile is ignored: it needs {missing}, which is not installed"]
         pipeline.unet.compile()
     return []
+
+
+def offload_editor(pipeline: Any, kind: str | None, device: str) -> None:
+    """Keep the weights in main memory. kind: of `OFFLOADS`, None changes nothing; device: where they are used."""
+    if kind == "model":
+        pipeline.enable_model_cpu_offload(device=device)
+    elif kind == "sequential":
+        # Layer by layer, a VAE can no longer be converted when it overflows: float32 from the start.
+        pipeline.vae.to(torch.float32)
+        pipeline.enable_sequential_cpu_offload(device=device)
 
 
 def _find_missing_compiler(device: str) -> str | None:

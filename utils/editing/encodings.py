@@ -71,7 +71,16 @@ class Encodings:
 
 
 def _encode_image(pipeline: Any, image: Image.Image) -> torch.Tensor:
-    with vae_in_its_precision(pipeline) as vae:
+    """(1, 4, h, w); in float32 where it overflows otherwise."""
+    latents = _encode(pipeline, image, in_float32=False)
+    if not latents.isfinite().all() and pipeline.vae.dtype != torch.float32:
+        logger.warning("the VAE overflows in %s: encoding in float32", pipeline.vae.dtype)
+        latents = _encode(pipeline, image, in_float32=True)
+    return latents
+
+
+def _encode(pipeline: Any, image: Image.Image, in_float32: bool) -> torch.Tensor:
+    with vae_in_its_precision(pipeline, in_float32) as vae:
         pixels = pipeline.image_processor.preprocess([image]).to(device_of(pipeline), vae.dtype)  # in [-1, 1]
         encoded = vae.encode(pixels)
     # AutoencoderTiny has no posterior: it returns the latents.
@@ -96,16 +105,22 @@ def is_sdxl(pipeline: Any) -> bool:
     return getattr(pipeline, "text_encoder_2", None) is not None
 
 
-@contextmanager
-def vae_in_its_precision(pipeline: Any) -> Iterator[AutoencoderKL]:
-    """The VAE outside autocast, in float32 if it would overflow in float16 (SDXL's `force_upcast`)."""
+def vae_overflows(pipeline: Any) -> bool:
+    """Whether the VAE is known to overflow in the float16 that it has (SDXL's `force_upcast`)."""
     vae = pipeline.vae
-    overflows = is_sdxl(pipeline) and vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
-    if overflows:
+    return is_sdxl(pipeline) and vae.dtype == torch.float16 and vae.config.get("force_upcast", False)
+
+
+@contextmanager
+def vae_in_its_precision(pipeline: Any, in_float32: bool = False) -> Iterator[AutoencoderKL]:
+    """The VAE outside autocast, in float32 on request and where it would overflow in float16."""
+    vae, own = pipeline.vae, pipeline.vae.dtype
+    is_raised = own != torch.float32 and (in_float32 or vae_overflows(pipeline))
+    if is_raised:
         vae.to(torch.float32)
     try:
         with torch.autocast(device_of(pipeline).type, enabled=False):
             yield vae
     finally:
-        if overflows:
-            vae.to(torch.float16)
+        if is_raised:
+            vae.to(own)

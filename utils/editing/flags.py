@@ -13,6 +13,9 @@ RECORDED = ("edit", "jobs", "surprise_me", "num_images", "seed")
 RECORDED_OPTIONS = ("dtype", "compile", "vae_slicing", "vae_tiling", "no_safety_checker", "lora_scale")
 
 
+OFFLOADS = ("model", "sequential")  # which part of the weights is on the GPU: one model, or one layer
+
+
 @dataclass(frozen=True)
 class EditorOptions:
     """Which editor to load and how to run it; the fields are flags of infer.py."""
@@ -28,6 +31,7 @@ class EditorOptions:
     device: str = "auto"
     dtype: str | None = None
     compile: bool = False
+    offload: str | None = None
     vae_slicing: bool = False
     vae_tiling: bool = False
 
@@ -43,6 +47,15 @@ def find_missing_path(flag: str, name: str | None) -> list[str]:
     """A line if `name` can only be a path and does not exist."""
     is_missing = name and looks_like_path(name) and not Path(name).exists()
     return [f"--{flag} {name} is not a folder or file that exists"] if is_missing else []
+
+
+def find_offload_problems(offload: str | None, device: str, is_compiled: bool = False) -> list[str]:
+    """What is wrong with --offload beside the other flags of the machine."""
+    if offload and device == "cpu":
+        return [f"--offload {offload} needs a GPU: remove it, or --device cpu"]
+    if offload == "sequential" and is_compiled:
+        return ["--compile has no effect with --offload sequential: remove one"]
+    return []
 
 
 def find_scale_problems(lora: Sequence[str] | None, scales: Sequence[float] | None) -> list[str]:
@@ -61,6 +74,7 @@ def _find_model_problems(flags: Mapping[str, Any]) -> list[str]:
         problems.append("--model is missing: give the folder, the file or the Hub id of an editor")
     if flags.get("trust_record") and not flags["repeat"]:
         problems.append("--trust_record is for --repeat: remove it")
+    problems += find_offload_problems(flags["offload"], flags["device"], flags["compile"])
     for flag in ("model", "vae", "single_file_config"):
         problems += find_missing_path(flag, flags[flag])
     for lora in flags["lora"] or ():

@@ -48,6 +48,19 @@ def combine(predictions: torch.Tensor, coefficients: Coefficients) -> torch.Tens
     return sum(weighted).to(predictions.dtype)
 
 
+def rescale(combined: torch.Tensor, text: torch.Tensor, strength: float) -> torch.Tensor:
+    """`combined` (B, ...) with its standard deviation drawn towards that of `text`, the text branch (B, ...).
+
+    Guidance raises the contrast of the prediction, which overexposes images where the noise schedule ends at zero SNR.
+    With strength phi in [0, 1]: combined * (phi * std(text) / std(combined) + 1 - phi), the standard deviations over
+    all values of an image (arXiv 2305.08891, section 3.4, equations 15 and 16).
+    """
+    axes = tuple(range(1, combined.ndim))
+    wide = combined.to(torch.promote_types(combined.dtype, torch.float32))
+    ratio = text.to(wide.dtype).std(axes, keepdim=True) / wide.std(axes, keepdim=True)
+    return (wide * (strength * ratio + 1 - strength)).to(combined.dtype)
+
+
 def _weigh(predictions: torch.Tensor, weight: float | list[float]) -> torch.Tensor:
     """(B, ...) times one weight, or times one weight per row."""
     if not isinstance(weight, list):

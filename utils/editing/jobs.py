@@ -20,8 +20,8 @@ MAX_PROBLEMS = 10  # of a file of jobs
 OTHER_KEYS = ("image", "edit", "output", "seed", "num_images")
 KEYS = (*OTHER_KEYS, *(field.name for field in fields(EditSettings)))
 WHOLE_NUMBERS = ("steps", "resolution", "seed", "num_images")
-SWITCHES = ("keep_size", "randomize_cfg", "first_frame")
-TEXTS = ("background",)
+SWITCHES = ("keep_size", "randomize_cfg", "first_frame", "karras_sigmas")
+TEXTS = ("background", "negative_prompt")
 CHOICES = {"scheduler": tuple(SCHEDULERS), "timestep_spacing": SPACINGS}
 
 

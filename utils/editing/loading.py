@@ -120,7 +120,7 @@ def load_editor(
         _require_matching(adapters, configs.unet, name)
     with explaining_load_errors(f"the model {name}"):
         if is_file:
-            parts = StableDiffusion(**load_single_file(name, single_file_config, cache_dir))
+            parts = StableDiffusion(**load_single_file(name, single_file_config, cache_dir, dtype))
             pipeline = make_editor(parts, parts.scheduler).to(dtype)
         else:
             # Always a dtype: without it, diffusers and transformers would choose different ones.

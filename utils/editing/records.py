@@ -30,7 +30,7 @@ FORMAT = 1
 IMAGE_DESCRIPTION = 0x010E
 PNG_FORMATS = (".png", ".apng")
 EXIF_FORMATS = (".jpg", ".jpeg", ".webp", ".tif", ".tiff")
-SWITCHES = ("keep_size", "first_frame")
+SWITCHES = ("keep_size", "first_frame", "karras_sigmas")
 RECORDED_CHOICES = {
     "scheduler": {*SCHEDULERS, *(class_name for class_name, _ in SCHEDULERS.values())},
     "timestep_spacing": set(SPACINGS),

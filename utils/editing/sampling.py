@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from utils.editing.guidance import Coefficients, combine
+from utils.editing.guidance import Coefficients, combine, rescale
 from utils.errors import InputError
 from utils.models.conditioning import PromptEmbeds, added_conditions, concatenate
 
@@ -22,17 +22,19 @@ def denoise(
     generators: list[torch.Generator],
     eta: float | None = 0.0,
     after_step: Callable[[], None] | None = None,
+    guidance_rescale: float = 0.0,
 ) -> torch.Tensor:
     """The denoised latents (B, 4, h, w).
 
     embeds: branch -> B rows, for every branch in `coefficients`; image_latents (B, 4, h, w); image_size (height, width)
     in pixels, a condition of SDXL; coefficients: of the branches for each timestep of the scheduler (`guidance`);
     generators: one per image, on the CPU; eta: for schedulers that have it, None for their own default (TCD: 0.3).
+    guidance_rescale: strength of `guidance.rescale` in the steps that evaluate the text branch and another one.
     The noise is drawn in the precision of the embeddings, as the pipelines do.
     """
-    known = inspect.signature(scheduler.step).parameters
-    extra = {"generator": generators} if "generator" in known else {}
-    if "eta" in known and eta is not None:
+    has_noise = "generator" in inspect.signature(scheduler.step).parameters
+    extra: dict[str, Any] = {"generator": generators} if has_noise else {}
+    if takes_eta(scheduler) and eta is not None:
         extra["eta"] = eta
     noise_dtype = next(iter(embeds.values())).hidden.dtype
     shape = (1, *image_latents.shape[1:])
@@ -50,8 +52,10 @@ def denoise(
         predictions = unet(
             model_input, timestep, encoder_hidden_states=hidden, added_cond_kwargs=added, return_dict=False
         )[0]
-        # Under autocast the prediction has half precision, the latents that of the UNet.
-        prediction = combine(predictions, weights).to(latents.dtype)  # (B, 4, h, w)
+        prediction = combine(predictions, weights)  # (B, 4, h, w)
+        if guidance_rescale and branches[0] == "text" and len(branches) > 1:
+            prediction = rescale(prediction, predictions[: len(prediction)], guidance_rescale)
+        prediction = prediction.to(latents.dtype)  # under autocast it has half precision, the latents that of the UNet
         latents = scheduler.step(prediction, timestep, latents, **extra, return_dict=False)[0]
         if after_step:
             after_step()
@@ -68,6 +72,11 @@ def _make_conditions(
     # Original size, crop, target size. Unlike diffusers: in float32, as in training, because bfloat16 rounds the sizes.
     time_ids = torch.tensor([[*image_size, 0, 0, *image_size]], dtype=torch.float32, device=images.device)
     return images, texts.hidden, added_conditions(texts.pooled, time_ids.repeat(len(images), 1))
+
+
+def takes_eta(scheduler: Any) -> bool:
+    """Whether a scheduler adds the noise that eta sets (DDIM, TCD)."""
+    return "eta" in inspect.signature(scheduler.step).parameters
 
 
 def fresh_scheduler(scheduler: Any, num_inference_steps: int, device: torch.device) -> Any:

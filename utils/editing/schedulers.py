@@ -1,5 +1,6 @@
 """Schedulers by name, created from the configuration of a model's own scheduler. Nothing heavy is imported here."""
 
+import inspect
 from typing import Any
 
 from utils.errors import InputError
@@ -28,12 +29,15 @@ LATENT_DEFAULTS = {"clip_sample": False, "set_alpha_to_one": False}
 OWN_TIMESTEPS = ("LCMScheduler", "TCDScheduler")  # the distillation fixed their timesteps: no spacing
 
 
-def choose_scheduler(own: Any, name: str | None = None, timestep_spacing: str | None = None) -> Any:
+def choose_scheduler(
+    own: Any, name: str | None = None, timestep_spacing: str | None = None, karras_sigmas: bool = False
+) -> Any:
     """A scheduler with the noise schedule and prediction type of `own`, the model's, but another class or spacing.
 
     name: a key of `SCHEDULERS` or a class name among its values; None keeps the class. timestep_spacing: None keeps
-    that of the model; "trailing" is best for few steps (arXiv 2305.08891). Raises InputError for an unknown name, for
-    noise levels that the model was not trained on, and for a spacing that has no effect.
+    that of the model; "trailing" is best for few steps (arXiv 2305.08891). karras_sigmas: the noise levels of Karras et
+    al. (arXiv 2206.00364, equation 5). Raises InputError for an unknown name, for noise levels that the model was not
+    trained on, and for a spacing or sigmas that have no effect.
     """
     import diffusers
 
@@ -48,6 +52,11 @@ def choose_scheduler(own: Any, name: str | None = None, timestep_spacing: str | 
         if class_name in OWN_TIMESTEPS or class_name.startswith("EDM"):
             raise InputError(f"--timestep_spacing {timestep_spacing} has no effect on {class_name}: remove it")
         changes = changes | {"timestep_spacing": timestep_spacing}
+    if karras_sigmas:
+        if not _has_karras_sigmas(class_name):
+            able = ", ".join(known for known, (kind, _) in SCHEDULERS.items() if _has_karras_sigmas(kind))
+            raise InputError(f"--karras_sigmas has no effect on {class_name}: choose --scheduler {able}")
+        changes = changes | {"use_karras_sigmas": True}
     config = dict(own.config)
     if class_name != own_class:
         unset = own.config.get("_use_default_values", ())
@@ -58,3 +67,9 @@ def choose_scheduler(own: Any, name: str | None = None, timestep_spacing: str | 
         raise InputError(
             f"--scheduler {name or own_class} does not support this model's configuration: {error}"
         ) from error
+
+
+def _has_karras_sigmas(class_name: str) -> bool:
+    import diffusers
+
+    return "use_karras_sigmas" in inspect.signature(getattr(diffusers, class_name)).parameters

@@ -5,10 +5,8 @@ infer.py saves what it yields, the page shows it, and demo.py runs it in its own
 """
 
 import gc
-import secrets
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -17,23 +15,22 @@ from typing import Any
 import torch
 from PIL import Image
 
-from utils.editing.edit_images import OutOfMemory, SamplingSettings, edit_images, fit_to_model
+from utils.editing.edit_images import OutOfMemory, SamplingSettings, edit_images
 from utils.editing.editor_setup import OpenedEditor
 from utils.editing.encodings import Encodings
-from utils.editing.guidance import branch_coefficients
 from utils.editing.jobs import Job
-from utils.editing.metadata import kept_metadata
-from utils.editing.records import find_differences, make_record, read_record, save_image
-from utils.editing.sampling import fresh_scheduler
+from utils.editing.preparation import WITHOUT_ALPHA, JobPreparer, PreparedJob
+from utils.editing.records import save_image
+from utils.editing.sampling import fresh_scheduler, takes_eta
 from utils.editing.schedulers import choose_scheduler
-from utils.editing.settings import SCALES, EditSettings, draw_instruction, resolve_settings
+from utils.editing.settings import SCALES, EditSettings
 from utils.errors import InputError
-from utils.pixels import Animation, BadRow, decode, decode_animation, num_frames
+from utils.pixels import Animation
 
-ANIMATED = (".gif", ".webp", ".png", ".apng", ".tif", ".tiff")
-WITHOUT_ALPHA = (".jpg", ".jpeg", ".bmp")
+SCHEDULER_CHOICE = ("scheduler", "timestep_spacing", "karras_sigmas")  # the arguments of `choose_scheduler`
 DEFAULT_DURATION = 100  # milliseconds, where a format has frames without a duration
 MAX_WAITING = 64  # decoded images that wait for others of their settings and size
+OVERFLOW = "the model overflows in this precision, its edit has NaN values: give --dtype bf16 or fp32"
 
 
 @dataclass(frozen=True)
@@ -68,36 +65,6 @@ class EditResult:
             save_image(image, path, self.record, self.metadata)
 
 
-@dataclass(frozen=True)
-class _PreparedJob:
-    """A job with every choice made. image: as the model sees it; size: (width, height) of the input;
-    alpha: of the size of the saved edit.
-
-    frames: of an animation, (image, alpha) each; source: the decoded input.
-    """
-
-    job: Job
-    record: dict
-    settings: dict[str, Any]
-    image: Image.Image
-    size: tuple[int, int]
-    replaced: str
-    alpha: Image.Image | None = None
-    frames: tuple[tuple[Image.Image, Image.Image | None], ...] = ()
-    source: Animation | None = None
-    notes: tuple[str, ...] = ()
-    metadata: Image.Exif | None = None
-
-    @property
-    def batch_key(self) -> tuple:
-        """Equal for jobs that can be in one batch: scales may differ if they need the same guidance branches."""
-        shared = sorted(
-            (name, value) for name, value in self.settings.items() if name not in SCALES and value is not None
-        )
-        branches = tuple(branch_coefficients(*(self.settings[name] for name in SCALES)))
-        return (*shared, branches, self.image.size, self.job.batch_place)
-
-
 class EditService:
     """Edits images with one editor.
 
@@ -108,10 +75,10 @@ class EditService:
     def __init__(
         self, editor: OpenedEditor, batch_size: int = 1, say: Callable[[str], None] = print, keep_metadata: bool = False
     ) -> None:
-        self.pipeline, self.origin, self.recommended = editor.pipeline, editor.origin, editor.recommended
-        self.batch_size, self.say, self.keep_metadata = batch_size, say, keep_metadata
-        self._scheduler = cache(lambda name, spacing: choose_scheduler(self.pipeline.scheduler, name, spacing))
-        self._last_input: tuple[Any, bytes, dict[tuple, Animation]] = (None, b"", {})
+        self.pipeline, self.batch_size, self.say = editor.pipeline, batch_size, say
+        self._preparer = JobPreparer(editor.pipeline, editor.origin, editor.recommended, keep_metadata)
+        self.choose_seed = self._preparer.choose_seed
+        self._scheduler = cache(lambda *choice: choose_scheduler(self.pipeline.scheduler, *choice))
 
     def edit(
         self, jobs: list[Job], seed: int = 0, on_step: Callable[[int, int, int], None] | None = None
@@ -121,12 +88,12 @@ class EditService:
         seed: of jobs without one; on_step(step, steps, images in the batch): an exception that it raises ends the run.
         Raises InputError before the first edit if the scheduler does not support some settings.
         """
-        for settings in dict.fromkeys(job.settings for job in jobs):
-            self._check_scheduler(settings)
+        for settings, is_repeated in dict.fromkeys((job.settings, job.batch_place is not None) for job in jobs):
+            self._check_scheduler(settings, is_repeated)
         encodings = Encodings(self.pipeline)
-        waiting: OrderedDict[tuple, list[_PreparedJob]] = OrderedDict()
-        for job, prepared in self._prepare_ahead(jobs, seed):
-            if not isinstance(prepared, _PreparedJob):
+        waiting: OrderedDict[tuple, list[PreparedJob]] = OrderedDict()
+        for job, prepared in self._preparer.prepare_ahead(jobs, seed, self.batch_size):
+            if not isinstance(prepared, PreparedJob):
                 yield EditResult(job, problem="" if prepared is None else str(prepared))
                 continue
             if prepared.frames:
@@ -141,35 +108,8 @@ class EditService:
         for batch in waiting.values():
             yield from self._edit_batches(batch, encodings, on_step)
 
-    def _prepare_ahead(
-        self, jobs: list[Job], seed: int
-    ) -> Iterator[tuple[Job, _PreparedJob | BadRow | InputError | None]]:
-        """Each job with what `_prepare` returns or raises; a thread reads and decodes while the model edits others."""
-
-        def prepare(job: Job) -> _PreparedJob | BadRow | InputError | None:
-            try:
-                return self._prepare(job, seed)
-            except (BadRow, InputError) as error:
-                return error
-            except OSError as error:  # removed or unreadable since the run began
-                return InputError(f"{job.name} cannot be read: {error.strerror or error}")
-
-        ahead: deque[tuple[Job, Future]] = deque()
-        with ThreadPoolExecutor(1) as thread:  # one: the jobs of one input share what was read
-            try:
-                for job in jobs:
-                    ahead.append((job, thread.submit(prepare, job)))
-                    if len(ahead) > self.batch_size:
-                        first, future = ahead.popleft()
-                        yield first, future.result()
-                while ahead:
-                    first, future = ahead.popleft()
-                    yield first, future.result()
-            finally:
-                thread.shutdown(cancel_futures=True)
-
     def _edit_animation(
-        self, prepared: _PreparedJob, encodings: Encodings, on_step: Callable[[int, int, int], None] | None
+        self, prepared: PreparedJob, encodings: Encodings, on_step: Callable[[int, int, int], None] | None
     ) -> EditResult:
         """Edit every frame with the same seed."""
         frames = [replace(prepared, image=image, alpha=alpha, frames=()) for image, alpha in prepared.frames]
@@ -184,97 +124,20 @@ class EditService:
         is_flagged = any(edit.is_flagged for edit in edits)
         return replace(edits[0], animation=animation, is_flagged=is_flagged)
 
-    def choose_seed(self, jobs: list[Job]) -> int:
-        """The seed of a former run of these jobs, found in one of its outputs, so that it is resumed; else random."""
-        for job in jobs:
-            former = read_record(job.output) if job.seed is None and job.output and job.output.is_file() else None
-            seed = former.get("seed") if former else None
-            if not isinstance(seed, int) or seed < job.offset:
-                continue
-            try:
-                record = self._describe(job, seed - job.offset)
-            except (BadRow, InputError):
-                continue
-            if not find_differences(former, record):
-                return seed - job.offset
-        return secrets.randbelow(100_000)
-
-    def _check_scheduler(self, settings: EditSettings) -> None:
-        """Raise InputError for a scheduler, spacing or number of steps that is not possible."""
-        steps = self._resolve(settings, 0)["steps"]
-        fresh_scheduler(self._scheduler(settings.scheduler, settings.timestep_spacing), steps, "cpu")
-
-    def _resolve(self, settings: EditSettings, seed: int) -> dict[str, Any]:
-        return resolve_settings(settings, self.recommended, type(self.pipeline.scheduler).__name__, seed)
-
-    def _describe(self, job: Job, run_seed: int) -> dict:
-        """The record of a job without its batch place."""
-        seed = (run_seed if job.seed is None else job.seed) + job.offset
-        return make_record(
-            self.origin,
-            name=job.name,
-            content=self._read(job),
-            instruction=draw_instruction(seed, job.name) if job.instruction is None else job.instruction,
-            seed=seed,
-            settings=self._resolve(job.settings, seed),
-        )
-
-    def _read(self, job: Job) -> bytes:
-        """The bytes of a job's input; those of the last input are kept, because its jobs follow each other."""
-        if self._last_input[0] is not job.read:
-            self._last_input = (job.read, job.read(), {})
-        return self._last_input[1]
-
-    def _decode(self, job: Job) -> tuple[Animation, tuple[str, ...]]:
-        """(the input, of one frame if it is not an animation; what the user may not expect)."""
-        _, content, decoded = self._last_input
-        background = job.settings.background
-        if (key := (background, job.settings.first_frame)) not in decoded:
-            decoded[key] = _decode_input(content, background, job.settings.first_frame)
-        source, notes = decoded[key], ()
-        if len(source.frames) > 1 and job.output and job.output.suffix.lower() not in ANIMATED:
-            raise BadRow(
-                f"{job.output.name} cannot hold its {len(source.frames)} frames: name it {', '.join(ANIMATED)}, or "
-                "edit the first with --first_frame"
+    def _check_scheduler(self, settings: EditSettings, is_repeated: bool) -> None:
+        """Raise InputError for a scheduler or its settings that are not possible or without effect."""
+        steps = self._preparer.resolve(settings, 0)["steps"]
+        scheduler = self._scheduler(settings.scheduler, settings.timestep_spacing, settings.karras_sigmas)
+        fresh_scheduler(scheduler, steps, "cpu")
+        # A repeated edit has the settings that its record has, with or without effect.
+        if settings.eta is not None and not is_repeated and not takes_eta(scheduler):
+            raise InputError(
+                f"--eta {settings.eta:g} has no effect on {type(scheduler).__name__}: remove it, or choose --scheduler "
+                "ddim or tcd"
             )
-        if source.alphas[0] is not None and background is None:
-            is_opaque = job.output is not None and job.output.suffix.lower() in WITHOUT_ALPHA
-            kept = f"{job.output.suffix} has none, so it is white" if is_opaque else "kept (--background fills it)"
-            notes = (f"{job.name} is partly transparent: {kept}",)
-        if job.settings.first_frame and (count := num_frames(content)) > 1:
-            notes += (f"{job.name} has {count} frames or pages: only the first is edited",)
-        return source, notes
-
-    def _prepare(self, job: Job, run_seed: int) -> _PreparedJob | None:
-        """None if the job's output already has this edit. Raises BadRow or InputError for a bad image."""
-        record, replaced = self._describe(job, run_seed), ""
-        if job.output and job.output.exists():
-            former = read_record(job.output)
-            differences = find_differences(former, record) if former else ["no record of an edit"]
-            if not differences:
-                return None
-            replaced = "; ".join(differences)
-        settings = self._resolve(job.settings, record["seed"])
-        source, notes = self._decode(job)
-
-        def fit(image: Image.Image | None) -> Image.Image | None:
-            size = dict(resolution=settings["resolution"], crop=not settings["keep_size"])
-            return None if image is None else fit_to_model(image, self.pipeline, **size)
-
-        is_kept = job.settings.background is None
-        alphas = source.alphas if is_kept else [None] * len(source.alphas)
-        alphas = alphas if settings["keep_size"] else map(fit, alphas)
-        frames = tuple(zip(map(fit, source.frames), alphas, strict=True))
-        image, alpha = frames[0]
-        metadata = kept_metadata(self._read(job)) if self.keep_metadata else None
-        if self.keep_metadata and metadata is None:
-            notes += (f"{job.name} has no date or place to keep",)
-        several = frames if len(frames) > 1 else ()
-        shared = (record, settings, image, source.frames[0].size, replaced, alpha, several, source, notes, metadata)
-        return _PreparedJob(job, *shared)
 
     def _edit_batches(
-        self, prepared: list[_PreparedJob], encodings: Encodings, on_step: Callable[[int, int, int], None] | None
+        self, prepared: list[PreparedJob], encodings: Encodings, on_step: Callable[[int, int, int], None] | None
     ) -> Iterator[EditResult]:
         """Edit in batches of `batch_size`, which is halved whenever the memory is too small."""
         while prepared:
@@ -301,7 +164,7 @@ class EditService:
                 prepared = prepared[1:]
 
     def _edit_batch(
-        self, batch: list[_PreparedJob], encodings: Encodings, on_step: Callable[[int, int, int], None] | None
+        self, batch: list[PreparedJob], encodings: Encodings, on_step: Callable[[int, int, int], None] | None
     ) -> list[EditResult]:
         """Edit one batch. A job with a batch place is repeated in every row: the last bits depend on their number."""
         settings, place = batch[0].settings, batch[0].job.batch_place
@@ -314,9 +177,11 @@ class EditService:
             [row.record["seed"] for row in rows],
             SamplingSettings(
                 num_inference_steps=settings["steps"],
+                negative_prompt=settings.get("negative_prompt"),
                 eta=settings["eta"],
+                guidance_rescale=settings.get("guidance_rescale", 0.0),
                 guidance_interval=settings["guidance_interval"],
-                scheduler=self._scheduler(batch[0].job.settings.scheduler, settings["timestep_spacing"]),
+                scheduler=self._scheduler(*(getattr(batch[0].job.settings, name) for name in SCHEDULER_CHOICE)),
                 **scales,
             ),
             encodings=encodings,
@@ -326,7 +191,9 @@ class EditService:
         return [_finish(job, edits[row], (row, size)) for job, (row, size) in zip(batch, places, strict=True)]
 
 
-def _finish(prepared: _PreparedJob, edit: Image.Image, place: tuple[int, int]) -> EditResult:
+def _finish(prepared: PreparedJob, edit: Image.Image, place: tuple[int, int]) -> EditResult:
+    if edit.info["overflowed"]:
+        return EditResult(prepared.job, problem=OVERFLOW)
     is_flagged, record = edit.info["flagged"], prepared.record | {"batch": list(place)}
     if prepared.settings["keep_size"]:
         edit = edit.resize(prepared.size, Image.Resampling.LANCZOS)
@@ -334,13 +201,6 @@ def _finish(prepared: _PreparedJob, edit: Image.Image, place: tuple[int, int]) -
         edit.putalpha(prepared.alpha)
     shown = (prepared.image, prepared.replaced, is_flagged, None, prepared.notes, prepared.metadata)
     return EditResult(prepared.job, edit, "", record, *shown)
-
-
-def _decode_input(content: bytes, background: str | None, first_frame: bool) -> Animation:
-    if first_frame or num_frames(content) == 1:
-        decoded = decode(content, background=background or "white")
-        return Animation([decoded.rgb], [decoded.alpha], [0], None)
-    return decode_animation(content, background=background or "white")
 
 
 def animation_options(animation: Animation, path: Path) -> dict[str, Any]:

@@ -11,19 +11,30 @@ LIMITS: dict[str, tuple[float, float]] = {
     "guidance_scale": (0, 1000),
     "image_guidance_scale": (0, 1000),
     "eta": (0, 1),
+    "guidance_rescale": (0, 1),
     "resolution": (8, 4096),
     "seed": (0, 2**63 - 1),
     "num_images": (1, 10_000),
     "batch_size": (1, 1024),
     "lora_scale": (-10, 10),
 }
-# Used for what neither the user nor the editor's `adapted.json` sets; eta None leaves the scheduler its own default.
-DEFAULT_SETTINGS: dict[str, Any] = {"steps": 20, "guidance_scale": 7.5, "image_guidance_scale": 1.5, "eta": None}
+# Used for what neither the user nor the editor's `adapted.json` sets. eta None: the scheduler's own default; resolution
+# None: that of the model.
+DEFAULT_SETTINGS: dict[str, Any] = {
+    "steps": 20,
+    "guidance_scale": 7.5,
+    "image_guidance_scale": 1.5,
+    "eta": None,
+    "guidance_rescale": 0.0,
+    "resolution": None,
+}
 SCALES = ("guidance_scale", "image_guidance_scale")
 ADAPTED = "adapted.json"  # adapt_distill.py writes recommended settings, keys of `DEFAULT_SETTINGS`, into this file
 INSTRUCTIONS = tuple(Path(__file__).with_name("random_instructions.txt").read_text("utf-8").splitlines())
 EASY_INSTRUCTIONS = INSTRUCTIONS[:8]  # the toy editor was trained on these
-RECORDED_IF_SET = ("first_frame", "background")  # newer than the records of many edits
+# Newer than the records of many edits
+RECORDED_IF_SET = ("first_frame", "background", "negative_prompt", "guidance_rescale", "karras_sigmas")
+MAX_PROMPT = 2000  # characters of a negative prompt; CLIP reads about 300 of them
 SPREAD = 0.2  # as edit_app.py, which draws 6 to 9 around 7.5 and 1.2 to 1.8 around 1.5
 
 
@@ -31,17 +42,22 @@ SPREAD = 0.2  # as edit_app.py, which draws 6 to 9 around 7.5 and 1.2 to 1.8 aro
 class EditSettings:
     """What decides an edit besides the image, the instruction and the seed; None is the model's default.
 
+    negative_prompt: what the edit should not show, in place of the empty prompt; guidance_rescale: `guidance.rescale`;
     guidance_interval: (start, stop) as fractions of the steps; scheduler: a key of `schedulers.SCHEDULERS`;
+    karras_sigmas: the noise levels of Karras et al. (2206.00364, equation 5) in place of the model's timesteps;
     first_frame: of an animation, edit only this; background: a colour for transparent pixels, None keeps them.
     """
 
     steps: int | None = None
     guidance_scale: float | None = None
     image_guidance_scale: float | None = None
+    negative_prompt: str | None = None
+    guidance_rescale: float | None = None
     eta: float | None = None
     guidance_interval: tuple[float, float] | None = None
     scheduler: str | None = None
     timestep_spacing: str | None = None
+    karras_sigmas: bool = False
     resolution: int | None = None
     keep_size: bool = False
     first_frame: bool = False
@@ -75,7 +91,7 @@ def resolve_settings(
     values |= {name: value for name, value in defaults.items() if values[name] is None}
     del values["randomize_cfg"]
     for name in RECORDED_IF_SET:
-        if not values[name]:
+        if values[name] in (None, False, 0.0):  # an empty negative prompt is one: SDXL's null prompt may be zeros
             del values[name]
     return values | {"scheduler": settings.scheduler or own_scheduler}
 
@@ -91,6 +107,9 @@ def find_setting_problems(values: dict[str, Any], prefix: str = "--") -> list[st
     if interval is not None and not _is_interval(interval):
         given = " ".join(map(str, interval)) if isinstance(interval, (list, tuple)) else interval
         problems.append(f"{prefix}guidance_interval {given}: must be two fractions with 0 <= START < STOP <= 1")
+    negative = values.get("negative_prompt")
+    if negative is not None and not (isinstance(negative, str) and len(negative) <= MAX_PROMPT):
+        problems.append(f"{prefix}negative_prompt {negative!s:.40}: must be text of at most {MAX_PROMPT} characters")
     background = values.get("background")
     if background is not None and not _is_colour(background):
         problems.append(f"{prefix}background {background}: must be a colour such as white, #1e90ff or rgb(30,144,255)")

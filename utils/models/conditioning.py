@@ -48,7 +48,7 @@ class PromptEncoder:
         self.tokenizers = tokenizers
         self.text_encoders = text_encoders
         self.truncated: set[str] = set()
-        self.device = text_encoders[0].device
+        self.device = _device_of(text_encoders[0])
         self._zero_null = zero_null
         self._cache: OrderedDict[str, PromptEmbeds] = OrderedDict()  # batch size 1 each
 
@@ -97,7 +97,7 @@ class PromptEncoder:
     def _encode(self, prompt: str) -> PromptEmbeds:
         """One prompt at a time: in a batch, the last bits would depend on the other prompts."""
         pairs = zip(self.tokenizers, self.text_encoders, strict=True)
-        with torch.autocast(self.text_encoders[0].device.type, enabled=False):  # the same bits in every caller
+        with torch.autocast(_device_of(self.text_encoders[0]).type, enabled=False):  # the same bits in every caller
             outputs = [self._run(prompt, tokenizer, text_encoder) for tokenizer, text_encoder in pairs]
         if len(outputs) == 1:
             return PromptEmbeds(outputs[0][0]).to(self.device)
@@ -109,10 +109,18 @@ class PromptEncoder:
         if len(tokenizer(prompt, verbose=False).input_ids) > length:
             self.truncated.add(prompt)
         inputs = tokenizer(prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
-        inputs = inputs.to(text_encoder.device)
+        inputs = inputs.to(_device_of(text_encoder))
         has_mask = getattr(text_encoder.config, "use_attention_mask", False) and len(self.text_encoders) == 1
         mask = inputs.attention_mask if has_mask else None
         return text_encoder(inputs.input_ids, attention_mask=mask, output_hidden_states=len(self.text_encoders) > 1)
+
+
+def _device_of(module: torch.nn.Module) -> torch.device:
+    """Where a model runs: one whose weights are loaded layer by layer (accelerate) has them on no device."""
+    if module.device.type != "meta":
+        return module.device
+    devices = (getattr(getattr(part, "_hf_hook", None), "execution_device", None) for part in module.modules())
+    return torch.device(next(device for device in devices if device is not None))
 
 
 def make_prompt_encoder(model: Any) -> PromptEncoder:

@@ -73,14 +73,16 @@ def read_single_file(name: str, config: str | None, cache_dir: str | None) -> tu
     return _read_configs(header, _find_config(name, header, config, cache_dir))
 
 
-def load_single_file(name: str, config: str | None, cache_dir: str | None) -> dict[str, Any]:
-    """The components in float32 under diffusers' names, and SDXL's two settings. Arguments: see `read_single_file`."""
+def load_single_file(
+    name: str, config: str | None, cache_dir: str | None, dtype: torch.dtype = torch.float32
+) -> dict[str, Any]:
+    """The components in `dtype` under diffusers' names, and SDXL's two settings. Arguments: see `read_single_file`."""
     header = _read_header(name)
     folder = _find_config(name, header, config, cache_dir)
     scheduler_config = _read_configs(header, folder)[2]
     # Not `in_channels`, which would also change the VAE. EMA weights, if the file has them, are those that the
     # original InstructPix2Pix edits with.
-    settings = dict(num_in_channels=header.in_channels, extract_ema=True, torch_dtype=torch.float32)
+    settings = dict(num_in_channels=header.in_channels, extract_ema=True, torch_dtype=dtype)
     if header.is_sdxl:
         pipeline_class, names = StableDiffusionXLInstructPix2PixPipeline, SDXL_COMPONENTS
         settings |= dict(add_watermarker=False)

@@ -5,6 +5,8 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
+from utils.editing.settings import LIMITS, find_setting_problems
+
 MAY_BE_ZERO = (
     "dataloader_num_workers",
     "lr_warmup_steps",
@@ -79,6 +81,14 @@ def _validation_conflicts(args: argparse.Namespace) -> Iterator[str]:
         yield "--save_best compares held-out losses; give --validation_split too, such as 0.02"
     if args.validation_epochs and args.validation_steps:
         yield "--validation_epochs and --validation_steps exclude each other; give one of them"
+    names = ("guidance_scale", "image_guidance_scale", "guidance_rescale", "negative_prompt")
+    values = {name: getattr(args, f"validation_{name}") for name in names}
+    yield from find_setting_problems(values, prefix="--validation_")
+    if args.validation_num_inference_steps > LIMITS["steps"][1]:
+        yield (
+            f"--validation_num_inference_steps is {args.validation_num_inference_steps}; "
+            f"it must be at most {LIMITS['steps'][1]}"
+        )
     images, prompts = args.val_image_url or [], args.validation_prompt or []
     if bool(images) != bool(prompts):
         yield "--val_image_url and --validation_prompt need each other; give both or neither"
@@ -107,8 +117,8 @@ def _model_conflicts(args: argparse.Namespace) -> Iterator[str]:
         yield "--vae_revision and --vae_variant need --pretrained_vae_model_name_or_path; give it too"
     if args.gradient_checkpointing and args.gradient_checkpointing_blocks:
         yield "--gradient_checkpointing recomputes all blocks; drop it or --gradient_checkpointing_blocks"
-    if args.single_file_config and not args.pretrained_model_name_or_path.endswith(".safetensors"):
-        yield "--single_file_config needs a model in one .safetensors file; drop it"
+    if args.single_file_config and not args.pretrained_model_name_or_path.endswith((".safetensors", ".ckpt")):
+        yield "--single_file_config needs a model in one .safetensors or .ckpt file; drop it"
 
 
 def _output_dir_conflicts(args: argparse.Namespace) -> Iterator[str]:

@@ -250,6 +250,8 @@ def _add_validation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--validation_guidance_scale", type=float, default=7.0, metavar="S", help=scale)
     scale = "image guidance scale in validation images"
     group.add_argument("--validation_image_guidance_scale", type=float, default=1.5, metavar="S", help=scale)
+    rescaled = "guidance rescale of the validation images, 0 to 1 (0.7 for zero terminal SNR)"
+    group.add_argument("--validation_guidance_rescale", type=float, default=0.0, metavar="R", help=rescaled)
     negative = "negative prompt of the validation images"
     group.add_argument("--validation_negative_prompt", metavar="TEXT", help=negative)
     group.add_argument("--validation_epochs", type=int, help="validate every this many epochs (default: 1)")

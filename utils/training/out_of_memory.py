@@ -3,11 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from utils.errors import InputError
+from utils.errors import InputError, is_out_of_memory
 from utils.training.settings import Settings
 
-# What PyTorch, cuDNN, cuBLAS, bitsandbytes and the CPU's allocator say, in lower case.
-WORDS = ("out of memory", "not enough memory", "can't allocate memory", "alloc_failed", "cannot allocate memory")
 WORKER_KILLED = "dataloader worker"
 
 
@@ -23,7 +21,7 @@ def explaining_out_of_memory(settings: Settings) -> Iterator[None]:
                 "a data loading process was killed, probably for want of memory: lower --dataloader_num_workers "
                 f"{settings.data.dataloader_num_workers} or --train_batch_size. Earlier checkpoints are kept"
             ) from error
-        if not isinstance(error, MemoryError) and not any(words in message for words in WORDS):
+        if not is_out_of_memory(error):
             raise
         advice = next_step(settings)
         raise InputError(f"out of memory: {advice} (docs/memory.md). Earlier checkpoints are kept") from error

@@ -68,6 +68,7 @@ class ValidationOptions:
     validation_num_inference_steps: int = 20
     validation_guidance_scale: float = 7.0
     validation_image_guidance_scale: float = 1.5
+    validation_guidance_rescale: float = 0.0
     validation_negative_prompt: str | None = None
 
 

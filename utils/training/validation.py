@@ -131,6 +131,7 @@ def sampling_settings(options: ValidationOptions) -> SamplingSettings:
         num_inference_steps=options.validation_num_inference_steps,
         guidance_scale=options.validation_guidance_scale,
         image_guidance_scale=options.validation_image_guidance_scale,
+        guidance_rescale=options.validation_guidance_rescale,
         negative_prompt=options.validation_negative_prompt,
     )
 

@@ -11,9 +11,9 @@ from PIL import Image
 from utils.editing.jobs import Job
 from utils.editing.schedulers import SCHEDULERS
 from utils.editing.service import EditResult
-from utils.editing.settings import DEFAULT_SETTINGS, LIMITS, EditSettings
+from utils.editing.settings import DEFAULT_SETTINGS, LIMITS, MAX_PROMPT, EditSettings
 from utils.errors import InputError
-from utils.pixels import BadRow, decode_image
+from utils.pixels import BadRow, decode_image, num_frames
 from utils.web.model_cache import ModelCache
 from utils.web.request_queue import QueueSlot, RequestProgress, RequestQueue
 
@@ -29,9 +29,10 @@ PAGE_LIMITS = {
     "images": _narrow("num_images", 16),
     "cfg_text": _narrow("guidance_scale", 20),
     "cfg_image": _narrow("image_guidance_scale", 5),
+    "guidance_rescale": _narrow("guidance_rescale", 1),
 }
 WHOLE_NUMBERS = ("steps", "seed", "images")
-MAX_INSTRUCTION = 2000  # characters; CLIP reads about 300 of them
+SWITCHES = ("keep_size", "karras_sigmas")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class EditRequest:
     cfg_image: float = DEFAULT_SETTINGS["image_guidance_scale"]
     scheduler: str = ""  # "" for the model's own
     keep_size: bool = False
+    negative_prompt: str = ""
+    guidance_rescale: float = DEFAULT_SETTINGS["guidance_rescale"]
+    karras_sigmas: bool = False
 
     @property
     def models(self) -> list[str]:
@@ -63,19 +67,20 @@ def check_request(request: EditRequest, models: list[str]) -> EditRequest:
     problems, numbers = [], {}
     if not request.instruction.strip():
         problems.append('The instruction is empty: describe what to change, such as "make it snowy".')
-    if len(request.instruction) > MAX_INSTRUCTION:
-        problems.append(
-            f"The instruction has {len(request.instruction)} characters: at most {MAX_INSTRUCTION} allowed."
-        )
+    if len(request.instruction) > MAX_PROMPT:
+        problems.append(f"The instruction has {len(request.instruction)} characters: at most {MAX_PROMPT} allowed.")
+    if len(request.negative_prompt) > MAX_PROMPT:
+        problems.append(f"The negative prompt is too long: at most {MAX_PROMPT} characters are allowed.")
     problems += [
-        f"There is no model {name!r}: choose one of {', '.join(models)}."
+        f"The model {name!r} is unknown: choose one of {', '.join(models)}."
         for name in request.models
         if name not in models
     ]
     if request.scheduler and request.scheduler not in SCHEDULERS:
-        problems.append(f"There is no scheduler {request.scheduler!r}: choose one of {', '.join(SCHEDULERS)}.")
-    if not isinstance(request.keep_size, bool):
-        problems.append(f"keep_size {request.keep_size}: must be true or false.")
+        problems.append(f"The scheduler {request.scheduler!r} is unknown: choose one of {', '.join(SCHEDULERS)}.")
+    for name in SWITCHES:
+        if not isinstance(getattr(request, name), bool):
+            problems.append(f"{name} {getattr(request, name)}: must be true or false.")
     for name, (smallest, largest) in PAGE_LIMITS.items():
         value, is_whole = getattr(request, name), name in WHOLE_NUMBERS
         if not _is_finite(value) or not smallest <= value <= largest or (is_whole and value != int(value)):
@@ -147,7 +152,7 @@ class RequestRunner:
     def load_upload(self, path: str | None) -> Upload:
         """Read and decode an upload. Raises InputError with a message for the visitor."""
         if not path or not Path(path).is_file():
-            raise InputError("There is no image: choose one first.")
+            raise InputError("The image is missing: choose one first.")
         try:
             if (size := Path(path).stat().st_size) > self._max_bytes:
                 raise BadRow(f"too large: {size / 2**20:.1f} MB, at most {self._max_bytes / 2**20:g} MB are allowed")
@@ -175,12 +180,20 @@ class RequestRunner:
         The sliders are for the first model. In a comparison the second model uses them as well, unless one of the two
         recommends its own settings: four steps without guidance would show nothing of an ordinary editor.
         """
-        output = dict(resolution=self._resolution, keep_size=request.keep_size)
+        shared = dict(keep_size=request.keep_size, negative_prompt=request.negative_prompt or None)
         if model != request.model and any(map(self.models.has_recommended, request.models)):
-            settings = self.models.settings(model)
-            return EditSettings(**settings, **output)
+            settings = self.models.settings(model) | ({"resolution": self._resolution} if self._resolution else {})
+            return EditSettings(**settings, **shared)
         scales = dict(guidance_scale=request.cfg_text, image_guidance_scale=request.cfg_image)
-        return EditSettings(steps=request.steps, **scales, scheduler=request.scheduler or None, **output)
+        return EditSettings(
+            steps=request.steps,
+            scheduler=request.scheduler or None,
+            guidance_rescale=request.guidance_rescale,
+            karras_sigmas=request.karras_sigmas,
+            resolution=self._resolution,
+            **scales,
+            **shared,
+        )
 
     def _edit(
         self,
@@ -207,6 +220,8 @@ class RequestRunner:
                 report(RequestProgress(f"Loading {model}", done / request.num_edits))
             service, settings = self.models.get(model), self.settings_for(request, model)
             seeds = range(request.seed, request.seed + request.images)
+            # The page compares single images: infer.py edits whole animations.
+            settings = replace(settings, first_frame=num_frames(upload.content) > 1)
             template = Job(upload.name, lambda: upload.content, request.instruction, settings)
             for result in service.edit([replace(template, seed=seed) for seed in seeds], on_step=show_step):
                 if result.image is None:

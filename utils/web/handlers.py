@@ -102,7 +102,7 @@ class PageHandlers:
                 result, settings = event.result, event.result.record["settings"]
                 result.image.info[KEY] = as_text(result.record)  # Gradio saves the image with its texts
                 edits.append((result.image, _caption(event, True)))
-                used = {name: settings[name] for name in (*DEFAULT_SETTINGS, "scheduler", "keep_size")}
+                used = {name: settings.get(name) for name in (*DEFAULT_SETTINGS, "scheduler", "keep_size")}
                 made_by = {"model": event.model, "seed": result.record["seed"], "blocked": result.is_flagged}
                 facts.append(made_by | used)
         except (Stopped, InputError) as error:
@@ -130,7 +130,8 @@ class PageHandlers:
     def choose_model(self, model: str) -> dict[str, Any]:
         """Set the sliders to the settings that a model recommends."""
         settings = self._models.settings(model)
-        return dict(steps=settings["steps"], cfg_text=settings[SCALES[0]], cfg_image=settings[SCALES[1]])
+        scales = dict(cfg_text=settings[SCALES[0]], cfg_image=settings[SCALES[1]])
+        return dict(steps=settings["steps"], guidance_rescale=settings["guidance_rescale"], **scales)
 
     def select(self, edited: str, gallery: list[GalleryItem], against: str) -> dict[str, Any]:
         """Compare one edit of the gallery with its image, or with the other model's edit of the same seed."""
@@ -214,7 +215,9 @@ def _caption(edit: PageEdit, with_model: bool) -> str:
 def _summary(done: list[PageEdit], request: EditRequest) -> str:
     count = f"{len(done)} images" if len(done) > 1 else "Done"
     scales = f"text guidance {request.cfg_text:g}, image guidance {request.cfg_image:g}"
-    return f"{count}: {request.steps} steps, seed {request.seed}, {scales}."
+    is_first = done[0].result.record["settings"].get("first_frame")
+    only = " Only the first frame is edited: infer.py edits animations." if is_first else ""
+    return f"{count}: {request.steps} steps, seed {request.seed}, {scales}.{only}"
 
 
 def _sort(gallery: list[GalleryItem], request: EditRequest) -> list[GalleryItem]:

@@ -89,6 +89,12 @@ class Page:
             self._add("scheduler", gr.Dropdown, schedulers, value="", label="Scheduler", min_width=90)
             with gr.Column(min_width=130):
                 self._add("keep_size", gr.Checkbox, False, label="Keep size", info="edits as large as the image")
+        with gr.Accordion("More settings", open=False):
+            shown = dict(lines=1, max_lines=2, placeholder="blurry, text")
+            self._add("negative_prompt", gr.Textbox, "", label="Negative prompt", info="what not to show", **shown)
+            self._add_slider("guidance_rescale", 0.05, "Guidance rescale", "against overexposure by guidance")
+            noise = "noise levels of euler, heun, dpm++ and unipc"
+            self._add("karras_sigmas", gr.Checkbox, False, label="Karras sigmas", info=noise)
 
     def _add_slider(self, name: str, step: float, label: str, info: str) -> None:
         smallest, largest = PAGE_LIMITS[name]
@@ -178,14 +184,14 @@ class Page:
         parts["image"].upload(
             self._updating(handlers.check_image), parts["image"], self._named("status", "image"), **AT_ONCE
         )
-        sliders = self._named("steps", "cfg_text", "cfg_image")
+        sliders = self._named("steps", "cfg_text", "cfg_image", "guidance_rescale")
         parts["model"].input(self._updating(handlers.choose_model), parts["model"], sliders, **AT_ONCE)
         parts["query"].change(None, parts["query"], parts["link"], js=SHOW_LINK)
         self.blocks.load(restore, None, self._named("status", "new_seed", *REQUEST), **AT_ONCE)
 
     def _connect_api(self) -> None:
         def edit(
-            picture: str,
+            image: str,
             instruction: str,
             model: str,
             compare: str,
@@ -196,11 +202,15 @@ class Page:
             cfg_image: float,
             scheduler: str = "",
             keep_size: bool = False,
+            negative_prompt: str = "",
+            guidance_rescale: float = 0.0,
+            karras_sigmas: bool = False,
             progress: gr.Progress = gr.Progress(),  # noqa: B008
         ) -> tuple[list[tuple], dict]:
             """Edit an image by an instruction: the edits, and the settings of each."""
             values = [instruction, model, compare, steps, seed, images, cfg_text, cfg_image, scheduler, keep_size]
-            return self._handlers.call(picture, _make_request(values), progress)
+            values += [negative_prompt, guidance_rescale, karras_sigmas]
+            return self._handlers.call(image, _make_request(values), progress)
 
         inputs, outputs = self._named("image", *REQUEST), self._named("api_edits", "api_facts")
         options = dict(api_name="edit", concurrency_limit=None, show_progress="hidden")
