@@ -5,6 +5,7 @@ a frozen identity and the scale is 1, so B is the change of the weight. Stock di
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,16 +17,23 @@ from peft import LoraConfig
 from torch import nn
 
 from utils.errors import InputError
+from utils.models.adapter_files import AdapterContent
 from utils.weight_files import TensorFiles
 
+CONV_IN = "conv_in.weight"
 ADAPTER = "default"  # the default adapter name of diffusers and peft
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 
 
 @dataclass(frozen=True)
 class AdapterOptions:
-    """The fields are flags. lora_rank: None trains the whole UNet. lora_alpha: None means the rank (scale 1)."""
+    """The fields are flags. Without `lora_rank` and `init_adapter` the whole UNet is trained.
 
+    lora_alpha: None means the rank (scale 1). init_adapter: the adapter to go on with, which has its own rank, alpha,
+    kind and layers.
+    """
+
+    init_adapter: str | None = None
     lora_rank: int | None = None
     lora_alpha: float | None = None
     lora_dropout: float = 0.0
@@ -34,16 +42,27 @@ class AdapterOptions:
     quantize_base: str | None = None
     merge_adapter: bool = False
 
+    @property
+    def is_used(self) -> bool:
+        return self.lora_rank is not None or self.init_adapter is not None
 
-def add_adapter(unet: UNet2DConditionModel, options: AdapterOptions, *, train_conv_in: bool) -> None:
-    """Freeze the UNet and add an adapter in float32 that does not change the output yet.
 
-    train_conv_in: for a base widened from 4 channels; with `lora_target` "all" conv_in is always trained.
+def add_adapter(
+    unet: UNet2DConditionModel, options: AdapterOptions, *, train_conv_in: bool, initial: AdapterContent | None = None
+) -> None:
+    """Freeze the UNet and add an adapter in float32, which changes the output only as `initial` does.
+
+    train_conv_in: for a base widened from 4 channels; with `lora_target` "all" conv_in is always trained. initial: of
+    `init_adapter`; layers of one kind, LoRA or DoRA.
     Call it while the base is in float32 (or quantised): DoRA's magnitudes start as the norms of the base's weights.
     The weights are drawn from torch's global generator, whose state is restored afterwards.
     """
     unet.requires_grad_(False)
-    config = _make_config(unet, options, train_conv_in or options.lora_target == "all")
+    train_conv_in = train_conv_in or options.lora_target == "all" or (initial is not None and _changes_conv_in(initial))
+    if initial is None:
+        config = _make_config(unet, options, train_conv_in)
+    else:
+        config = _make_initial_config(unet, initial, options.lora_dropout, train_conv_in)
     with torch.random.fork_rng(devices=[]):
         unet.add_adapter(config, adapter_name=ADAPTER)
     for parameter in _adapter_parameters(unet).values():
@@ -51,6 +70,8 @@ def add_adapter(unet: UNet2DConditionModel, options: AdapterOptions, *, train_co
         parameter.data = parameter.data.float().clone(memory_format=torch.contiguous_format)
     if "conv_in" in config.rank_pattern:
         _make_full_rank(unet.conv_in)
+    if initial is not None:
+        _copy_values(unet, initial)
     unet.train(unet.training)  # the mode of the new layers, which have dropout
 
 
@@ -71,6 +92,53 @@ def _make_config(unet: UNet2DConditionModel, options: AdapterOptions, train_conv
         rank_pattern=full_rank,
         alpha_pattern=full_rank,
     )
+
+
+def _changes_conv_in(initial: AdapterContent) -> bool:
+    return CONV_IN in initial.layers.get("unet", {}) or CONV_IN in initial.replaced.get("unet", {})
+
+
+def _make_initial_config(
+    unet: UNet2DConditionModel, initial: AdapterContent, dropout: float, train_conv_in: bool
+) -> LoraConfig:
+    """The ranks and scales of an adapter's layers; conv_in has full rank, whatever it was."""
+    layers = {name.removesuffix(".weight"): layer for name, layer in initial.layers["unet"].items()}
+    ranks = {name: len(layer.down) for name, layer in layers.items() if name != "conv_in"}
+    alphas = {name: layers[name].scale * rank for name, rank in ranks.items()}
+    if train_conv_in:
+        ranks["conv_in"] = alphas["conv_in"] = unet.conv_in.weight[0].numel()
+    (rank, alpha), _ = Counter((ranks[name], alphas[name]) for name in ranks if name != "conv_in").most_common(1)[0]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        use_dora=any(layer.magnitude is not None for layer in layers.values()),
+        target_modules=sorted(ranks),
+        rank_pattern={name: value for name, value in ranks.items() if value != rank or name == "conv_in"},
+        alpha_pattern={name: value for name, value in alphas.items() if value != alpha or name == "conv_in"},
+    )
+
+
+@torch.no_grad()
+def _copy_values(unet: UNet2DConditionModel, initial: AdapterContent) -> None:
+    """Give the adapter of a UNet the values of `initial`."""
+    for name, layer in initial.layers["unet"].items():
+        module = unet.get_submodule(name.removesuffix(".weight"))
+        down, up = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+        if name == CONV_IN:  # A is the identity
+            delta = layer.delta()  # of an adapter of a text-to-image model (outputs, 4, ...)
+            wide = torch.zeros(len(delta), *down.shape[1:])
+            wide[:, : delta.shape[1]] = delta
+            up.copy_(wide.view_as(up))
+        else:
+            down.copy_(layer.down.view_as(down))
+            up.copy_(layer.up.view_as(up))
+        if layer.magnitude is not None:
+            magnitude = module.lora_magnitude_vector[ADAPTER].weight
+            magnitude.copy_(layer.magnitude.view_as(magnitude))
+    if (whole := initial.replaced.get("unet", {}).get(CONV_IN)) is not None:
+        up, base = unet.conv_in.lora_B[ADAPTER].weight, unet.conv_in.get_base_layer().weight
+        up.copy_((whole.float() - base.float().cpu()).view_as(up))
 
 
 @torch.no_grad()

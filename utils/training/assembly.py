@@ -123,7 +123,7 @@ def make_training_state(
 
 def prepare_weights(accelerator: Accelerator, unet: UNet2DConditionModel, settings: Settings, plan: RunPlan) -> None:
     """Set the dtype of the UNet, or freeze it (16 bits or quantized) and add an adapter."""
-    if settings.adapter.lora_rank is None:
+    if not settings.adapter.is_used:
         if settings.optimization.weights_dtype == "bf16":
             unet.to(torch.bfloat16)
         return
@@ -132,7 +132,7 @@ def prepare_weights(accelerator: Accelerator, unet: UNet2DConditionModel, settin
     if settings.adapter.quantize_base:
         quantize_linears(unet, settings.adapter.quantize_base, accelerator.device, dtype)
     torch.manual_seed(plan.progress.seed)  # for the adapter's initial weights
-    add_adapter(unet, settings.adapter, train_conv_in=plan.trains_conv_in)
+    add_adapter(unet, settings.adapter, train_conv_in=plan.trains_conv_in, initial=plan.initial_adapter)
     cast_frozen(unet, dtype)
 
 

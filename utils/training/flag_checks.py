@@ -103,10 +103,15 @@ def _model_conflicts(args: argparse.Namespace) -> Iterator[str]:
     names = ("lora_alpha", "lora_dropout", "use_dora", "merge_adapter", "quantize_base")
     given = [f"--{name}" for name in names if getattr(args, name)]
     given += ["--lora_target"] if args.lora_target != "attention" else []
-    if args.lora_rank is None and given:
+    is_adapter = args.lora_rank is not None or args.init_adapter is not None
+    if not is_adapter and given:
         yield f"{', '.join(given)} only works for adapters; give --lora_rank too, such as 16"
+    own = [f"--{name}" for name in ("lora_rank", "lora_alpha", "use_dora") if getattr(args, name)]
+    own += ["--lora_target"] if args.lora_target != "attention" else []
+    if args.init_adapter and own:
+        yield f"--init_adapter {args.init_adapter} has its own rank, alpha, kind and layers; drop {', '.join(own)}"
     changes = [f"--{name}" for name in ("prediction_type", "rescale_betas_zero_snr") if getattr(args, name)]
-    if args.lora_rank is not None and changes and not args.merge_adapter:
+    if is_adapter and changes and not args.merge_adapter:
         yield (
             f"{' and '.join(changes)} changes the scheduler, which an adapter does not contain; give --merge_adapter "
             "too, which publishes the whole pipeline"

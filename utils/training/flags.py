@@ -183,6 +183,11 @@ def _add_optimization(parser: argparse.ArgumentParser) -> None:
 def _add_adapter(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("adapter (LoRA) instead of all weights")
     group.add_argument("--lora_rank", type=int, help="train an adapter of this rank, such as 16 (default: no adapter)")
+    initial = (
+        "go on training this LoRA or DoRA (folder, file or Hub id, any format that infer.py reads); it has its own "
+        "rank, alpha and layers"
+    )
+    group.add_argument("--init_adapter", metavar="ADAPTER", help=initial)
     group.add_argument("--lora_alpha", type=float, help="scale of the adapter is alpha / rank (default: the rank)")
     group.add_argument("--lora_dropout", type=float, default=0.0, help="dropout of the adapter's inputs")
     group.add_argument("--use_dora", action="store_true", help="use DoRA, weight-decomposed adaptation (2402.09353)")

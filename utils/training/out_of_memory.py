@@ -39,9 +39,9 @@ def next_step(settings: Settings) -> str:
         return f"give --train_batch_size {half} --gradient_accumulation_steps {steps}, the same samples per step"
     if run.use_ema and run.ema_device is None:
         return "give --ema_device cpu"
-    if adapter.lora_rank is None and "8bit" not in settings.optimization.optimizer_name:
+    if not adapter.is_used and "8bit" not in settings.optimization.optimizer_name:
         return "give --optimizer adamw8bit"
-    if adapter.lora_rank is None:
+    if not adapter.is_used:
         return "train an adapter with --lora_rank 16"
     if not adapter.quantize_base:
         return "give --quantize_base nf4"

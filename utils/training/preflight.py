@@ -18,9 +18,11 @@ from utils.data.sources import Source, hold_out, open_mix, open_source, sources_
 from utils.errors import InputError
 from utils.hub import check_push_rights
 from utils.image_sources import load_image_source
+from utils.models.adapter_files import AdapterContent
 from utils.models.noise_schedules import NoiseSchedule, make_noise_schedule
 from utils.models.stable_diffusion import EDITOR_CHANNELS, Configs, read_configs
 from utils.training.checkpoints import Progress, check_same_run, choose_checkpoint, list_checkpoints, read_progress
+from utils.training.initial_adapter import digest_adapter, read_initial_adapter
 from utils.training.memory_saving import find_block_problems
 from utils.training.optimizer_checks import check_lr_schedule, find_optimizer_problems
 from utils.training.settings import DataOptions, RunOptions, Settings
@@ -52,6 +54,7 @@ class RunPlan:
     trains_conv_in: bool
     repo_id: str | None
     changed: dict[str, tuple]  # of --allow_changed: name -> (before, now)
+    initial_adapter: AdapterContent | None  # of --init_adapter
 
 
 def run_preflight(accelerator: Accelerator, settings: Settings, check_base: Callable[[Configs, str], None]) -> RunPlan:
@@ -59,6 +62,10 @@ def run_preflight(accelerator: Accelerator, settings: Settings, check_base: Call
     configs = read_configs(settings.model)
     check_base(configs, settings.model.name)
     check_model_flags(accelerator, configs, settings)
+    initial_adapter = None
+    if name := settings.adapter.init_adapter:
+        model = f"the model {settings.model.name}"
+        initial_adapter = read_initial_adapter(name, configs.unet, model, settings.model.cache_dir)
     schedule = make_noise_schedule(configs.scheduler, settings.objective)
     prepare_output_dir(accelerator, settings)
     checkpoint = find_checkpoint(settings)
@@ -73,6 +80,8 @@ def run_preflight(accelerator: Accelerator, settings: Settings, check_base: Call
     max_train_steps, steps_per_epoch = count_steps(settings.run, sources, samples)
     check_lr_schedule(settings.optimization, max_train_steps)
     identity = describe_run(settings, accelerator, sources, progress.seed, samples, max_train_steps)
+    if initial_adapter:
+        identity["init_adapter"] = digest_adapter(initial_adapter)  # its folder may have been moved
     changed = check_same_run(progress, identity, settings.run.allow_changed or ()) if checkpoint else {}
     for name, (old, new) in changed.items():
         logger.warning("--allow_changed: %s is %s from step %d on, and was %s", name, new, progress.global_step, old)
@@ -93,6 +102,7 @@ def run_preflight(accelerator: Accelerator, settings: Settings, check_base: Call
         trains_conv_in=needs_widening or settings.adapter.lora_target == "all",
         repo_id=check_repository(accelerator, settings),
         changed=changed,
+        initial_adapter=initial_adapter,
     )
 
 
@@ -104,7 +114,7 @@ def check_model_flags(accelerator: Accelerator, configs: Configs, settings: Sett
         max_grad_norm=settings.loop.max_grad_norm,
         use_ema=settings.run.use_ema,
         gradient_accumulation_steps=settings.loop.gradient_accumulation_steps,
-        has_adapter=settings.adapter.lora_rank is not None,
+        has_adapter=settings.adapter.is_used,
         mixed_precision=accelerator.mixed_precision,
         num_processes=accelerator.num_processes,
         has_gpu=accelerator.device.type == "cuda",
@@ -129,7 +139,7 @@ def check_model_flags(accelerator: Accelerator, configs: Configs, settings: Sett
 
 def publishes_pipeline(settings: Settings) -> bool:
     """Whether the run writes a whole pipeline, not an adapter alone."""
-    return settings.adapter.lora_rank is None or settings.adapter.merge_adapter
+    return not settings.adapter.is_used or settings.adapter.merge_adapter
 
 
 def prepare_output_dir(accelerator: Accelerator, settings: Settings) -> None:

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from utils.atomic_files import atomic_folder, remove_path
 from utils.hub import upload
+from utils.hub_names import public_name
 from utils.model_cards import TrainedModel, write_trained_card
 from utils.models.adapters import add_adapter, merge_adapter
 from utils.models.noise_schedules import make_inference_scheduler
@@ -96,13 +97,13 @@ def choose_weights(session: TrainingSession, best: BestWeights) -> dict[str, flo
 def make_final_pipeline(session: TrainingSession) -> DiffusionPipeline:
     """The pipeline with the trained weights, all in float32; an adapter is merged into a newly loaded base."""
     settings, plan, unet = session.settings, session.plan, None
-    if settings.adapter.lora_rank is None:
+    if not settings.adapter.is_used:
         unet = session.state.model.to("cpu", torch.float32, memory_format=torch.contiguous_format)
     parts = load_stable_diffusion(settings.model, unet=unet)  # the frozen models in memory may have 16 bits
-    if settings.adapter.lora_rank is not None:
+    if settings.adapter.is_used:
         if plan.needs_widening:
             widen_conv_in(parts.unet)
-        add_adapter(parts.unet, settings.adapter, train_conv_in=plan.trains_conv_in)
+        add_adapter(parts.unet, settings.adapter, train_conv_in=plan.trains_conv_in, initial=plan.initial_adapter)
         put_weights(parts.unet, trained_weights(session.state.model))
         merge_adapter(parts.unet)
     return make_editor(parts, make_inference_scheduler(parts.scheduler, plan.schedule))
@@ -144,8 +145,10 @@ def describe_model(session: TrainingSession, results: dict[str, float]) -> Train
     sheets = sorted((settings.output_dir / "validation").glob("step-*.png"), key=lambda path: int(path.stem[5:]))
     hyperparameters = {"steps": plan.progress.global_step, "samples per step": plan.samples_per_step}
     hyperparameters |= asdict(settings.objective) | asdict(settings.optimization) | asdict(settings.geometry)
-    if settings.adapter.lora_rank is not None:
+    if settings.adapter.is_used:
         hyperparameters |= asdict(settings.adapter)
+        if settings.adapter.init_adapter:
+            hyperparameters["init_adapter"] = public_name(settings.adapter.init_adapter)
     hyperparameters |= {"prediction_type": plan.schedule.prediction_type, "use_ema": settings.run.use_ema}
     hyperparameters |= {
         f"{name} from step {step}": f"{new} (before: {old})" for step, name, old, new in plan.progress.changes
