@@ -15,12 +15,13 @@ import sys
 import tempfile
 import threading
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from utils.cli import FlagParser
+from utils.cli import FlagParser, pick
 from utils.editing import settings
-from utils.editing.flags import EditorOptions, find_missing_path
+from utils.editing.flags import OFFLOADS, EditorOptions, find_missing_path, find_offload_problems, find_scale_problems
 from utils.errors import InputError, exit_on_input_error
 from utils.quiet import hide_progress_bars, quiet_libraries
 
@@ -48,9 +49,18 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument_group("models").add_argument
     editor = "an editor: a diffusers folder, a Hub id or one .safetensors file; repeat it for a menu (default: the toy)"
     add("--model", action="append", help=editor)
+    adapter = "LoRAs or DoRAs for the --model, or what turns a text-to-image --model into an editor; one --model only"
+    add("--lora", nargs="+", action="extend", metavar="ADAPTER", help=adapter)
+    strength = "strength of each adapter (default 1)"
+    add("--lora_scale", nargs="+", action="extend", type=float, metavar="S", help=strength)
+    add("--vae", help="another autoencoder for all models: a file, a folder or a Hub id (default: their own)")
+    add("--variant", help="variant of the weight files, such as fp16")
+    add("--no_safety_checker", action="store_true", help="do not download, load or run safety checkers")
     add("--keep_models", type=int, default=2, metavar="N", help="models to keep in memory (default 2)")
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the best available)")
     add("--dtype", choices=("fp32", "fp16", "bf16"), help="precision (default fp16 on cuda, else fp32)")
+    offload = "keep the weights in main memory: model (a third of the GPU memory) or sequential (a tenth, slow)"
+    add("--offload", choices=OFFLOADS, help=offload)
     batch = "seeds to edit at once, halved if out of memory (default 4, on the CPU 1)"
     add("--batch_size", type=int, metavar="N", help=batch)
     resolution = "approximate longer side of an edit (default: the model's own, such as 512, 768 or 1024)"
@@ -76,8 +86,13 @@ def check_flags(args: argparse.Namespace) -> None:
             f"--model is missing, and there is no {TOY.relative_to(REPOSITORY)}: give the folder, the file or the Hub "
             "id of an editor, or run `make demo` (10 minutes) to train the toy editor"
         )
-    for model in args.model or []:
-        problems += find_missing_path("model", model)
+    paths = [("model", model) for model in args.model or []] + [("lora", lora) for lora in args.lora or []]
+    for flag, path in [*paths, ("vae", args.vae)]:
+        problems += find_missing_path(flag, path)
+    if args.lora and len(args.model or [TOY]) > 1:
+        problems.append(f"--lora is for one --model, and there are {len(args.model)}: start the page for each of them")
+    problems += find_scale_problems(args.lora, args.lora_scale)
+    problems += find_offload_problems(args.offload, args.device)
     for flag, (smallest, largest) in LIMITS.items():
         value = getattr(args, flag)
         if value is not None and not smallest <= value <= largest:  # also refuses NaN
@@ -103,7 +118,7 @@ def make_page(args: argparse.Namespace) -> tuple[Any, Any]:
     defaults = settings.DEFAULT_SETTINGS | ({} if args.model else TOY_SETTINGS)
 
     def load(model: str) -> EditService:
-        options = EditorOptions(model, device=args.device, dtype=args.dtype)
+        options = replace(pick(args, EditorOptions), model=model)
         return EditService(open_editor(options), batch_size, logging.getLogger(__name__).warning)
 
     models = ModelCache(args.model or [str(TOY)], load, args.keep_models, defaults)

@@ -14,10 +14,13 @@ from PIL import Image
 import app
 import demo
 import infer
+from tests.adapters import load_trained
 from tests.browser import CHROMIUM, INSTALL, PATIENCE, Server, Visitor, running_chromium
 from tests.runs import REPOSITORY
 from utils.editing.edit_images import SamplingSettings, edit_images, fit_to_model
 from utils.editing.loading import load_editor
+from utils.editing.records import read_record
+from utils.models.adapters import AdapterOptions, save_adapter
 
 PHOTOS = REPOSITORY / "assets/photos"
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason=INSTALL)
@@ -30,11 +33,11 @@ def error_of(capsys: pytest.CaptureFixture, *flags: str) -> str:
     return capsys.readouterr().err
 
 
-def assert_repeats(downloaded: Path, original: Path, model: Path) -> None:
+def assert_repeats(downloaded: Path, original: Path, model: Path, *options: str) -> None:
     """infer.py repeats a download bit for bit, from the file and the uploaded image alone."""
     repeated = downloaded.with_name("repeated.png")
     flags = [f"--repeat={downloaded}", f"--input={original}", f"--model={model}", f"--output={repeated}"]
-    assert infer.main(flags) == 0
+    assert infer.main([*flags, *options]) == 0
     assert (np.asarray(Image.open(repeated)) == np.asarray(Image.open(downloaded))).all()
 
 
@@ -93,8 +96,11 @@ def test_message_without_a_toy_editor(capsys, monkeypatch, tmp_path):
 
 
 def test_all_mistakes_in_the_flags_in_one_message(capsys):
-    message = error_of(capsys, "--model=./nowhere", "--timeout=0", "--max_upload_mb=nan", "--server_port=70000")
-    for word in ("./nowhere", "--timeout 0", "--max_upload_mb nan", "--server_port 70000"):
+    flags = "--model=./nowhere --model=b --timeout=0 --max_upload_mb=nan --server_port=70000 --lora=./x --vae=./y"
+    message = error_of(capsys, *flags.split(), "--lora_scale=11", "--offload=model", "--device=cpu")
+    for word in ("./nowhere", "--timeout 0", "--max_upload_mb nan", "--server_port 70000", "--lora ./x", "--vae ./y"):
+        assert word in message
+    for word in ("--lora is for one --model", "--lora_scale 11", "--offload model needs a GPU"):
         assert word in message
 
 
@@ -426,3 +432,24 @@ def test_api_with_two_models_and_mistakes(server, bad_files, tiny_editor, tmp_pa
     upload = ["curl", "-s", "-F", f"files=@{bad_files / 'heavy.jpg'}", f"{server.url}gradio_api/upload"]
     assert "exceeded" in subprocess.run(upload, capture_output=True, text=True).stdout
     assert client.predict(photo, **settings, api_name="/edit")[1] == facts
+
+
+def test_adapter_and_vae_of_the_page(tiny_base, tiny_editor, tmp_path):
+    """An adapter turns a text-to-image model into the editor; `infer.py --repeat` with the same flags agrees."""
+    from gradio_client import Client, handle_file
+
+    save_adapter(tmp_path / "adapter", load_trained(tiny_base, AdapterOptions(lora_rank=2)).unet)
+    options = [f"--lora={tmp_path / 'adapter'}", f"--vae={tiny_editor / 'vae'}"]
+    server = Server(tmp_path / "log", f"--model={tiny_base}", *options, "--lora_scale=0.5", "--no_safety_checker")
+    try:
+        settings = dict(instruction="snow", steps=2, negative_prompt="dark", guidance_rescale=0.5, api_name="/edit")
+        client, photo = Client(server.url, verbose=False), handle_file(PHOTOS / "raccoon.jpg")
+        edits, facts = client.predict(photo, scheduler="euler", karras_sigmas=True, **settings)
+        assert facts["edits"][0]["guidance_rescale"] == 0.5 and "negative_prompt=dark" in facts["link"]
+        downloaded = Path(shutil.copy(edits[0]["image"], tmp_path / "download.png"))
+    finally:
+        assert server.end() == 0, server.log.read_text()
+    record = read_record(downloaded)
+    assert record["adapter"]["scale"] == 0.5 and record["settings"]["no_safety_checker"] is True
+    assert record["settings"]["karras_sigmas"] is True and record["settings"]["negative_prompt"] == "dark"
+    assert_repeats(downloaded, PHOTOS / "raccoon.jpg", tiny_base, *options)

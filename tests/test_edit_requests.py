@@ -13,7 +13,7 @@ from PIL import Image
 
 import infer
 from tests.pairs import make_noise
-from utils.editing.edit_images import SamplingSettings, edit_images, fit_to_model
+from utils.editing.edit_images import OutOfMemory, SamplingSettings, edit_images, fit_to_model
 from utils.editing.editor_setup import open_editor
 from utils.editing.flags import EditorOptions
 from utils.editing.loading import load_editor
@@ -86,6 +86,39 @@ def test_models_are_loaded_when_first_used_and_the_last_ones_are_kept():
     assert cache.get("a") is first
     cache.get("b")
     assert loaded == ["a", "b", "c", "b"]
+
+
+def test_other_models_make_room_where_the_memory_is_too_small():
+    """One of them may fit alone; if not even that, the visitor gets the message."""
+    attempts = []
+
+    def load(model: str) -> object:
+        attempts.append(model)
+        if model == "huge" or (model == "large" and attempts.count("large") == 1):
+            raise OutOfMemory(f"loading {model} needs more memory than there is")
+        return object()
+
+    cache = ModelCache(["a", "b", "large", "huge"], load, capacity=3)
+    cache.get("a"), cache.get("b"), cache.get("large")
+    assert attempts == ["a", "b", "large", "large"]
+    assert [cache.is_loaded(name) for name in cache.names] == [False, False, True, False]
+    for _ in range(2):
+        with pytest.raises(InputError, match="loading huge needs more memory"):
+            cache.get("huge")
+    cache.get("a")
+    assert attempts[4:] == ["huge", "huge", "huge", "a"]
+
+
+def test_only_the_first_frame_of_an_animation_is_edited(tiny_editor, tmp_path):
+    """And the page says so."""
+    frames = [make_noise((40, 44), seed) for seed in range(3)]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:])
+    handlers = PageHandlers(make_runner([tiny_editor]), [tmp_path / "moving.gif"])
+    request = EditRequest("make it snowy", "editor", steps=1)
+    updates = list(handlers.edit(str(tmp_path / "moving.gif"), request, False, False, [], "visitor"))
+    assert "Only the first frame is edited" in updates[-1]["status"]
+    saved = Image.open(next(update["items"] for update in updates if "items" in update)[0].edited)
+    assert getattr(saved, "n_frames", 1) == 1 and saved.size != frames[0].size
 
 
 def test_names_in_the_menu(tmp_path):

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from utils.editing.edit_images import OutOfMemory
 from utils.editing.editor_setup import read_recommended
 from utils.editing.service import EditService
 from utils.editing.settings import DEFAULT_SETTINGS
@@ -48,15 +49,28 @@ class ModelCache:
         return name in self._loaded
 
     def get(self, name: str) -> EditService:
-        """The editor, loaded if necessary; the least recently used one makes room for it."""
+        """The editor, loaded if necessary; the least recently used one makes room for it.
+
+        All others make room where the memory is too small. Raises OutOfMemory where it is too small for one.
+        """
         with self._lock:
             if name not in self._loaded:
-                while len(self._loaded) >= self._capacity:
-                    self._loaded.popitem(last=False)
-                    _free_memory()
-                self._loaded[name] = self._load(self._models[name])
+                self._loaded[name] = self._open(name)
             self._loaded.move_to_end(name)
             return self._loaded[name]
+
+    def _open(self, name: str) -> EditService:
+        while len(self._loaded) >= self._capacity:
+            self._loaded.popitem(last=False)
+            _free_memory()
+        try:
+            return self._load(self._models[name])
+        except OutOfMemory:
+            if not self._loaded:
+                raise
+        self._loaded.clear()  # after the except block, whose traceback refers to a part of the new model
+        _free_memory()
+        return self._load(self._models[name])
 
 
 def name_models(models: list[str]) -> dict[str, str]:
