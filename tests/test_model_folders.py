@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionInstructPix2PixPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import infer
 from tests.edits import make_safety_checker
-from tests.hub_files import serve_folder
+from tests.hub_files import connect_downloads, serve_folder
 from tests.hub_server import hub_server
 from tests.original_names import write_single_file
 from tests.pairs import make_noise
@@ -286,3 +287,36 @@ def test_no_safety_checker_is_neither_loaded_nor_downloaded(tiny_editor: Path, t
         subprocess.run(command, cwd=tmp_path, env=os.environ | client, check=True)
         assert any("unet" in request.path for request in hub.requests)
         assert not any("safety_checker" in request.path for request in hub.requests)
+
+
+def test_repository_with_fp16_files_alone(folder: Path, tiny_editor: Path, tmp_path: Path, monkeypatch) -> None:
+    """It loads without --variant, for editing and for training, and again from the cache without a connection."""
+    FOLDERS["only fp16"](folder)
+    both = Path(shutil.copytree(folder, tmp_path / "both"))
+    shutil.copy(both / f"{UNET}.fp16.safetensors", both / f"{UNET}.bf16.safetensors")
+    make_noise((40, 60)).save(tmp_path / "photo.png")
+    flags = ["--input", "photo.png", "--edit", "x", "--steps", "1", "--seed", "1"]
+
+    def edit(model: Path | str, output: str, **client: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, infer.__file__, *flags, "--model", str(model), "--output", output]
+        environment = os.environ | {"HF_HOME": str(tmp_path / "home")} | client
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    with hub_server(tmp_path / "hub") as hub:
+        client = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0"}
+        serve_folder(hub, "user/half", folder)
+        serve_folder(hub, "user/both", both)
+        assert edit("user/half", "a.png", **client).returncode == 0
+        refused = edit("user/both", "no.png", **client)
+        assert refused.returncode == 2
+        assert "only the variants bf16, fp16: give --variant bf16 or --variant fp16" in refused.stderr
+        connect_downloads(monkeypatch, hub.url, tmp_path)
+        options = ModelOptions("user/half", cache_dir=str(tmp_path / "cache"))
+        trained, expected = load_stable_diffusion(options).unet, load_editor(tiny_editor).unet.state_dict()
+        assert all(torch.equal(value, expected[name]) for name, value in trained.state_dict().items())
+        with pytest.raises(InputError, match="has no variant fp8: give --variant fp16"):
+            load_editor("user/half", cache_dir=str(tmp_path / "cache"), variant="fp8")
+    assert edit("user/half", "b.png", HF_HUB_OFFLINE="1").returncode == 0
+    assert edit(tiny_editor, "c.png").returncode == 0
+    images = [Image.open(tmp_path / f"{name}.png").tobytes() for name in "abc"]
+    assert images[0] == images[1] == images[2]

@@ -124,7 +124,7 @@ def load_editor(
             pipeline = make_editor(parts, parts.scheduler).to(dtype)
         else:
             # Always a dtype: without it, diffusers and transformers would choose different ones.
-            settings = dict(dtype=dtype, variant=_common_variant(name, variant), **place)
+            settings = dict(dtype=dtype, variant=_common_variant(name, variant, place), **place)
             settings |= _load_incomplete_parts(name, configs.is_sdxl, safety_checker, place)
             pipeline = editor_class(configs.is_sdxl).from_pretrained(name, **settings)
     if getattr(pipeline, "is_cosxl_edit", False):
@@ -165,10 +165,10 @@ def _is_missing(name: str, part: str, source: object) -> bool:
     return is_component and Path(name).is_dir() and not (Path(name) / part).is_dir()
 
 
-def _common_variant(name: str, variant: str | None) -> str | None:
+def _common_variant(name: str, variant: str | None, place: dict) -> str | None:
     """The variant for diffusers, which uses it for the parts that have it, and the default files for the others."""
-    require_variant(name, SDXL_COMPONENTS, variant, f"the model {name}")
-    chosen = {choose_variant(name, part, variant) for part in SDXL_COMPONENTS} - {None}
+    require_variant(name, SDXL_COMPONENTS, variant, f"the model {name}", **place)
+    chosen = {choose_variant(name, part, variant, **place) for part in SDXL_COMPONENTS} - {None}
     if len(chosen) > 1:
         raise InputError(f"the model {name} has parts of different variants: {', '.join(sorted(chosen))}. Rename one")
     return chosen.pop() if chosen else None

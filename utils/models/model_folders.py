@@ -3,12 +3,18 @@
 import json
 import re
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from transformers import CLIPTokenizer
 
 from utils.errors import InputError
+from utils.hub_names import is_hub_id
 
 WEIGHT_FILE = re.compile(
     r"(diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w+?))?(?:-\d{5}-of-\d{5})?\.(safetensors|bin)"
@@ -19,36 +25,64 @@ CLIP_LENGTH = 77  # tokens of every Stable Diffusion text encoder
 OPEN_CLIP_WIDTHS = (1024, 1280)  # SD 2.x and the second encoder of SDXL: they pad with "!"
 
 
-def choose_variant(folder: str | Path, part: str, variant: str | None) -> str | None:
+def list_files(name: str | Path, revision: str | None = None, cache_dir: str | Path | None = None) -> tuple[str, ...]:
+    """The files of a model folder or of a repository on the Hub, as paths relative to it.
+
+    Without a connection, those of the Hub's cache; () where there are none: loading the model then explains why.
+    """
+    if Path(name).is_dir():
+        return _list_folder(Path(name))
+    if not is_hub_id(str(name)):
+        return ()
+    return _list_repository(str(name), revision, cache_dir, constants.ENDPOINT, constants.HF_HUB_OFFLINE)
+
+
+def _list_folder(folder: Path) -> tuple[str, ...]:
+    return tuple(path.relative_to(folder).as_posix() for pattern in ("*", "*/*") for path in folder.glob(pattern))
+
+
+@lru_cache(maxsize=64)  # of failures, too: a dead network is waited for once
+def _list_repository(
+    repo_id: str, revision: str | None, cache_dir: str | Path | None, endpoint: str, is_offline: bool
+) -> tuple[str, ...]:
+    with suppress(HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError):
+        return tuple(HfApi(endpoint).list_repo_files(repo_id, revision=revision))
+    index = try_to_load_from_cache(repo_id, "model_index.json", revision=revision, cache_dir=cache_dir)
+    return _list_folder(Path(index).parent) if isinstance(index, str) else ()
+
+
+def _find_variants(files: Iterable[str], part: str) -> set[str | None]:
+    """The variants of a part's weight files; None is that of files without one."""
+    prefix = f"{part}/" if part else ""
+    names = (name.removeprefix(prefix) for name in files if name.startswith(prefix))
+    return {match["variant"] for name in names if (match := WEIGHT_FILE.fullmatch(name))}
+
+
+def choose_variant(name: str | Path, part: str, variant: str | None, **place: Any) -> str | None:
     """The variant to load a part with: the given one, the default files, or the only variant that the part has.
 
-    Only for folders; the variant of a repository on the Hub is returned unchanged. Raises InputError where the part has
-    several variants and none is given.
+    place: revision and cache_dir of a repository on the Hub. Raises InputError where the part has several variants and
+    none is given.
     """
-    place = Path(folder) / part
-    if not place.is_dir():
-        return variant
-    found = {match["variant"] for path in place.iterdir() if (match := WEIGHT_FILE.fullmatch(path.name))}
+    found = _find_variants(list_files(name, **place), part)
     if variant in found or not found:
         return variant
     if None in found:
         return None
     if len(found) > 1:
-        names = " or ".join(f"--variant {name}" for name in sorted(found))
-        raise InputError(f"{folder}: its {part} has only the variants {', '.join(sorted(found))}: give {names}")
+        names = " or ".join(f"--variant {one}" for one in sorted(found))
+        raise InputError(f"{name}: its {part} has only the variants {', '.join(sorted(found))}: give {names}")
     return found.pop()
 
 
-def require_variant(folder: str | Path, parts: Collection[str], variant: str | None, what: str) -> None:
-    """Raise InputError where no part of a model folder has the variant that was asked for."""
-    if variant is None or not Path(folder).is_dir():
+def require_variant(name: str | Path, parts: Collection[str], variant: str | None, what: str, **place: Any) -> None:
+    """Raise InputError where no part of a model has the variant that was asked for."""
+    files = list_files(name, **place) if variant is not None else ()
+    if not files:
         return
-    found = set()
-    for part in parts:
-        files = (Path(folder) / part).iterdir() if (Path(folder) / part).is_dir() else ()
-        found |= {match["variant"] for path in files if (match := WEIGHT_FILE.fullmatch(path.name))}
+    found = set().union(*(_find_variants(files, part) for part in parts))
     if variant not in found:
-        others = " or ".join(f"--variant {name}" for name in sorted(found - {None}))
+        others = " or ".join(f"--variant {one}" for one in sorted(found - {None}))
         raise InputError(f"{what} has no variant {variant}: " + (f"give {others}" if others else "remove --variant"))
 
 

@@ -146,10 +146,10 @@ def _load_pipeline_components(options: ModelOptions, unet: UNet2DConditionModel 
     name, location = options.name, options.location
     used = [part for part in SDXL_COMPONENTS if unet is None or part != "unet"]
     require_whole_files(name, f"--pretrained_model_name_or_path {name}", used)
-    require_variant(name, used, options.variant, f"--pretrained_model_name_or_path {name}")
+    require_variant(name, used, options.variant, f"--pretrained_model_name_or_path {name}", **location)
 
     def weights(part: str) -> dict:
-        variant = choose_variant(name, part, options.variant)
+        variant = choose_variant(name, part, options.variant, **location)
         return location | dict(subfolder=part, variant=variant, torch_dtype=torch.float32)
 
     if unet is None:
@@ -196,7 +196,7 @@ def load_vae(
             except OSError:  # no config.json at the top of the repository
                 is_pipeline = True
         subfolder = "vae" if is_pipeline else ""
-        variant = choose_variant(name, subfolder, variant)
+        variant = choose_variant(name, subfolder, variant, **location)
         settings = location | dict(variant=variant, torch_dtype=torch.float32)
         return AutoencoderKL.from_pretrained(name, subfolder="vae" if is_pipeline else None, **settings)
 
