@@ -17,7 +17,7 @@ from pathlib import Path
 
 from utils.cli import FlagParser, pick
 from utils.editing.schedulers import SCHEDULERS, SPACINGS
-from utils.editing.settings import DEFAULT_SETTINGS, find_setting_problems
+from utils.editing.settings import DEFAULT_SETTINGS, WHOLE_NUMBERS, find_setting_problems
 from utils.errors import InputError, exit_on_input_error
 from utils.merging.presets import PRESETS, SOURCE_FIELDS, describe_presets
 from utils.quiet import hide_progress_bars, quiet_libraries
@@ -60,7 +60,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--timestep_spacing", choices=SPACINGS, help="of --scheduler (default: trailing, the best for few steps)")
     group = parser.add_argument_group("recommended settings, defaults of infer.py and app.py (default: the preset's)")
     for name in DEFAULT_SETTINGS:
-        group.add_argument(f"--{name}", type=int if name == "steps" else float)
+        group.add_argument(f"--{name}", type=int if name in WHOLE_NUMBERS else float)
     add = parser.add_argument_group("choosing the weight").add_argument
     pairs = 'lines of {"image": PATH, "edit": INSTRUCTION}: try weights on them and use the best'
     add("--calibrate", type=Path, metavar="PAIRS.jsonl", help=pairs)
@@ -71,7 +71,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--hub_model_id", help="repository to upload to (default: the name of --output_dir)")
     add("--hub_private_repo", action="store_true", help="make the new repository private")
     add("--hub_token", help="token for the Hub; `hf auth login` or HF_TOKEN are safer")
-    add("--accept_license", action="store_true", help="push although a licence is non-commercial or bars derivatives")
+    accept = "push although a licence is non-commercial, bars derivatives or is unknown"
+    add("--accept_license", action="store_true", help=accept)
     add("--cache_dir", help="folder for downloads")
     return parser.parse_args(argv)
 

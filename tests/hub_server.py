@@ -29,6 +29,7 @@ import yaml
 from huggingface_hub import constants
 
 from tests import xet_storage
+from utils.licences import is_hub_licence
 
 # token -> (account, role); the roles are those of the real Hub's whoami.
 TOKENS = {"write-token": ("user", "write"), "read-token": ("user", "read"), "other-token": ("other", "write")}
@@ -213,13 +214,17 @@ def create(hub: Hub, call: Call) -> dict:
 
 
 def validate_yaml(hub: Hub, call: Call) -> dict:
-    """Check, as the Hub does, that the front matter is valid and that ids are not paths."""
+    """Check, as the Hub does, that the front matter is valid, licences are known and ids are not paths."""
     match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", call.json["content"], re.DOTALL)
     errors = []
     try:
         metadata = yaml.safe_load(match.group(1)) if match else {}
     except yaml.YAMLError as error:
         metadata, errors = {}, [{"message": str(error)}]
+    licences = metadata.get("license") or []
+    for value in [licences] if isinstance(licences, str) else licences:
+        if not is_hub_licence(value):
+            errors.append({"message": f'"license" must be one of the ids of the Hub, got "{value}"'})
     for key in ("base_model", "datasets"):
         values = metadata.get(key) or []
         for value in [values] if isinstance(values, str) else values:

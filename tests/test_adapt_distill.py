@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import (
+    AutoencoderKL,
     DiffusionPipeline,
     LCMScheduler,
     StableDiffusionInstructPix2PixPipeline,
@@ -25,6 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import adapt_distill
+from tests.adapters import load_trained
 from tests.deltas import LORA, add_random_lora, load_unet, merge, save_peft_lora, weights_in
 from tests.hub_files import connect_downloads, serve_folder
 from tests.hub_server import hub_server
@@ -35,11 +37,14 @@ from tests.runs import ENVIRONMENT, REPOSITORY
 from tests.tiny import make_tiny_sd, make_tiny_sdxl
 from utils.editing.loading import load_editor
 from utils.editing.schedulers import choose_scheduler
+from utils.errors import InputError
 from utils.licences import restrictions_of
+from utils.merging import calibration
 from utils.merging.calibration import WeightScores, choose_weight
 from utils.merging.merge import MergeOptions
 from utils.merging.presets import PRESETS, describe_presets
 from utils.merging.recipe import make_recipe
+from utils.models.adapters import AdapterOptions, save_adapter
 from utils.models.single_file import MODEL_SUFFIXES
 
 BASES = {"sd1.5": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
@@ -296,13 +301,17 @@ def test_restricted_licences_need_accept_license(
         flags.append("--hub_token=write-token")
         message = fails(*flags)
         assert "non-commercial and no derivatives (cc-by-nc-nd-4.0)" in message and "--accept_license" in message
+        assert f"the licence of {tiny_editor} is unknown" in message
         assert not (tmp_path / "out" / "model_index.json").exists()
         output = succeeds(*flags, "--accept_license")
         assert "pushed to" in output and "no derivatives" in output
         repo = hub.repos["models/user/fast"]
         assert {"model_index.json", "adapted.json", "README.md", "unet/config.json"} <= set(repo.files)
         card = repo.read("README.md").decode()
-    assert "license: cc-by-nc-nd-4.0" in card and "it is **non-commercial and no derivatives**" in card
+    assert (
+        "license: other\nlicense_name: see-the-sources" in card
+        and "it is **non-commercial and no derivatives**" in card
+    )
     sources = json.loads((tmp_path / "out" / "adapted.json").read_text())["sources"]
     assert sources[1]["restrictions"] == ["non-commercial", "no derivatives"]
 
@@ -420,6 +429,57 @@ def test_calibrate(tiny_editor: Path, tiny_base: Path, tmp_path: Path) -> None:
         pairs.write_text(text)
         assert words in fails(*flags, "--output_dir", tmp_path / "other", "--calibrate", pairs)
     assert not (tmp_path / "other").exists()
+
+
+@pytest.fixture
+def overflowing_sdxl(tiny_sdxl_editor: Path, tmp_path: Path) -> Path:
+    """An SDXL editor whose VAE overflows in float16, as that of SDXL 1.0 does."""
+    pipeline = load_editor(tiny_sdxl_editor)
+    for part in (pipeline.vae.encoder, pipeline.vae.decoder):
+        weight = part.conv_in.weight.data  # the norm after it makes large values harmless in float32
+        weight *= 6e4 / weight.abs().max()
+    pipeline.vae.register_to_config(force_upcast=True)
+    pipeline.save_pretrained(tmp_path / "sdxl")
+    return tmp_path / "sdxl"
+
+
+def test_calibrate_in_half_precision(overflowing_sdxl: Path, tmp_path: Path, monkeypatch) -> None:
+    """The VAE of SDXL runs in its own precision, and the pairs in batches of a few images."""
+    make_noise((32, 40)).save(tmp_path / "a.png")
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps({"image": "a.png", "edit": f"edit {n}"}) + "\n" for n in range(6)))
+    lora = save_adapter(tmp_path / "lora", load_trained(overflowing_sdxl, AdapterOptions(lora_rank=2)).unet)
+    flags = ("--model", overflowing_sdxl, "--lora", lora, "--scheduler=lcm", "--output_dir", tmp_path / "out")
+    monkeypatch.setattr(calibration, "choose_device", lambda device: ("cpu", torch.float16))  # as on a GPU
+    sizes, decode = set(), AutoencoderKL.decode
+    monkeypatch.setattr(
+        AutoencoderKL, "decode", lambda self, z, **more: sizes.add((len(z), z.dtype)) or decode(self, z, **more)
+    )
+    succeeds(*flags, "--calibrate", pairs, "--calibrate_weights", "0.5", "1.0")
+    content = json.loads((tmp_path / "out/calibration.json").read_text())
+    values = [value for row in content["scores"] for value in row.values()]
+    assert np.isfinite(values).all() and all(row["latent_distance"] > 0 for row in content["scores"])
+    assert sizes == {(4, torch.float32), (2, torch.float32)}
+
+
+def test_weights_that_overflow_are_not_chosen() -> None:
+    """Nor is the first one silently taken, as `min` does with NaN; the teacher's NaN ends the calibration."""
+    good, nan = WeightScores(0.5, 1.0, 0.3, 0.9, 0.6), float("nan")
+    assert choose_weight([WeightScores(0.3, nan, nan, nan, nan), good, WeightScores(1.0, nan, nan, 0.1, 1.0)]) == 0.5
+    with pytest.raises(InputError, match="NaN values at every weight"):
+        choose_weight([WeightScores(0.3, nan, nan, nan, nan)])
+
+
+def test_an_editor_that_overflows_cannot_be_calibrated(tiny_editor: Path, lora: Path, tmp_path: Path) -> None:
+    broken = load_editor(tiny_editor)
+    broken.unet.conv_out.bias.data[0] = torch.nan
+    broken.save_pretrained(tmp_path / "broken")
+    make_noise((32, 40)).save(tmp_path / "a.png")
+    (tmp_path / "pairs.jsonl").write_text('{"image": "a.png", "edit": "x"}')
+    flags = ("--model", tmp_path / "broken", "--lora", lora, "--output_dir", tmp_path / "out", "--device=cpu")
+    message = fails(*flags, "--calibrate", tmp_path / "pairs.jsonl")
+    assert "edits of the editor itself have NaN values" in message
+    assert not (tmp_path / "out/model_index.json").exists()
 
 
 def test_choose_weight() -> None:

@@ -24,7 +24,17 @@ from data_preparation.generation.pair_rows import make_pair, pair_features
 from tests.hub_server import Hub, Refused
 from tests.pairs import make_dataset, make_image, make_rows, write_image_folder
 from utils.errors import InputError
-from utils.licences import Licence, licence_conflicts, restrictions_of, strictest_licence, terms_of, to_hub_licence
+from utils.licences import (
+    Licence,
+    is_hub_licence,
+    licence_conflicts,
+    merged_license_fields,
+    restrictions_of,
+    strictest_licence,
+    strictness,
+    terms_of,
+    to_hub_licence,
+)
 
 SCRIPT = str(Path(__file__).parent.parent / "data_preparation" / "export_to_hub.py")
 SECRET = "hf_" + "q" * 34
@@ -288,8 +298,10 @@ def test_another_export_is_replaced_only_with_overwrite(pairs: Path, capsys):
     [
         ("mit", "cc0-1.0", True),
         ("mit", "Public domain", True),
-        ("mit", "apache-2.0", True),
-        ("mit", "cc-by-4.0", True),
+        ("apache-2.0", "mit", True),
+        ("mit", "apache-2.0", False),
+        ("mit", "cc-by-4.0", False),
+        ("cc-by-4.0", "mit", True),
         ("cc0-1.0", "cc-by-4.0", False),
         ("mit", "cc-by-nc-4.0", False),
         ("cc-by-4.0", "cc-by-nc-4.0", False),
@@ -297,6 +309,11 @@ def test_another_export_is_replaced_only_with_overwrite(pairs: Path, capsys):
         ("cc-by-nc-4.0", "cc-by-4.0", True),
         ("mit", "cc-by-sa-4.0", False),
         ("cc-by-sa-4.0", "cc-by-sa-3.0", True),
+        ("cc-by-sa-3.0", "cc-by-sa-4.0", False),
+        ("cc-by-sa-4.0", "CC BY-SA 1.0", False),
+        ("cc-by-sa-4.0", "CC BY-SA 2.0", True),
+        ("gpl-3.0", "gpl-2.0", False),
+        ("gpl-3.0", "gpl-3.0", True),
         ("cc-by-nc-sa-4.0", "cc-by-sa-4.0", False),
         ("cc-by-sa-4.0", "gpl-3.0", False),
         ("mit", "CC BY-NC-ND 4.0", False),
@@ -322,6 +339,9 @@ def test_licence_conflicts(carried: str, source: str, is_allowed: bool):
         (["cc-by-nc-4.0", "cc-by-sa-4.0"], None),
         (["cc-by-nc-4.0", "creativeml-openrail-m"], None),
         (["Public domain"], "cc0-1.0"),
+        (["mit", "cc-by-4.0"], "cc-by-4.0"),
+        (["zlib", "apache-2.0", "mit"], "apache-2.0"),
+        (["cc-by-nc-4.0", "apache-2.0"], "cc-by-nc-4.0"),
         (["unheard of"], None),
         (["cc by 4.0", "cc-by-nc-sa-4.0"], "cc-by-nc-sa-4.0"),
     ],
@@ -330,19 +350,45 @@ def test_strictest_licence(names: list[str], expected: str | None):
     assert strictest_licence([Licence(name, name, ()) for name in names]) == expected
 
 
+def test_order_of_strictness():
+    order = ["cc0-1.0", "mit", "apache-2.0", "cc-by-4.0", "openrail", "cc-by-sa-4.0", "cc-by-nc-4.0"]
+    order += ["cc-by-nc-sa-4.0", "cc-by-nd-4.0", "cc-by-nc-nd-4.0", "never heard of"]
+    assert sorted(reversed(order), key=strictness) == order
+
+
+@pytest.mark.parametrize(
+    ("names", "fields"),
+    [
+        (["mit", "cc-by-4.0"], {"license": "cc-by-4.0"}),
+        (["creativeml-openrail-m"] * 2, {"license": "creativeml-openrail-m"}),
+        (["openrail++", "cc-by-nc-4.0"], {"license": "other", "license_name": "see-the-sources"}),
+        (["mit", ""], {"license": "other", "license_name": "see-the-sources"}),
+        (["sai-nc-community"], {"license": "other", "license_name": "sai-nc-community"}),
+        (["mit", "CC BY-NC 2.5"], {"license": "other", "license_name": "cc-by-nc-2.5"}),
+        ([""], {"license": "other", "license_name": "unknown"}),
+    ],
+)
+def test_licence_of_a_work_made_from_several(names: list[str], fields: dict):
+    """The strictest of them, never the alphabetically first; "other" where none meets the terms of all."""
+    assert merged_license_fields([Licence(name, name, ()) for name in names]) == fields
+
+
 def test_names_of_licences():
     names = {"CC BY-SA 4.0": "cc-by-sa-4.0", "CC0": "cc0-1.0", "cc_by_nc": "cc-by-nc-4.0"}
     assert {name: to_hub_licence(name) for name in names} == names
     assert terms_of("other") is None and terms_of(None) is None and terms_of("cc0-1.0") == frozenset()
-    assert terms_of("sai-nc-community") == {"attribution", "non-commercial"}
+    assert terms_of("sai-nc-community") == {"notice", "attribution", "non-commercial"}
+    assert terms_of("cc-by-nc-2.5") == terms_of("cc-by-nc-4.0") and not is_hub_licence("cc-by-nc-2.5")
+    assert all(is_hub_licence(name) for name in ("cc-by-nc-sa-2.0", "llama2", "unknown", "openrail++"))
+    assert not any(is_hub_licence(name) for name in ("cc-by-1.0", "cc-by-nc-nd-2.5", "sai-nc-community", "proprietary"))
     assert restrictions_of("cc-by-nc-nd-4.0") == ("non-commercial", "no derivatives")
 
 
 @pytest.mark.parametrize(
     ("licence", "flags", "words"),
     [
-        ("cc-by-nc-4.0", ["--license=mit"], ["someone/photos", "drops its non-commercial", "must be cc-by-nc-4.0"]),
-        ("cc-by-sa-4.0", ["--license=mit"], ["someone/photos", "requires the same licence", "must be cc-by-sa-4.0"]),
+        ("cc-by-nc-4.0", ["--license=mit"], ["attribution and non-commercial", "must be cc-by-nc-4.0"]),
+        ("cc-by-sa-4.0", ["--license=cc-by-4.0"], ["requires the same licence", "must be cc-by-sa-4.0"]),
         ("cc-by-nd-4.0", [], ["someone/photos", "forbids derived works", "--license cc-by-nd-4.0"]),
         ("cc-by-nd-4.0", ["--license=cc-by-4.0"], ["someone/photos", "no derivatives"]),
         (None, [], ["someone/photos", "not known", "--accept_unknown_license", "--license other"]),

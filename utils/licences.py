@@ -9,44 +9,37 @@ from huggingface_hub import DatasetCard, HfApi, ModelCard
 
 from utils.hub_names import looks_like_path
 
-NON_COMMERCIAL = "non-commercial"
-NO_DERIVATIVES = "no derivatives"
-SHARE_ALIKE = "share-alike"
+# What a licence may require of derived works, from the mildest to the strictest.
+NOTICE = "notice"
+CHANGES = "statement of changes"
 ATTRIBUTION = "attribution"
 USE_RESTRICTIONS = "use restrictions"
+SHARE_ALIKE = "share-alike"
+NON_COMMERCIAL = "non-commercial"
+NO_DERIVATIVES = "no derivatives"
+TERMS = (NOTICE, CHANGES, ATTRIBUTION, USE_RESTRICTIONS, SHARE_ALIKE, NON_COMMERCIAL, NO_DERIVATIVES)
+_WORDS = ("notice", "changes", "attribution", "use", "share", "non-commercial", "no-derivatives")  # of the table
 
 _RESTRICTION_PATTERNS = {
     NON_COMMERCIAL: re.compile(r"(^|[-_. ])nc([-_. ]|$)|non-?commercial|research", re.IGNORECASE),
     NO_DERIVATIVES: re.compile(r"(^|[-_. ])nd([-_. ]|$)|no-?deriv", re.IGNORECASE),
 }
-# Licence ids of the Hub whose terms are known, by what they require of derived works.
-_IDS_BY_TERMS = {
-    (): "cc0-1.0 pddl unlicense wtfpl",
-    (ATTRIBUTION,): "mit apache-2.0 bsd bsd-2-clause bsd-3-clause isc zlib ncsa odc-by bsl-1.0 cdla-permissive-1.0 "
-    "cdla-permissive-2.0 etalab-2.0 afl-3.0 postgresql ecl-2.0",
-    (ATTRIBUTION, SHARE_ALIKE): "gpl gpl-2.0 gpl-3.0 agpl-3.0 lgpl lgpl-2.1 lgpl-3.0 odbl cdla-sharing-1.0 gfdl",
-    (ATTRIBUTION, USE_RESTRICTIONS): "openrail openrail++ creativeml-openrail-m bigscience-openrail-m "
-    "bigscience-bloom-rail-1.0 bigcode-openrail-m",
-}
-_CREATIVE_COMMONS = {
-    "by": (),
-    "by-sa": (SHARE_ALIKE,),
-    "by-nc": (NON_COMMERCIAL,),
-    "by-nd": (NO_DERIVATIVES,),
-    "by-nc-sa": (NON_COMMERCIAL, SHARE_ALIKE),
-    "by-nc-nd": (NON_COMMERCIAL, NO_DERIVATIVES),
-}
-_TERMS = {name: frozenset(terms) for terms, names in _IDS_BY_TERMS.items() for name in names.split()} | {
-    f"cc-{kind}-{version}": frozenset([ATTRIBUTION, *terms])
-    for kind, terms in _CREATIVE_COMMONS.items()
-    for version in ("1.0", "2.0", "2.5", "3.0", "4.0")
-}
+_CREATIVE_COMMONS = re.compile(r"(cc-by(?:-(?:nc|sa|nd))*)-([\d.]+)")
+
+
+def _read_table() -> dict[str, frozenset[str] | None]:
+    lines = Path(__file__).with_name("hub_licences.txt").read_text("utf-8").splitlines()
+    rows = [line.split() for line in lines if line and not line.startswith("#")]
+    terms = dict(zip(_WORDS, TERMS, strict=True))
+    return {name: None if words == ["?"] else frozenset(terms[word] for word in words) for name, *words in rows}
+
+
+_HUB = _read_table()  # id -> terms
 _ALIASES = dict.fromkeys(("public domain", "publicdomain", "pd", "cc0", "cc-zero"), "cc0-1.0") | {
     "apache 2.0": "apache-2.0",
     "apache": "apache-2.0",
     "mit license": "mit",
 }
-_UNKNOWN = ("", "unknown", "other", "none")
 LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -109,24 +102,33 @@ def to_hub_licence(name: str) -> str:
 
 
 def is_hub_licence(name: str) -> bool:
-    """Whether `name` is a valid `license` for a card on the Hub, and its terms are known here."""
-    return name in _TERMS and name not in ("cc-by-1.0", "cc-by-nd-1.0")
+    """Whether the Hub accepts `name` as the `license` of a card."""
+    return name in _HUB
 
 
 def hub_licences() -> list[str]:
-    """All names for which `is_hub_licence` holds."""
-    return sorted(name for name in _TERMS if is_hub_licence(name))
+    """The Hub's ids of licences whose terms are known here."""
+    return sorted(name for name, terms in _HUB.items() if terms is not None)
 
 
 def terms_of(name: str | None) -> frozenset[str] | None:
-    """The terms of a licence, out of the five above; None if its name does not tell."""
+    """The terms of a licence, out of `TERMS`; None if its name does not tell."""
     plain = to_hub_licence(name or "")
-    if plain in _UNKNOWN:
-        return None
-    if plain in _TERMS:
-        return _TERMS[plain]
+    if plain in _HUB:
+        return _HUB[plain]
+    if match := _CREATIVE_COMMONS.fullmatch(plain):  # a version that the Hub does not list: the terms are the same
+        kind = match[1].removeprefix("cc-by").split("-")[1:]
+        terms = {"nc": NON_COMMERCIAL, "sa": SHARE_ALIKE, "nd": NO_DERIVATIVES}
+        return frozenset([NOTICE, CHANGES, ATTRIBUTION, *(terms[part] for part in kind)])
     restrictions = restrictions_of(plain)
-    return frozenset([ATTRIBUTION, *restrictions]) if restrictions else None
+    return frozenset([NOTICE, ATTRIBUTION, *restrictions]) if restrictions else None
+
+
+def strictness(name: str | None) -> tuple[int, ...]:
+    """A key to sort licences by: the strictest term decides, then the next one; unknown licences are the strictest."""
+    terms = terms_of(name)
+    ranks = [TERMS.index(term) for term in terms] if terms is not None else [len(TERMS)]
+    return tuple(sorted(ranks, reverse=True))
 
 
 def licence_conflicts(licence: str, sources: Sequence[Licence]) -> list[str]:
@@ -136,21 +138,46 @@ def licence_conflicts(licence: str, sources: Sequence[Licence]) -> list[str]:
         required = terms_of(source.name)
         if required is None:
             continue
-        missing = sorted(required - given - {SHARE_ALIKE})
+        missing = [term for term in TERMS if term in required - given and term != SHARE_ALIKE]
         if missing:
-            problems.append(f"{source.source} is {source.name}, and {licence} drops its {' and '.join(missing)}")
-        elif SHARE_ALIKE in required and _without_version(licence) != _without_version(source.name):
+            dropped = " and ".join([*filter(None, [", ".join(missing[:-1])]), missing[-1]])
+            problems.append(f"{source.source} is {source.name}, and {licence} drops its {dropped}")
+        elif SHARE_ALIKE in required and not _may_follow(licence, source.name):
             problems.append(f"{source.source} is {source.name}, which requires the same licence for derived works")
     return problems
 
 
+def _may_follow(licence: str, source: str) -> bool:
+    """Whether a share-alike licence allows derived works under `licence`: itself, of Creative Commons a later version.
+
+    The 1.0 versions of Creative Commons, and the GPL unless it says so, allow no later version.
+    """
+    given, required = to_hub_licence(licence), to_hub_licence(source)
+    new, old = _CREATIVE_COMMONS.fullmatch(given), _CREATIVE_COMMONS.fullmatch(required)
+    if given == required or not (new and old):
+        return given == required
+    return new[1] == old[1] and old[2] != "1.0" and float(new[2]) >= float(old[2])
+
+
 def strictest_licence(sources: Sequence[Licence]) -> str | None:
     """The licence of a source that conflicts with none of the sources; None if there is none."""
-    names = sorted({to_hub_licence(one.name) for one in sources}, key=lambda name: (len(terms_of(name) or ()), name))
-    allowed = (name for name in reversed(names) if terms_of(name) is not None and not licence_conflicts(name, sources))
-    return next(allowed, None)
+    known = {to_hub_licence(one.name) for one in sources if terms_of(one.name) is not None}
+    names = sorted(known, key=lambda name: (strictness(name), name), reverse=True)
+    return next((name for name in names if not licence_conflicts(name, sources)), None)
 
 
-def _without_version(name: str) -> str:
-    """Share-alike licences allow derived works under a later version."""
-    return re.sub(r"-[\d.]+$", "", to_hub_licence(name))
+def license_fields(name: str) -> dict[str, str]:
+    """The fields of a card for a licence: its id if the Hub has it, otherwise "other" with its name."""
+    plain = to_hub_licence(name)
+    if is_hub_licence(plain) and plain != "other":
+        return {"license": plain}
+    return {"license": "other", "license_name": re.sub(r"[^\w.-]+", "-", plain).strip("-") or "unknown"}
+
+
+def merged_license_fields(sources: Sequence[Licence]) -> dict[str, str]:
+    """The fields of a card for a work made from all `sources`: the strictest licence, if it meets the terms of all."""
+    if len({one.name for one in sources}) == 1:
+        return license_fields(sources[0].name)
+    has_unknown = any(terms_of(one.name) is None for one in sources)
+    strictest = None if has_unknown else strictest_licence(sources)
+    return license_fields(strictest) if strictest else {"license": "other", "license_name": "see-the-sources"}

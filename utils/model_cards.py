@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants, get
 
 from utils.hub import redact
 from utils.hub_names import is_hub_id, public_name
-from utils.licences import Licence, read_license_fields, restrictions_of
+from utils.licences import Licence, is_hub_licence, license_fields, read_license_fields, restrictions_of
 
 TEMPLATES = Path(__file__).parent / "card_templates"
 SCHEDULER_SETTINGS = ("prediction_type", "timestep_spacing", "rescale_betas_zero_snr")
@@ -48,8 +48,10 @@ class TrainedModel:
 def write_trained_card(output_dir: Path, model: TrainedModel, token: str | None = None) -> Path:
     """Write `README.md` into the folder of a trained pipeline or adapter."""
     name = (model.repo_id or output_dir.resolve().name).split("/")[-1]
-    license_fields = read_license_fields(model.base_model, token)
-    license_name = license_fields.get("license_name") or license_fields.get("license", "")
+    base_fields = read_license_fields(model.base_model, token)
+    license_name = base_fields.get("license_name") or base_fields.get("license", "")
+    if not is_hub_licence(base_fields.get("license", "")):
+        base_fields = license_fields(license_name)
     hyperparameters = {name: value for name, value in model.hyperparameters.items() if "token" not in name}
     scheduler_file = output_dir / "scheduler" / "scheduler_config.json"
     scheduler = json.loads(scheduler_file.read_text("utf-8")) if scheduler_file.is_file() else {}
@@ -66,7 +68,7 @@ def write_trained_card(output_dir: Path, model: TrainedModel, token: str | None 
     return save_card(
         output_dir,
         "trained_editor.md",
-        _trained_metadata(model, name, license_fields),
+        _trained_metadata(model, name, base_fields),
         token,
         name=name,
         is_adapter=model.is_adapter,

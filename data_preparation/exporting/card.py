@@ -17,7 +17,7 @@ from data_preparation.exporting.licensing import NO_SOURCE, OTHER, LicenceChoice
 from data_preparation.exporting.reading import ExportInput, ExportOptions, scrub
 from data_preparation.generation.pair_rows import PROVENANCE_COLUMNS, parse_json
 from utils.hub import redact
-from utils.licences import is_hub_licence
+from utils.licences import license_fields
 from utils.pixels import BadRow, peek_size
 
 TEMPLATE = Path(__file__).with_name("dataset_card.md")
@@ -205,8 +205,9 @@ def _statistics(values: list[float]) -> list[str]:
 def _front_matter(
     repo_id: str, language: str, features: datasets.Features, facts: ExportFacts, choice: LicenceChoice
 ) -> DatasetCardData:
-    is_known = is_hub_licence(choice.licence)
-    licence_name = "see-each-row" if choice.licence == OTHER else re.sub(r"[^\w.-]+", "-", choice.licence)
+    fields = license_fields(choice.licence)
+    if choice.licence == OTHER:
+        fields["license_name"] = "see-each-row"
     splits = {
         split: {"name": split, "num_bytes": sizes["bytes"], "num_examples": sizes["rows"]}
         for split, sizes in facts.sizes.items()
@@ -224,8 +225,7 @@ def _front_matter(
     ]
     task_tags = [task for task in facts.tasks if task != NO_TASK and re.fullmatch(r"[\w-]{1,40}", task)][:20]
     data = DatasetCardData(
-        license=choice.licence if is_known else OTHER,
-        license_name=None if is_known else licence_name,
+        **fields,
         pretty_name=re.sub(r"[-_]+", " ", repo_id.split("/")[-1]).strip(),
         language=[language],
         task_categories=["image-to-image"],

@@ -83,7 +83,7 @@ def choose_licence(
         )
     if requested == OTHER:
         return LicenceChoice(OTHER, list(sources), list(models), _notes(OTHER, sources, models))
-    if requested and not is_hub_licence(to_hub_licence(requested)):
+    if requested and to_hub_licence(requested) not in hub_licences():
         raise InputError(
             f"--license {requested}: is not a licence of the Hub with known terms; choose one of "
             f"{', '.join(hub_licences())}, or other"

@@ -10,7 +10,7 @@ from urllib.parse import unquote, urlsplit
 from utils.atomic_files import make_writable
 from utils.editing.inputs import WRITABLE, InputImage, SourceReader, animated_suffix, find_inputs, limit_name
 from utils.editing.schedulers import SCHEDULERS, SPACINGS
-from utils.editing.settings import EditSettings, fill_settings, find_setting_problems
+from utils.editing.settings import WHOLE_NUMBERS, EditSettings, fill_settings, find_setting_problems
 from utils.errors import InputError
 from utils.json_lines import parse_json_object
 from utils.pixels import BadRow, decode_image, num_frames
@@ -19,7 +19,7 @@ SLUG_LENGTH = 40
 MAX_PROBLEMS = 10  # of a file of jobs
 OTHER_KEYS = ("image", "edit", "output", "seed", "num_images")
 KEYS = (*OTHER_KEYS, *(field.name for field in fields(EditSettings)))
-WHOLE_NUMBERS = ("steps", "resolution", "seed", "num_images")
+COUNTS = (*WHOLE_NUMBERS, "seed", "num_images")
 SWITCHES = ("keep_size", "randomize_cfg", "first_frame", "karras_sigmas")
 TEXTS = ("background", "negative_prompt")
 CHOICES = {"scheduler": tuple(SCHEDULERS), "timestep_spacing": SPACINGS}
@@ -195,7 +195,7 @@ def _find_row_problems(row: dict[str, Any], settings: EditSettings, edits: list[
     output = row.get("output", "edited.png")
     if not isinstance(output, str) or Path(output).suffix.lower() not in WRITABLE or Path(output).name != output:
         yield f'"output" {output!r} must be a file name that ends in one of {", ".join(WRITABLE)}'
-    problems = [f"{key} {row[key]}: must be a whole number" for key in WHOLE_NUMBERS if isinstance(row.get(key), float)]
+    problems = [f"{key} {row[key]}: must be a whole number" for key in COUNTS if isinstance(row.get(key), float)]
     problems += [
         f"{key} {row[key]!r}: must be true or false" for key in SWITCHES if not isinstance(row.get(key, False), bool)
     ]

@@ -19,7 +19,7 @@ from utils.atomic_files import make_writable
 from utils.editing.inputs import WRITABLE
 from utils.editing.jobs import Job
 from utils.editing.schedulers import SCHEDULERS, SPACINGS
-from utils.editing.settings import LIMITS, EditSettings, fill_settings, find_setting_problems
+from utils.editing.settings import LIMITS, WHOLE_NUMBERS, EditSettings, fill_settings, find_setting_problems
 from utils.errors import InputError
 from utils.hub_names import is_hub_id
 from utils.image_sources import read_image_source
@@ -178,7 +178,7 @@ def find_record_problems(record: dict) -> list[str]:
         value = settings.get(key)
         if value is not None and not (isinstance(value, str) and value in known):
             problems.append(f"{key} {settings[key]!r:.80}")
-    for key in ("steps", "resolution"):
+    for key in WHOLE_NUMBERS:
         if not _is_optional(settings.get(key), int):
             problems.append(f"{key} {settings[key]!r:.80}")
     problems += find_setting_problems(settings | {"seed": record["seed"]}, prefix="")

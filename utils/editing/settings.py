@@ -29,6 +29,7 @@ DEFAULT_SETTINGS: dict[str, Any] = {
     "resolution": None,
 }
 SCALES = ("guidance_scale", "image_guidance_scale")
+WHOLE_NUMBERS = ("steps", "resolution")
 ADAPTED = "adapted.json"  # adapt_distill.py writes recommended settings, keys of `DEFAULT_SETTINGS`, into this file
 INSTRUCTIONS = tuple(Path(__file__).with_name("random_instructions.txt").read_text("utf-8").splitlines())
 EASY_INSTRUCTIONS = INSTRUCTIONS[:8]  # the toy editor was trained on these

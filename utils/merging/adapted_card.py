@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from utils.editing.settings import ADAPTED
-from utils.licences import Licence, is_hub_licence
+from utils.licences import Licence, merged_license_fields
 from utils.model_cards import code_names, describe_licences, make_metadata, make_snippet, make_table, save_card
 
 FEW_STEPS = 8
 
 
 def write_adapted(folder: Path, facts: Mapping[str, object]) -> None:
-    """Write `adapted.json`; `facts["recommended"]`: steps, guidance_scale, image_guidance_scale, eta, scheduler."""
+    """Write `adapted.json`; `facts["recommended"]`: keys of `DEFAULT_SETTINGS`, and the scheduler."""
     (folder / ADAPTED).write_text(json.dumps(facts, indent=1) + "\n", "utf-8")
 
 
@@ -23,11 +23,8 @@ def write_adapted_card(
     recommended, sources = facts["recommended"], facts["sources"]
     rows = {key: value for key, value in facts.items() if key not in ("recommended", "sources", "made_by") and value}
     rows |= {source["role"]: _describe(source) for source in sources}
-    names = sorted({licence.name for licence in licences if licence.name})
-    license_name = next((licence.name for licence in licences if licence.restrictions and licence.name), None)
-    license_name = license_name or (names[0] if names else "")
     metadata = make_metadata(
-        {"license": license_name if is_hub_licence(license_name) else "other"},
+        merged_license_fields(licences),
         [licence.source for licence in licences],
         "merge",
         ["instruct-pix2pix", "image-to-image", "diffusers", "few-step"],
@@ -42,7 +39,7 @@ def write_adapted_card(
         editor=code_names([sources[0]["name"]]),
         weight=facts["weight"],
         change=code_names([source["name"] for source in sources if source["role"] not in ("editor", "base")]),
-        snippet=make_snippet(pipeline_class, repo_id or name, settings),
+        snippet=make_snippet(pipeline_class, repo_id or name, settings, max_side=recommended.get("resolution")),
         scheduler=recommended["scheduler"],
         is_few_step=recommended["steps"] <= FEW_STEPS,
         eta=recommended["eta"],

@@ -15,13 +15,13 @@ from dataclasses import asdict, astuple, dataclass, replace
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from tqdm import tqdm
 
 from utils.contact_sheets import draw_grid
-from utils.editing.edit_images import SamplingSettings, edit_pixels, fit_to_model
+from utils.editing.edit_images import Editor, OutOfMemory, SamplingSettings, edit_pixels, fit_to_model
+from utils.editing.encodings import Encodings
 from utils.editing.loading import load_editor
 from utils.errors import InputError
 from utils.image_sources import load_image_source
@@ -29,10 +29,11 @@ from utils.json_lines import read_json_lines
 from utils.merging.editor_writer import make_scheduler
 from utils.merging.merge import MergeOptions, MergeReport
 from utils.merging.recipe import MergeRecipe, OpenedRecipe
-from utils.models.latents import encode_moments, mode_of_original_latents, scale_latents
+from utils.models.latents import scale_latents
 from utils.runtime import choose_device
 
 TEACHER = dict(num_inference_steps=30, guidance_scale=7.5, image_guidance_scale=1.5)
+BATCH_SIZE = 4  # pairs edited at once, halved where the memory is too small
 MIN_CELL = 128  # pixels of an image on the contact sheet
 Pair = tuple[Image.Image, str]
 
@@ -71,6 +72,7 @@ class Calibration:
         for scores in self.scores:
             weight, latent, pixel, direction, saturation = astuple(scores)
             mark = "  <- chosen" if weight == self.chosen else ""
+            mark = mark if math.isfinite(pixel) else "  overflows in half precision: not chosen"
             lines.append(f"{weight:<6g}  {latent:<15.4f}  {pixel:<14.4f}  {direction:<9.4f}  {saturation:.4f}{mark}")
         if len(self.scores) > 1 and self.chosen in (self.scores[0].weight, self.scores[-1].weight):
             lines.append("the best weight is at the end of the grid: extend --calibrate_weights")
@@ -106,19 +108,27 @@ def calibrate(
     settings = SamplingSettings(
         num_inference_steps=recipe.recommended["steps"],
         scheduler=make_scheduler(recipe, opened.editor),
+        guidance_rescale=recipe.recommended.get("guidance_rescale", 0.0),
         **{name: recipe.recommended[name] for name in ("guidance_scale", "image_guidance_scale", "eta")},
     )
-    images, prompts = [fit_to_model(image, pipeline) for image, _ in pairs], [prompt for _, prompt in pairs]
-    seeds, inputs = list(range(len(pairs))), [_to_pixels(image) for image in images]
-    teacher, _ = edit_pixels(pipeline, images, prompts, seeds, SamplingSettings(**TEACHER))
-    input_latents, teacher_latents = ([_encode(pipeline.vae, one) for one in many] for many in (inputs, teacher))
+    resolution = recipe.recommended.get("resolution")
+    images = [fit_to_model(image, pipeline, resolution) for image, _ in pairs]
+    prompts, inputs = [prompt for _, prompt in pairs], [_to_pixels(image) for image in images]
+    editor = _BatchedEditor(pipeline, images, prompts)
+    teacher = editor.edit(SamplingSettings(**TEACHER))
+    if not all(pixels.isfinite().all() for pixels in teacher):
+        raise InputError(
+            f"--calibrate: the edits of the editor itself have NaN values in {dtype}, so there is nothing to compare "
+            "with: give --device cpu, which calibrates in float32"
+        )
+    input_latents, teacher_latents = (list(map(editor.encode, many)) for many in (inputs, teacher))
     columns, scores = [inputs, teacher], []
     for weight in tqdm(sorted(weights), desc="calibrating", unit="weight", disable=None, leave=False):
         _load_merged(pipeline.unet, opened, replace(recipe.merge, weight=weight))
-        edits, _ = edit_pixels(pipeline, images, prompts, seeds, settings)
-        columns.append(edits)
+        edits = editor.edit(settings)
+        columns.append([pixels.nan_to_num(0.0) for pixels in edits])
         rows = [
-            _compare(pixels, target, _encode(pipeline.vae, pixels), latents, start)
+            _compare(pixels, target, editor.encode(pixels), latents, start)
             for pixels, target, latents, start in zip(edits, teacher, teacher_latents, input_latents, strict=True)
         ]
         scores.append(WeightScores(weight, *(sum(values) / len(rows) for values in zip(*rows, strict=True))))
@@ -137,12 +147,47 @@ def _load_merged(unet: torch.nn.Module, opened: OpenedRecipe, options: MergeOpti
         parameters[name][rows].copy_(value)
 
 
+class _BatchedEditor:
+    """Edits the pairs in batches that fit into the memory, image i with seed i."""
+
+    def __init__(self, pipeline: Editor, images: list[Image.Image], prompts: list[str]) -> None:
+        self._pipeline, self._images, self._prompts = pipeline, images, prompts
+        self._encodings, self._batch_size = Encodings(pipeline), BATCH_SIZE
+
+    def edit(self, settings: SamplingSettings) -> list[torch.Tensor]:
+        """(3, H, W) in [0, 1] each. Raises OutOfMemory where not even one image fits."""
+        edits: list[torch.Tensor] = []
+        while len(edits) < len(self._images):
+            rows = slice(len(edits), len(edits) + self._batch_size)
+            seeds = list(range(len(self._images)))[rows]
+            inputs = (self._images[rows], self._prompts[rows], seeds, settings)
+            try:
+                edits += edit_pixels(self._pipeline, *inputs, encodings=self._encodings)[0]
+            except OutOfMemory:
+                if self._batch_size == 1:
+                    raise
+                self._batch_size //= 2
+        return edits
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Pixels (3, H, W) in [0, 1] -> scaled latents (1, 4, h, w), float32 on the CPU."""
+        latents = self._encodings.encode_images([_to_image(pixels.nan_to_num(0.0))]).float().cpu()
+        is_scaled = getattr(self._pipeline, "is_cosxl_edit", False)
+        return latents if is_scaled else scale_latents(latents, self._pipeline.vae.config)
+
+
 def choose_weight(scores: list[WeightScores]) -> float:
     """The weight with the smallest normalised distance from a perfect score; of equal ones the smallest weight.
 
-    Latent distance, 1 - direction and |log saturation| are each scaled to [0, 1] over the grid; the distance is the
-    Euclidean norm of the three.
+    Weights whose edits have NaN values are left out; raises InputError if all have. Latent distance, 1 - direction and
+    |log saturation| are each scaled to [0, 1] over the grid; the distance is the Euclidean norm of the three.
     """
+    scores = [score for score in scores if all(map(math.isfinite, astuple(score)))]
+    if not scores:
+        raise InputError(
+            "--calibrate: the edits have NaN values at every weight: give other --calibrate_weights, or --device cpu, "
+            "which calibrates in float32"
+        )
     costs = [(s.latent_distance, 1 - s.direction, abs(math.log(max(s.saturation, 1e-6)))) for s in scores]
     ranges = [(min(column), max(column)) for column in zip(*costs, strict=True)]
 
@@ -169,12 +214,6 @@ def _compare(
 def _colour_spread(pixels: torch.Tensor) -> float:
     """Root mean square distance of the colours (3, H, W) from grey."""
     return float((pixels - pixels.mean(dim=0)).square().mean().sqrt())
-
-
-def _encode(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
-    """Pixels (3, H, W) in [0, 1] -> scaled latents (1, 4, h, w) on the CPU."""
-    moments = encode_moments(vae, (pixels * 255).round().to(torch.uint8)[None])
-    return scale_latents(mode_of_original_latents(moments), vae.config).cpu()
 
 
 def _to_pixels(image: Image.Image) -> torch.Tensor:

@@ -36,6 +36,7 @@ class Preset:
     image_guidance_scale: float = 1.0
     eta: float = 0.0
     lcm_guidance: float | None = None
+    resolution: int | None = None
     licence: str | None = None
     unverified: str = ""
     note: str = ""

@@ -11,7 +11,7 @@ from utils.editing.schedulers import OWN_TIMESTEPS, SCHEDULERS
 from utils.editing.settings import DEFAULT_SETTINGS
 from utils.errors import InputError
 from utils.hub import check_push_rights
-from utils.licences import Licence, look_up_licence
+from utils.licences import Licence, look_up_licence, terms_of
 from utils.merging.deltas import Delta, StoredDifference, UNetDifference, UNetWeights
 from utils.merging.editor_folder import EditorFolder, find_editor, require_output_dir
 from utils.merging.lora_delta import LoraDelta
@@ -67,7 +67,9 @@ def make_recipe(flags: Mapping[str, Any]) -> MergeRecipe:
     recommended = {name: getattr(preset, name, value) for name, value in FEW_STEPS.items()} if scheduler else {}
     if flags["scheduler"] == "tcd" and not preset:
         recommended["eta"] = TCD_ETA  # the pipelines' default, 0, removes its noise
-    recommended |= {name: flags[name] for name in FEW_STEPS if flags[name] is not None}
+    if preset and preset.resolution:
+        recommended["resolution"] = preset.resolution
+    recommended |= {name: flags[name] for name in DEFAULT_SETTINGS if flags[name] is not None}
     return MergeRecipe(
         model=WeightSource("--model", flags["model"], variant=flags["model_variant"], revision=flags["model_revision"]),
         output_dir=Path(flags["output_dir"]),
@@ -170,7 +172,8 @@ def fill_defaults(recipe: MergeRecipe, opened: OpenedRecipe) -> MergeRecipe:
     if weight is None:
         weight = SDXL_WEIGHT if "distilled" in recipe.sources and opened.editor.is_sdxl else 1.0
     # The card shows eta as the pipelines use it: 0 by default.
-    recommended = {} if recipe.scheduler else DEFAULT_SETTINGS | {"eta": 0.0}
+    usual = {name: DEFAULT_SETTINGS[name] for name in FEW_STEPS} | {"eta": 0.0}
+    recommended = {} if recipe.scheduler else usual
     return replace(recipe, merge=replace(recipe.merge, weight=weight), recommended=recommended | recipe.recommended)
 
 
@@ -197,10 +200,14 @@ def prepare_output(recipe: MergeRecipe, options: PushOptions) -> str | None:
 
 
 def check_licences(licences: list[Licence], options: PushOptions) -> None:
-    """Print restricted licences, and refuse to push without --accept_license. Raises `InputError`."""
-    restricted = [licence for licence in licences if licence.restrictions]
-    restricted = [f"{one.source} is {' and '.join(one.restrictions)} ({one.name})" for one in restricted]
-    for line in restricted:
+    """Print restricted and unknown licences, and refuse to push without --accept_license. Raises `InputError`."""
+    lines = [f"{one.source} is {' and '.join(one.restrictions)} ({one.name})" for one in licences if one.restrictions]
+    for line in lines:
         print(f"licence: {line}, and so is the merged editor", file=sys.stderr)
-    if restricted and options.push_to_hub and not options.accept_license:
-        raise InputError(f"--push_to_hub: {'; '.join(restricted)}: add --accept_license if the licence allows your use")
+    for one in licences:
+        if terms_of(one.name) is None and not one.restrictions:
+            named = f"the terms of {one.name}, the licence of {one.source}, are not known here"
+            lines.append(named if one.name else f"the licence of {one.source} is unknown")
+            print(f"licence: {lines[-1]}: read it before you publish the merged editor", file=sys.stderr)
+    if lines and options.push_to_hub and not options.accept_license:
+        raise InputError(f"--push_to_hub: {'; '.join(lines)}: add --accept_license if the licences allow your use")
