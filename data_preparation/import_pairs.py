@@ -27,6 +27,7 @@ from data_preparation.instructions import available_tasks, read_phrasings  # noq
 from utils.cli import FlagParser  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
 from utils.hub_names import looks_like_path, public_name  # noqa: E402
+from utils.settings_file import add_config_flag  # noqa: E402
 
 if TYPE_CHECKING:
     from data_preparation.importing.source_pairs import PairSource
@@ -43,7 +44,7 @@ MINIMA |= {"download_mb": 0.001, "download_timeout": 0.1, "download_retries": 0,
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("source").add_argument
     add("--source", required=True, help="a folder, the file of a table, or the Hub id of a dataset")
     add("--format", choices=tuple(FLAGS_OF_FORMAT), help="format of the source (default: detected)")
@@ -77,6 +78,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--download_retries", type=int, default=2, metavar="N", help="retries after a temporary failure (default 2)")
     add("--download_threads", type=int, default=16, metavar="N", help="parallel downloads (default 16)")
     add_generation_flags(parser)
+    add_config_flag(parser)
     return parser.parse_args(argv)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_preparation import peer_flags  # noqa: E402
 from data_preparation.captions.prompts import (  # noqa: E402
     PROMPT_END,
     SEPARATOR,
@@ -32,12 +33,14 @@ from utils.atomic_files import write_atomically  # noqa: E402
 from utils.cli import FlagParser  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
 from utils.json_lines import parse_json_object  # noqa: E402
+from utils.settings_file import add_config_flag  # noqa: E402
 
 MAX_LISTED = 5  # line numbers printed for each reason
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = FlagParser(description=__doc__, formatter_class=raw, aliases=peer_flags.PREPARE_FOR_FINETUNING)
     add = parser.add_argument_group("files").add_argument
     add("--input", type=Path, required=True, metavar="FILE", help="triples, or a folder of generate_captions.py")
     output_help = "output file; --validation_split also writes NAME-validation.jsonl beside it"
@@ -48,6 +51,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     split_help = "share of the captions held out for validation (default 0)"
     add("--validation_split", type=float, default=0.0, metavar="SHARE", help=split_help)
     add("--seed", type=int, default=0, help="random seed of the split (default 0)")
+    add_config_flag(parser)
     return parser.parse_args(argv)
 
 
