@@ -35,7 +35,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = FlagParser(description=__doc__, formatter_class=raw, aliases=peer_flags.GENERATE_PAIRS)
     add = parser.add_argument_group("input").add_argument
-    prompts_help = "output of generate_captions.py, .jsonl file, folder or Hub id: columns caption, edit and output"
+    prompts_help = "output of generate_captions.py, .jsonl file, folder or Hub id: columns caption, edit and output; "
+    prompts_help += "or gpt-generated-prompts or human-written-prompts, the original's files"
     add("--prompts", required=True, metavar="CAPTIONS", help=prompts_help)
     add("--caption_column", metavar="NAME", help="column of the original captions (default: caption, or input)")
     add("--split", default="train", help="split of --prompts and --init_images (default train)")

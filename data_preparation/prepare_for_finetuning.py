@@ -29,6 +29,7 @@ from data_preparation.captions.prompts import (  # noqa: E402
     example_messages,
     legacy_prompt,
 )
+from data_preparation.published_prompts import find_published_prompts  # noqa: E402
 from utils.atomic_files import write_atomically  # noqa: E402
 from utils.cli import FlagParser  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
@@ -42,7 +43,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = FlagParser(description=__doc__, formatter_class=raw, aliases=peer_flags.PREPARE_FOR_FINETUNING)
     add = parser.add_argument_group("files").add_argument
-    add("--input", type=Path, required=True, metavar="FILE", help="triples, or a folder of generate_captions.py")
+    input_help = "triples: a file, a folder of generate_captions.py, or human-written-prompts (the original's file)"
+    add("--input", type=Path, required=True, metavar="FILE", help=input_help)
     output_help = "output file; --validation_split also writes NAME-validation.jsonl beside it"
     add("--output", type=Path, required=True, metavar="FILE", help=output_help)
     add("--overwrite", action="store_true", help="replace existing output files")
@@ -58,6 +60,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 def check_flags(args: argparse.Namespace) -> dict[str, Path]:
     """The output files by purpose. Raises one InputError with the problems of all flags."""
     problems = []
+    args.input = find_published_prompts(str(args.input), "--input") or args.input
     if args.input.is_dir():
         args.input = args.input / "prompts.jsonl"
     if not args.input.is_file():

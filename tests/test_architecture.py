@@ -11,6 +11,7 @@ MODULES = {
     "instructions",
     "peer_flags",
     "photographs",
+    "published_prompts",
     "toy_edits",
 }  # modules in data_preparation/ that are not scripts
 DATA_SCRIPTS = sorted(path for path in PREPARATION.glob("[a-z]*.py") if path.stem not in MODULES)

@@ -30,6 +30,8 @@ def has_seed_folders(folder: Path) -> bool:
 def list_seeds(folder: Path) -> FolderSeeds:
     """The folders and seeds that seeds.json lists; without that file, those of all folders. Raises InputError."""
     path = folder / SEEDS
+    if any(folder.glob("*.zip")) and next(folder.glob(f"*/{PROMPT}"), None) is None:
+        raise InputError(f"{folder} has zip files that are not unpacked: run unzip '{folder}/*.zip' -d {folder}")
     prompts = _read_seeds(path) if path.is_file() else _list_folders(folder)
     if not prompts:
         raise InputError(
@@ -45,6 +47,7 @@ def read_pairs(folder: Path) -> dict[str, list[str | None]]:
     Images are not looked at: with hundreds of thousands of folders that takes long. A prompt that cannot be read is
     None, so that its rows are skipped and counted. Raises InputError.
     """
+    folder = folder.resolve()  # relative paths would start from the folder
     prompts = list_seeds(folder)
     extension = _find_extension(folder, prompts)
 
