@@ -9,6 +9,7 @@ import pytest
 
 from data_preparation import (
     check_dataset,
+    export_pairs,
     export_to_hub,
     generate_captions,
     generate_dataset,
@@ -24,6 +25,7 @@ from utils.flag_aliases import FlagAliases
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = {
     check_dataset: ["pairs"],
+    export_pairs: ["--dataset_name=a", "--output_dir=b", "--layout=seeds"],
     export_to_hub: [],
     generate_captions: ["--captions=c.txt", "--data_root=out", "--model=m"],
     generate_dataset: [],
@@ -141,9 +143,12 @@ def test_misspelled_flags_and_settings_files_in_every_data_script(script, tmp_pa
     assert "--confg is not a flag: did you mean --config?" in refusal(
         script.parse_flags, [*SCRIPTS[script], "--confg=x"], capsys
     )
-    flag = {check_dataset: "cache_dir", prepare_for_finetuning: "output", prompt_app: "moderation"}.get(
-        script, "data_root"
-    )
+    flag = {
+        check_dataset: "cache_dir",
+        export_pairs: "cache_dir",
+        prepare_for_finetuning: "output",
+        prompt_app: "moderation",
+    }.get(script, "data_root")
     monkeypatch.setenv("PLACE", str(tmp_path))
     monkeypatch.setenv("HOME", str(tmp_path))
     file = tmp_path / "flags.yaml"
