@@ -60,7 +60,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 def check_flags(args: argparse.Namespace) -> dict[str, Path]:
     """The output files by purpose. Raises one InputError with the problems of all flags."""
     problems = []
-    args.input = find_published_prompts(str(args.input), "--input") or args.input
+    args.input = find_published_prompts(str(args.input)) or args.input
     if args.input.is_dir():
         args.input = args.input / "prompts.jsonl"
     if not args.input.is_file():

@@ -13,10 +13,10 @@ FILES = ("human-written-prompts.jsonl", "gpt-generated-prompts.jsonl")  # 700 an
 TIMEOUT_SECONDS = 30
 
 
-def find_published_prompts(name: str, flag: str) -> Path | None:
+def find_published_prompts(name: str) -> Path | None:
     """The file of a published name, with or without .jsonl; None for any other name and for an existing path.
 
-    Raises InputError that names `flag` if the file is not in the cache and cannot be downloaded.
+    Raises InputError if the file is not in the cache and cannot be downloaded.
     """
     file = next((file for file in FILES if name in (file, file.removesuffix(".jsonl"))), None)
     if file is None or Path(name).exists():
@@ -32,7 +32,7 @@ def find_published_prompts(name: str, flag: str) -> Path | None:
                 write_atomically(path, response.content)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
             raise InputError(
-                f"{flag} {name}: {url} cannot be downloaded to {path.parent} ({type(error).__name__}). Check the "
+                f"{name}: {url} cannot be downloaded to {path.parent} ({type(error).__name__}). Check the "
                 f"network, or download it elsewhere and give the path of the file"
             ) from error
     return path

@@ -119,7 +119,7 @@ class Captions:
 
     def open(self) -> OpenCaptions:
         """Raises InputError if the dataset or its column does not exist, or has no captions."""
-        published = find_published_prompts(self.dataset_id, "--prompts or --captions")
+        published = find_published_prompts(self.dataset_id)
         file = published or Path(self.dataset_id)
         if file.is_file():
             rows = _read_caption_file(file)
