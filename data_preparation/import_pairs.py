@@ -146,6 +146,7 @@ def detect_format(source: str, edited_dir: Path | None, given: str | None) -> tu
 
 def detect_folder_format(folder: Path) -> str:
     """A key of FLAGS_OF_FORMAT. With a metadata file it is a dataset, whatever its subfolders."""
+    from data_preparation.importing.folder_pairs import has_pair_folders
     from utils.data.folder_pairs import find_folders
     from utils.data.rows import METADATA_NAMES
     from utils.data.seed_folders import has_seed_folders
@@ -156,7 +157,7 @@ def detect_folder_format(folder: Path) -> str:
     is_saved = any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
     if is_saved or any((folder / name).is_file() or any(folder.glob(f"*/{name}")) for name in METADATA_NAMES):
         return "dataset"
-    if find_folders(folder) is not None:
+    if find_folders(folder) is not None or has_pair_folders(folder):
         return "folders"
     if any(path.suffix.lower() in (".parquet", ".arrow", ".tar") for path in folder.rglob("*")):
         return "dataset"
@@ -177,10 +178,12 @@ def open_pair_source(args: argparse.Namespace, format_name: str, place: Path | s
 
     columns = Columns(args.original_image_column, args.edit_prompt_column, args.edited_image_column)
     if format_name == "folders":
-        from data_preparation.importing.folder_pairs import find_folder_pairs
+        from data_preparation.importing.folder_pairs import find_folder_pairs, has_pair_folders
         from utils.data.folder_pairs import find_folders
 
         folders = (place, args.edited_dir.expanduser().absolute()) if args.edited_dir else find_folders(place)
+        if folders is None and has_pair_folders(place):
+            folders = (place, place)
         if folders is None:
             raise InputError(f"--source {place}: has no subfolders such as original/ and edited/; give --edited_dir")
         common = read_phrasings(args.task, args.heldout_phrasings)[0] if args.task else args.edit_prompt or []
