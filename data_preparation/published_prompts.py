@@ -7,6 +7,7 @@ import urllib3
 
 from utils.atomic_files import write_atomically
 from utils.errors import InputError
+from utils.json_lines import parse_json_object
 
 SITE = "https://instruct-pix2pix.eecs.berkeley.edu"
 FILES = ("human-written-prompts.jsonl", "gpt-generated-prompts.jsonl")  # 700 and 451,990 triples
@@ -28,6 +29,9 @@ def find_published_prompts(name: str) -> Path | None:
         try:
             with requests.get(url, timeout=TIMEOUT_SECONDS) as response:
                 response.raise_for_status()
+                parse_json_object(
+                    response.text.partition("\n")[0], f"{name}: {url} is not a file of prompts: its first line"
+                )
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, response.content)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data_preparation import export_pairs
+from data_preparation import export_pairs, import_pairs
 from data_preparation.exporting import pair_layouts
 from tests.pairs import encode, make_dataset, make_image, make_noise, make_rows, save_pairs
 from utils.data.sources import Source, open_source
@@ -23,8 +24,8 @@ FILES = {  # (original, edited); the first are copied, the last three are encode
     "png": (encode(make_image(0)), encode(make_image(1))),
     "jpeg": (encode(make_noise(seed=1), "JPEG"), encode(make_noise(seed=2), "JPEG", quality=70)),
     "webp and grey": (encode(make_noise(seed=3), "WEBP"), encode(make_noise(seed=4).convert("L"))),
-    "alpha": (encode(make_image(5)), encode(make_image(6).convert("RGBA").resize((20, 24)))),
-    "rotated": (encode(make_noise(seed=5), "JPEG", exif=ROTATED), encode(make_noise(seed=6), "BMP")),
+    "alpha": (encode(make_image(5)), encode(make_image(6).convert("RGBA").resize((24, 20)))),
+    "rotated": (encode(make_noise(seed=5), "JPEG", exif=ROTATED), encode(make_noise((40, 24), 6), "BMP")),
     "another shape": (encode(make_noise((20, 64))), encode(make_noise((64, 20), 8), "TIFF")),
 }
 NUM_COPIED = 3
@@ -79,6 +80,17 @@ def test_a_layout_is_read_back_with_the_same_files_and_instructions(layout, pair
         encoded = [Image.open(io.BytesIO(content)) for content in found[NUM_COPIED:]]
         assert all((image.mode, image.getexif().get(0x0112)) == ("RGB", None) for image in encoded)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("layout", pair_layouts.LAYOUTS)
+def test_a_layout_is_imported(layout: str, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    export(pairs, tmp_path / "out", layout, *COLUMNS)
+    import_pairs.main([f"--source={tmp_path / 'out'}", f"--data_root={tmp_path / 'imported'}"])
+    rows = [row for path in (tmp_path / "imported/data").iterdir() for row in pq.read_table(path).to_pylist()]
+    assert [row["edit_prompt"] for row in rows] == PROMPTS[:-1]  # the last pair has two aspect ratios
+    copied = list(FILES.values())[:NUM_COPIED]
+    assert [(row["original_image"]["bytes"], row["edited_image"]["bytes"]) for row in rows[:NUM_COPIED]] == copied
 
 
 def test_what_the_trainers_expect(pairs: Path, tmp_path: Path) -> None:

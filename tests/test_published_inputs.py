@@ -86,6 +86,27 @@ def test_the_datasets_of_the_original_are_named_and_read_where_they_are(name, tm
     check_pairs([(row["original_image"], row["edit_prompt"], row["edited_image"]) for row in source.rows])
 
 
+def test_a_part_of_the_download_trains(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """seeds.json lists the folders of all zip files (timothybrooks/instruct-pix2pix#120)."""
+    seeds(tmp_path / "data")
+    listed = json.loads((tmp_path / "data/seeds.json").read_text())
+    (tmp_path / "data/seeds.json").write_text(json.dumps([*listed, *([f"00{i}", [5]] for i in range(90, 97))]))
+    rows = open_source(str(tmp_path / "data")).rows
+    check_pairs([(row["original_image"], row["edit_prompt"], row["edited_image"]) for row in rows])
+    assert "7 of the 10 folders that" in caplog.text and "not used: 0090, 0091, 0092, 0093, 0094, ..." in caplog.text
+    for path in (tmp_path / "data").glob("000*"):
+        path.rename(tmp_path / path.name)
+    with pytest.raises(InputError, match="10 of the 10 folders .* do not exist: give the folder in which they are"):
+        open_source(str(tmp_path / "data"))
+
+
+def test_a_page_instead_of_the_file_is_refused(site: list[str], tmp_path: Path) -> None:
+    (tmp_path / "site" / HUMAN).write_text("<html>log in to the network</html>")
+    with pytest.raises(InputError, match="is not a file of prompts"):
+        Captions("human-written-prompts").open()
+    assert not list((tmp_path / "cache").rglob("*prompts*"))
+
+
 def test_zip_files_of_the_download_must_be_unpacked(tmp_path: Path) -> None:
     (tmp_path / "shard-00.zip").write_bytes(b"PK")
     (tmp_path / "seeds.json").write_text('[["0000001", [1]]]')

@@ -206,7 +206,7 @@ def _read(value: Any) -> Any:
         return value
     try:
         return read_image_file(str(value))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: of a damaged archive
         raise BadRow(f"cannot be read: {error}") from None
 
 
