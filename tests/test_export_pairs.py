@@ -87,7 +87,7 @@ def test_a_layout_is_imported(layout: str, pairs: Path, tmp_path: Path, monkeypa
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     export(pairs, tmp_path / "out", layout, *COLUMNS)
     import_pairs.main([f"--source={tmp_path / 'out'}", f"--data_root={tmp_path / 'imported'}"])
-    rows = [row for path in (tmp_path / "imported/data").iterdir() for row in pq.read_table(path).to_pylist()]
+    rows = [row for path in sorted((tmp_path / "imported/data").iterdir()) for row in pq.read_table(path).to_pylist()]
     assert [row["edit_prompt"] for row in rows] == PROMPTS[:-1]  # the last pair has two aspect ratios
     copied = list(FILES.values())[:NUM_COPIED]
     assert [(row["original_image"]["bytes"], row["edited_image"]["bytes"]) for row in rows[:NUM_COPIED]] == copied
