@@ -14,6 +14,7 @@ import textwrap
 import time
 from pathlib import Path
 
+from utils.cli import FlagParser
 from utils.errors import InputError, exit_on_input_error
 
 REPOSITORY = Path(__file__).resolve().parent
@@ -43,7 +44,7 @@ BATCH_SIZE = 8
 
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=REPOSITORY / "demo-output", help="folder of the results")
     parser.add_argument("--pairs", type=int, default=4000, help="pairs to train on")
     parser.add_argument("--steps", type=int, default=2500, help="optimizer steps")

@@ -97,7 +97,7 @@ def _add_model_and_machine(parser: argparse.ArgumentParser) -> None:
         "family for configuration and tokenizers (default: from the Hub)"
     )
     add("--config", "--single_file_config", dest="single_file_config", metavar="PIPELINE", help=config)
-    parser.config_may_be_a_model = True
+    parser.config_may_be_a_name = True
     add("--revision", help="branch, tag or commit of a model on the Hub")
     add(
         "--vae",

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ASSETS.parent))
 from assets.make_toy_sd import base_batch, encode_bank, learning_rate, save_state  # noqa: E402
 from assets.toy_data import generator, load_photographs  # noqa: E402
 from assets.toy_models import MAX_TOKENS  # noqa: E402
+from utils.cli import FlagParser  # noqa: E402
 
 SOLVER_STEPS = 50  # of the teacher's path; the student is trained across one of them at a time
 DATA_DEVIATION, TIMESTEP_SCALING = 0.5, 10.0  # as in LCMScheduler, which runs the student
@@ -132,7 +133,7 @@ def encode_captions(pipeline: StableDiffusionPipeline, captions: list[str]) -> t
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=ASSETS / "toy-sd")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2000)

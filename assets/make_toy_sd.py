@@ -32,6 +32,7 @@ from assets.toy_data import (  # noqa: E402
     tokenizer_texts,
 )
 from assets.toy_models import MAX_TOKENS, SIZE, make_scheduler, make_text_encoder, make_tokenizer, make_unet, make_vae  # noqa: E402
+from utils.cli import FlagParser  # noqa: E402
 
 
 def save_state(path: Path, **state) -> None:
@@ -221,7 +222,7 @@ def save_pipeline(output: Path, vae, tokenizer, unet, text_encoder, scheduler) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=["all", "tokenizer", "vae", "text", "base"])
     parser.add_argument("--photos", type=Path, default=ASSETS / "photos")
     parser.add_argument("--output", type=Path, default=ASSETS / "toy-sd")

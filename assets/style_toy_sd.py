@@ -21,6 +21,7 @@ sys.path.insert(0, str(ASSETS.parent))
 from assets.make_toy_sd import base_batch, base_loss, encode_bank, learning_rate  # noqa: E402
 from assets.toy_data import generator, load_photographs  # noqa: E402
 from data_preparation.toy_edits import EDITS  # noqa: E402
+from utils.cli import FlagParser  # noqa: E402
 
 TONES = 3
 INDIGO, CREAM = np.array([0.16, 0.10, 0.42], np.float32), np.array([1.0, 0.93, 0.72], np.float32)
@@ -58,7 +59,7 @@ def fine_tune(pipeline: StableDiffusionPipeline, steps: int, peak: float, bank_s
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, default=ASSETS / "toy-sd")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=800)

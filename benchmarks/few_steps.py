@@ -16,13 +16,14 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.toy_editing import adapt, edit_photographs, read_photographs, save_sheet  # noqa: E402
+from utils.cli import FlagParser  # noqa: E402
 
 WEIGHTS, FEW = (0.5, 1.0), (1, 2, 4)
 GUIDANCE = {"plain": (2.0, 1.3), "one branch": (1.0, 1.0)}  # (text, image) guidance scales
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=REPOSITORY / "demo-output", help="output folder of `make demo`")
     parser.add_argument("--student", type=Path, default=REPOSITORY / "demo-output/toy-lcm")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "demo-output/few-steps")

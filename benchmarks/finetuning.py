@@ -20,6 +20,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from utils.cli import FlagParser  # noqa: E402
+
 SIDE, SEED, TASK = 64, 0, "night vision"
 PHRASINGS = [
     "Make it look like a night vision camera",
@@ -63,7 +65,7 @@ EDITING = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=REPOSITORY / "demo-output", help="output folder of `make demo`")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "demo-output/finetuning")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each method")

@@ -35,6 +35,7 @@ from PIL import Image  # noqa: E402
 from transformers import CLIPTextConfig, CLIPTextModel  # noqa: E402
 
 from tests.tiny import make_tokenizer  # noqa: E402
+from utils.cli import FlagParser  # noqa: E402
 from utils.editing.edit_images import SamplingSettings, edit_pixels  # noqa: E402
 from utils.editing.loading import load_editor  # noqa: E402
 from utils.editing.schedulers import choose_scheduler  # noqa: E402
@@ -220,7 +221,7 @@ def _read_cpuinfo() -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of an editor to measure (default: random weights)")
     parser.add_argument(
         "--size", choices=WIDTHS, help="size of the random model (default: sd15 on a GPU, else reduced)"

@@ -20,6 +20,7 @@ from benchmarks.memory_configurations import CACHED, CONFIGURATIONS, Configurati
 from benchmarks.memory_count import StepCount  # noqa: E402
 from benchmarks.memory_models import KINDS, TEXT_PARAMETERS, UNETS, count_unet, count_vae_encoding, weigh, weigh_vae  # noqa: E402
 from benchmarks.memory_tables import NOTES, TITLES, Row, blocks_table, counts_table, fits_table, totals_table  # noqa: E402
+from utils.cli import FlagParser  # noqa: E402
 from utils.training.memory_saving import list_blocks  # noqa: E402
 
 PLOT = Path(__file__).resolve().parents[1] / "docs/pictures/memory.png"
@@ -28,7 +29,7 @@ CHECKPOINTED = {False: None, True: ["all"]}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", choices=list(UNETS), default=list(UNETS), help="default: both")
     parser.add_argument(
         "--resolution", nargs="+", type=int, default=[256, 512, 768, 1024], help="sides in pixels, multiples of 64"

@@ -31,6 +31,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
+from utils.cli import FlagParser  # noqa: E402
 from utils.merging.editor_writer import write_unet
 from utils.merging.merge import MergeOptions, MergeReport
 from utils.merging.recipe import MergeRecipe, open_recipe
@@ -172,7 +173,7 @@ def have_same_values(folder: Path, methods: list[str]) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=CONFIGS, default="sd15")
     parser.add_argument("--ways", dest="methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--dtype", choices=DTYPES, default="fp16", help="dtype of the sources and of the result")

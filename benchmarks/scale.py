@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from utils.cli import FlagParser  # noqa: E402
 from utils.quiet import quiet_libraries  # noqa: E402
 
 quiet_libraries()
@@ -175,7 +176,7 @@ def print_pairs(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--peak_tflops", type=float, default=312, help="peak of the GPU in float16 (default 312, an A100)")
     add("--utilisation", type=float, default=0.25, help="share of the peak in practice (default 0.25)")

@@ -16,6 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from benchmarks.toy_editing import adapt, edit_photographs, read_photographs, save_sheet  # noqa: E402
+from utils.cli import FlagParser  # noqa: E402
 
 WEIGHTS = (0.0, 0.5, 1.0, 1.5)
 STEPS, SCALES = 10, (2.0, 1.3)  # the settings of the demo
@@ -23,7 +24,7 @@ PREVIEWED = (0, 5)  # coffee, raccoon
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--demo", type=Path, default=REPOSITORY / "demo-output", help="output folder of `make demo`")
     parser.add_argument("--styled", type=Path, default=REPOSITORY / "demo-output/toy-woodcut")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "demo-output/styles")

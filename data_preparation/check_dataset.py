@@ -18,10 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from utils.cli import FlagParser, pick  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
 from utils.quiet import quiet_libraries  # noqa: E402
+from utils.settings_file import add_config_flag  # noqa: E402
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dataset_name", metavar="DATASET", help="Hub id or folder of a dataset")
     add = parser.add_argument_group("data").add_argument
     add("--dataset_split", dest="split", default="train", help="split to check (default: train)")
@@ -42,6 +43,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--fix_shifts", action="store_true", help="with --fix: crop shifted pairs to the area that both images show")
     add("--overwrite", action="store_true", help="with --fix: replace another dataset in its folder")
     add("--num_workers", type=int, default=0, metavar="N", help="worker processes (default: 0, check in this process)")
+    add_config_flag(parser)
     return parser.parse_args(argv)
 
 

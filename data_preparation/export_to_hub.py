@@ -15,16 +15,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_preparation import peer_flags  # noqa: E402
 from utils.cli import FlagParser, pick  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
 from utils.quiet import quiet_libraries  # noqa: E402
+from utils.settings_file import add_config_flag  # noqa: E402
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 MIN_SHARD_SIZE = 1000
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = FlagParser(description=__doc__, formatter_class=raw, aliases=peer_flags.EXPORT_TO_HUB)
     add = parser.add_argument_group("input").add_argument
     default = "cartoonizer-dataset"
     add("--data_root", type=Path, default=Path(default), help=f"folder of the dataset (default: {default})")
@@ -45,6 +48,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--private", action="store_true", help="make the dataset private")
     add("--no_push", action="store_true", help="only write the export, do not upload it")
     add("--hub_token", help="write token; prefer `hf auth login` or HF_TOKEN, which stay out of the shell history")
+    add_config_flag(parser)
     return parser.parse_args(argv)
 
 

@@ -16,8 +16,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_preparation.captions.model_flags import add_model_flags, choose_model, find_model_problems  # noqa: E402
-from data_preparation.generation.generation_flags import add_generation_flags, choose_workers, generation_flag_problems  # noqa: E402
+from data_preparation import peer_flags  # noqa: E402
+from data_preparation.captions.model_flags import (  # noqa: E402
+    add_model_flags,
+    choose_model,
+    find_model_problems,
+    use_server_as_original,
+)
+from data_preparation.generation.generation_flags import (  # noqa: E402
+    add_generation_flags,
+    choose_workers,
+    generation_flag_problems,
+    parse_with_dataset_config,
+)
 from utils.cli import FlagParser, pick  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
 from utils.quiet import quiet_libraries  # noqa: E402
@@ -26,13 +37,14 @@ LIMITS = {"num_samples": (1, 10**9), "edits_per_caption": (1, 1000), "tries": (1
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = FlagParser(description=__doc__, formatter_class=raw, aliases=peer_flags.GENERATE_CAPTIONS)
     add = parser.add_argument_group("captions").add_argument
     source_help = ".txt (one caption per line), .jsonl, .json, .csv or .parquet file, dataset folder, or Hub dataset id"
     add("--captions", required=True, metavar="SOURCE", help=source_help)
     add("--caption_column", metavar="NAME", help="column of the captions (default: caption, text, TEXT, prompt, ...)")
     add("--split", default="train", help="split of the dataset (default train)")
-    add("--config", metavar="NAME", help="configuration of a dataset that has several")
+    add("--dataset_config_name", metavar="NAME", help="configuration of a dataset that has several")
     add("--dataset_revision", metavar="REVISION", help="branch, tag or commit of a dataset on the Hub")
     add("--num_samples", type=int, metavar="N", help="number of triples (default: use all captions)")
     add("--edits_per_caption", type=int, default=1, metavar="N", help="different edits of each caption (default 1)")
@@ -44,7 +56,9 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add_generation_flags(parser, image_format=None)
     jsonl_help = "also write prompts.jsonl, the file of the original (default: yes)"
     parser.add_argument("--jsonl", action=argparse.BooleanOptionalAction, default=True, help=jsonl_help)
-    return parser.parse_args(argv)
+    args = parse_with_dataset_config(parser, argv)
+    use_server_as_original(args, bool(parser.implied))
+    return args
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -71,9 +85,12 @@ def generate(args: argparse.Namespace) -> str:
     from data_preparation.generation.runner import run_generation
 
     usage_path = args.data_root.absolute() / "usage.jsonl"
-    captions = Captions(args.captions, args.caption_column, args.split, args.config, args.dataset_revision)
+    captions = Captions(args.captions, args.caption_column, args.split, args.dataset_config_name, args.dataset_revision)
     opened, sampling, usage_log = captions.open(), pick(args, SamplingOptions), UsageLog(usage_path)
-    model, requests_before = choose_model(args, args.num_workers), usage_log.total()["requests"]
+    model, requests_before = (
+        choose_model(args, max(1, args.num_workers) * args.num_partitions),
+        usage_log.total()["requests"],
+    )
     moderation, edits_per_caption = args.moderation, args.edits_per_caption
     generator = TripleGenerator(
         len(opened), captions, model, sampling, args.seed, edits_per_caption, args.tries, moderation, usage_path
@@ -99,7 +116,7 @@ def generate(args: argparse.Namespace) -> str:
         note=lambda: describe_token_cost(usage_log.total(), args.price_in, args.price_out),
     )
     lines = [summary.describe(args.data_root, "triple")]
-    if args.jsonl:
+    if args.jsonl and not summary.unfinished:
         lines.append(f"  also written as JSON lines: {export_prompts(args.data_root)}")
     usage = usage_log.total()
     if usage["requests"]:

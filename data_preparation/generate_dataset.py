@@ -1,7 +1,7 @@
 """Generate an instruction-tuning dataset from photographs: original image, instruction, edited image.
 
     python data_preparation/generate_dataset.py --dataset_id photos/ --task cartoonize --data_root pairs
-    python data_preparation/generate_dataset.py --dataset_id frgfm/imagenette --config 320px --task low_level cartoonize=5 \\
+    python data_preparation/generate_dataset.py --dataset_id frgfm/imagenette --dataset_config_name 320px --task low_level cartoonize=5 \\
         --max_num_samples 5000 --resolution 256 --num_workers 4 --data_root pairs
     python data_preparation/generate_dataset.py --dataset_id photos/ --task cartoonize --teacher onnx:whitebox.onnx --data_root pairs
     python data_preparation/generate_dataset.py --dataset_id photos/ --task vaporwave.txt --teacher python:mine.py:paint --data_root pairs
@@ -13,6 +13,7 @@ rows for any number of workers. Run the same command again to resume. See docs/d
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,25 +21,33 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_preparation.generation.generation_flags import add_generation_flags, choose_workers, generation_flag_problems  # noqa: E402
+from data_preparation import peer_flags  # noqa: E402
+from data_preparation.generation.generation_flags import (  # noqa: E402
+    add_generation_flags,
+    choose_workers,
+    generation_flag_problems,
+    parse_with_dataset_config,
+)
 from data_preparation.instructions import available_tasks, read_phrasings  # noqa: E402
 from data_preparation.tasks.plan import TASK_GROUPS, TEACHERS, TOY_TASKS, Task, TeacherSettings, plan_tasks  # noqa: E402
 from utils.cli import FlagParser, pick  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
 from utils.quiet import quiet_libraries  # noqa: E402
 
-# The default dataset of instruction-tuned-sd: its name, and (Hub id, config, number of pairs).
-IMAGENETTE, IMAGENETTE_SETTINGS = "imagenette", ("frgfm/imagenette", "full_size", 5000)
+# The default dataset of instruction-tuned-sd: its names in TensorFlow Datasets, and (Hub id, config, number of pairs).
+IMAGENETTE = re.compile(r"imagenette(/(?P<size>full-size|320px|160px)(-v2)?)?")
+IMAGENETTE_SETTINGS = ("frgfm/imagenette", "full_size", 5000)
 ROW_FLAGS = ("seed", "resolution", "crop", "image_format", "source_license")
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = FlagParser(description=__doc__, formatter_class=raw, aliases=peer_flags.GENERATE_DATASET)
     add = parser.add_argument_group("photographs").add_argument
     id_help = "folder (with subfolders), saved dataset or Hub id (default imagenette: 5,000 photographs)"
-    add("--dataset_id", default=IMAGENETTE, metavar="PHOTOS", help=id_help)
+    add("--dataset_id", default="imagenette", metavar="PHOTOS", help=id_help)
     add("--image_column", metavar="NAME", help="image column (default: image, or the only one)")
-    add("--config", metavar="NAME", help="configuration of the dataset on the Hub")
+    add("--dataset_config_name", metavar="NAME", help="configuration of the dataset on the Hub")
     add("--revision", metavar="COMMIT", help="commit, tag or branch of the dataset on the Hub")
     add("--split", default="train", help="split of the dataset or of metadata.jsonl; all for all of a folder (train)")
     add("--source_license", metavar="ID", help="licence of the photographs (default: from the card or metadata.jsonl)")
@@ -57,7 +66,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--phrasings", choices=("train", "heldout", "both"), default="train", help=kind_help)
     add_teacher_flags(parser)
     add_generation_flags(parser, data_root="cartoonizer-dataset")
-    return parser.parse_args(argv)
+    return parse_with_dataset_config(parser, argv)
 
 
 def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
@@ -128,10 +137,10 @@ def make_generator(args: argparse.Namespace, tasks: list[Task]) -> tuple[Any, di
     from data_preparation.tasks.photograph_pairs import PhotographPairGenerator
     from data_preparation.tasks.teachers import describe_models, public_teacher
 
-    dataset_id, config, max_pairs = args.dataset_id, args.config, sys.maxsize
-    if dataset_id == IMAGENETTE:
-        dataset_id, config, max_pairs = IMAGENETTE_SETTINGS
-        config = args.config or config
+    dataset_id, config, max_pairs = args.dataset_id, args.dataset_config_name, sys.maxsize
+    if match := IMAGENETTE.fullmatch(dataset_id):
+        dataset_id, default_config, max_pairs = IMAGENETTE_SETTINGS
+        config = config or (match["size"] or default_config).replace("-", "_")
     photographs = Photographs(dataset_id, args.split, args.image_column, config, args.revision)
     opened = photographs.open()
     models = {task.teacher: describe_models(task.teacher) for task in tasks}

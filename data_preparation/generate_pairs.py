@@ -18,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_preparation import peer_flags  # noqa: E402
 from data_preparation.generation.generation_flags import add_generation_flags, choose_workers, generation_flag_problems  # noqa: E402
 from data_preparation.generation.user_functions import find_function_problem  # noqa: E402
 from data_preparation.pairs import settings as pair_settings  # noqa: E402
@@ -25,14 +26,17 @@ from data_preparation.pairs.settings import PRESETS, PairSettings  # noqa: E402
 from utils.cli import FlagParser, pick  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
 from utils.quiet import hide_progress_bars, quiet_libraries  # noqa: E402
+from utils.settings_file import add_config_flag  # noqa: E402
 
 ROW_FLAGS = ("seed", "batch_size", "device", "dtype", "image_format", "init_image_column")
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = FlagParser(description=__doc__, formatter_class=raw, aliases=peer_flags.GENERATE_PAIRS)
     add = parser.add_argument_group("input").add_argument
-    prompts_help = "output of generate_captions.py, .jsonl file, folder or Hub id: columns caption, edit and output"
+    prompts_help = "output of generate_captions.py, .jsonl file, folder or Hub id: columns caption, edit and output; "
+    prompts_help += "or gpt-generated-prompts or human-written-prompts, the original's files"
     add("--prompts", required=True, metavar="CAPTIONS", help=prompts_help)
     add("--caption_column", metavar="NAME", help="column of the original captions (default: caption, or input)")
     add("--split", default="train", help="split of --prompts and --init_images (default train)")
@@ -54,6 +58,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--image_check", metavar="python:FILE:FUNCTION", help=check_help)
     add_model_flags(parser)
     add_generation_flags(parser, image_format="jpeg100")
+    add_config_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -150,7 +155,8 @@ def main(argv: list[str] | None = None) -> None:
             overwrite=args.overwrite,
         )
         print(summary.describe(args.data_root))
-        print(describe_cost(args.data_root, summary.rows, summary.rejected))
+        if not summary.unfinished:
+            print(describe_cost(args.data_root, summary.rows, summary.rejected))
 
 
 if __name__ == "__main__":

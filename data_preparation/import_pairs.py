@@ -27,6 +27,7 @@ from data_preparation.instructions import available_tasks, read_phrasings  # noq
 from utils.cli import FlagParser  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
 from utils.hub_names import looks_like_path, public_name  # noqa: E402
+from utils.settings_file import add_config_flag  # noqa: E402
 
 if TYPE_CHECKING:
     from data_preparation.importing.source_pairs import PairSource
@@ -43,7 +44,7 @@ MINIMA |= {"download_mb": 0.001, "download_timeout": 0.1, "download_retries": 0,
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("source").add_argument
     add("--source", required=True, help="a folder, the file of a table, or the Hub id of a dataset")
     add("--format", choices=tuple(FLAGS_OF_FORMAT), help="format of the source (default: detected)")
@@ -77,6 +78,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--download_retries", type=int, default=2, metavar="N", help="retries after a temporary failure (default 2)")
     add("--download_threads", type=int, default=16, metavar="N", help="parallel downloads (default 16)")
     add_generation_flags(parser)
+    add_config_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -144,6 +146,7 @@ def detect_format(source: str, edited_dir: Path | None, given: str | None) -> tu
 
 def detect_folder_format(folder: Path) -> str:
     """A key of FLAGS_OF_FORMAT. With a metadata file it is a dataset, whatever its subfolders."""
+    from data_preparation.importing.folder_pairs import has_pair_folders
     from utils.data.folder_pairs import find_folders
     from utils.data.rows import METADATA_NAMES
     from utils.data.seed_folders import has_seed_folders
@@ -154,7 +157,7 @@ def detect_folder_format(folder: Path) -> str:
     is_saved = any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
     if is_saved or any((folder / name).is_file() or any(folder.glob(f"*/{name}")) for name in METADATA_NAMES):
         return "dataset"
-    if find_folders(folder) is not None:
+    if find_folders(folder) is not None or has_pair_folders(folder):
         return "folders"
     if any(path.suffix.lower() in (".parquet", ".arrow", ".tar") for path in folder.rglob("*")):
         return "dataset"
@@ -175,10 +178,12 @@ def open_pair_source(args: argparse.Namespace, format_name: str, place: Path | s
 
     columns = Columns(args.original_image_column, args.edit_prompt_column, args.edited_image_column)
     if format_name == "folders":
-        from data_preparation.importing.folder_pairs import find_folder_pairs
+        from data_preparation.importing.folder_pairs import find_folder_pairs, has_pair_folders
         from utils.data.folder_pairs import find_folders
 
         folders = (place, args.edited_dir.expanduser().absolute()) if args.edited_dir else find_folders(place)
+        if folders is None and has_pair_folders(place):
+            folders = (place, place)
         if folders is None:
             raise InputError(f"--source {place}: has no subfolders such as original/ and edited/; give --edited_dir")
         common = read_phrasings(args.task, args.heldout_phrasings)[0] if args.task else args.edit_prompt or []

@@ -16,6 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_preparation import peer_flags  # noqa: E402
 from data_preparation.captions.prompts import (  # noqa: E402
     PROMPT_END,
     SEPARATOR,
@@ -28,18 +29,22 @@ from data_preparation.captions.prompts import (  # noqa: E402
     example_messages,
     legacy_prompt,
 )
+from data_preparation.published_prompts import find_published_prompts  # noqa: E402
 from utils.atomic_files import write_atomically  # noqa: E402
 from utils.cli import FlagParser  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
 from utils.json_lines import parse_json_object  # noqa: E402
+from utils.settings_file import add_config_flag  # noqa: E402
 
 MAX_LISTED = 5  # line numbers printed for each reason
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = FlagParser(description=__doc__, formatter_class=raw, aliases=peer_flags.PREPARE_FOR_FINETUNING)
     add = parser.add_argument_group("files").add_argument
-    add("--input", type=Path, required=True, metavar="FILE", help="triples, or a folder of generate_captions.py")
+    input_help = "triples: a file, a folder of generate_captions.py, or human-written-prompts (the original's file)"
+    add("--input", type=Path, required=True, metavar="FILE", help=input_help)
     output_help = "output file; --validation_split also writes NAME-validation.jsonl beside it"
     add("--output", type=Path, required=True, metavar="FILE", help=output_help)
     add("--overwrite", action="store_true", help="replace existing output files")
@@ -48,12 +53,14 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     split_help = "share of the captions held out for validation (default 0)"
     add("--validation_split", type=float, default=0.0, metavar="SHARE", help=split_help)
     add("--seed", type=int, default=0, help="random seed of the split (default 0)")
+    add_config_flag(parser)
     return parser.parse_args(argv)
 
 
 def check_flags(args: argparse.Namespace) -> dict[str, Path]:
     """The output files by purpose. Raises one InputError with the problems of all flags."""
     problems = []
+    args.input = find_published_prompts(str(args.input)) or args.input
     if args.input.is_dir():
         args.input = args.input / "prompts.jsonl"
     if not args.input.is_file():

@@ -17,21 +17,32 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data_preparation.captions.model_flags import add_model_flags, choose_model, find_model_problems  # noqa: E402
+from data_preparation import peer_flags  # noqa: E402
+from data_preparation.captions.model_flags import (  # noqa: E402
+    add_model_flags,
+    choose_model,
+    find_model_problems,
+    use_server_as_original,
+)
 from utils.cli import FlagParser, pick  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
 from utils.quiet import quiet_libraries  # noqa: E402
+from utils.settings_file import add_config_flag  # noqa: E402
 
 
 def parse_flags(argv: list[str] | None) -> argparse.Namespace:
-    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = FlagParser(description=__doc__, formatter_class=raw, aliases=peer_flags.PROMPT_APP)
     add_model_flags(parser)
     add = parser.add_argument_group("page").add_argument
     name_help = "address to listen on; 0.0.0.0 admits other machines (default 127.0.0.1)"
     add("--server_name", default="127.0.0.1", metavar="ADDRESS", help=name_help)
     add("--server_port", type=int, metavar="PORT", help="port to listen on (default: the first free one from 7860)")
     parser.set_defaults(retries=2, timeout=60.0)  # a page must report an error within minutes
-    return parser.parse_args(argv)
+    add_config_flag(parser)
+    args = parser.parse_args(argv)
+    use_server_as_original(args, bool(parser.implied))
+    return args
 
 
 def check_flags(args: argparse.Namespace) -> None:

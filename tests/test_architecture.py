@@ -7,7 +7,13 @@ import pytest
 
 REPOSITORY = Path(__file__).parent.parent
 PREPARATION = REPOSITORY / "data_preparation"
-MODULES = {"instructions", "photographs", "toy_edits"}  # modules in data_preparation/ that are not scripts
+MODULES = {
+    "instructions",
+    "peer_flags",
+    "photographs",
+    "published_prompts",
+    "toy_edits",
+}  # modules in data_preparation/ that are not scripts
 DATA_SCRIPTS = sorted(path for path in PREPARATION.glob("[a-z]*.py") if path.stem not in MODULES)
 SCRIPTS = [*sorted(REPOSITORY.glob("*.py")), *DATA_SCRIPTS]
 UTILS = sorted((REPOSITORY / "utils").rglob("*.py"))

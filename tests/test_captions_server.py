@@ -100,6 +100,22 @@ def test_rows_and_prompts(captions, server, tmp_path, capsys):
     assert generate(captions, server, tmp_path / "out") == rows and len(server.requests) == 21  # no further request
 
 
+@pytest.mark.parametrize("limit", [(), ("--num_samples=7",)])
+def test_partitions_give_the_rows_of_one_run(limit, captions, server, tmp_path, capsys):
+    rows = generate(captions, server, tmp_path / "one", *limit)
+    for partition in (1, 0):
+        assert not (tmp_path / "two/prompts.jsonl").exists() and not rows_of(tmp_path / "two")
+        parts = ("--num-partitions=2", f"--partition={partition}")
+        generate(captions, server, tmp_path / "two", *parts, *limit)
+        if partition == 1:
+            assert "waits for the partitions 0" in capsys.readouterr().out
+    assert rows_of(tmp_path / "two") == rows and len(rows) == (7 if limit else len(CAPTIONS))
+    assert (tmp_path / "two/prompts.jsonl").read_text() == (tmp_path / "one/prompts.jsonl").read_text()
+    assert "must be from 0 to 1" in error_message(
+        capsys, *flags_of(captions, server.url, tmp_path / "x", "--num_partitions=2", "--partition=2")
+    )
+
+
 def test_rows_do_not_depend_on_concurrency(captions, server, tmp_path):
     rows = generate(captions, server, tmp_path / "one", "--concurrency=1", "--edits_per_caption=2")
     server.delay = 0.02

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from diffusers import EDMEulerScheduler, HeunDiscreteScheduler
+from diffusers import AutoencoderKL, EDMEulerScheduler, HeunDiscreteScheduler
 from diffusers.pipelines.stable_diffusion import StableDiffusionSafetyChecker
 from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPVisionConfig
@@ -164,6 +164,25 @@ def test_ip2p_preset_on_the_toy(flags, tmp_path, capsys):
     assert 0.1 <= settings["p2p_threshold"] <= 0.9 and 7.5 <= settings["guidance"] <= 15
     assert settings["share_steps"] == sum(settings["p2p_threshold"] > step / 99 for step in range(100))
     assert "1 candidates, 400 UNet rows each: 400, or 400 per kept pair" in capsys.readouterr().out
+
+
+def test_commands_of_the_original_in_two_partitions(captions, clip, tmp_path, capsys):
+    """With the flags of its generate_img_dataset.py, and with ours."""
+    both = [f"--clip_model={clip}", "--device=cpu", "--captions_per_file=1", "--max_clip_image=none"]
+    words = f"--prompts_file {captions} --ckpt {TOY} --steps 3 --n-samples 2 --max-out-samples 1 --clip-threshold -1"
+    words += " --clip-dir-threshold=-1 --clip-img-threshold=-1 --min-cfg 2 --max-cfg 3 --n-partitions 2"
+    for partition in (1, 0):
+        main([*words.split(), *both, f"--out_dir={tmp_path / 'theirs'}", "--partition", str(partition)])
+    assert "theirs waits for the partitions 0" in capsys.readouterr().out
+    ours = f"--preset=ip2p --prompts={captions} --model={TOY} --num_inference_steps=3 --num_samples=2"
+    ours += " --max_out_samples=1 --min_clip_text=-1 --min_clip_dir=-1 --min_clip_image=-1 --guidance_range 2 3"
+    main([*ours.split(), *both, f"--data_root={tmp_path / 'ours'}"])
+    assert rows_of(tmp_path / "theirs") == rows_of(tmp_path / "ours") and len(read(tmp_path / "ours")) == 4
+    tensors = AutoencoderKL.from_pretrained(TOY, subfolder="vae").state_dict()
+    torch.save({"state_dict": {f"first_stage_model.{name}": tensors[name] for name in tensors}}, tmp_path / "vae.ckpt")
+    one = [f"--vae-ckpt={tmp_path / 'vae.ckpt'}", f"--data_root={tmp_path / 'vae'}", "--max_captions=1"]
+    main([*ours.split(), *both, *one])
+    assert read(tmp_path / "vae")[0]["edited_image"] == read(tmp_path / "ours")[0]["edited_image"]
 
 
 def test_every_candidate_is_counted(flags, tmp_path):

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -186,6 +187,52 @@ def test_max_rows_keeps_the_first_rows(workers, uninterrupted, tmp_path):
     assert summary.rows == 25 and prompts_of(tmp_path / "pairs") == prompts_of(uninterrupted)[:25]
     needed = next(end for end in range(10, 101, 10) if sum(map(rows_of_item, range(end))) >= 25)
     assert summary.rejected["unlucky"] == sum(rows_of_item(item) == 0 for item in range(needed))
+
+
+@pytest.mark.parametrize("max_rows", [None, 25])
+def test_partitions_share_the_work_and_the_last_completes_the_dataset(max_rows, uninterrupted, tmp_path):
+    shards_of = {}
+    for index in (2, 0, 1):
+        before = set(tmp_path.glob("pairs/.making/shard-*"))
+        options = dict(max_rows=max_rows, workers=WorkerSettings(partition=index, num_partitions=3))
+        if index == 0 and max_rows is None:  # interrupted, and run again
+            with pytest.raises(InputError, match="the server is down"):
+                generate(NumberGenerator(100, is_failing=True), tmp_path / "pairs", **options)
+        summary = generate(NumberGenerator(100), tmp_path / "pairs", **options)
+        shards_of[index] = {path.name for path in set(tmp_path.glob("pairs/.making/shard-*")) - before}
+        assert summary.unfinished == {2: (0, 1), 0: (1,), 1: ()}[index]
+        assert (tmp_path / "pairs/data").exists() == (index == 1)
+    own = [range(index, 10, 3) for index in (2, 0)]
+    names = [{f"shard-{shard:06d}.parquet" for shard in shards} for shards in own]
+    assert all(shards_of[index] <= some for index, some in zip((2, 0), names, strict=True))
+    assert prompts_of(tmp_path / "pairs") == prompts_of(uninterrupted)[:max_rows]
+    if max_rows is None:
+        assert [shards_of[2], shards_of[0]] == names and rows_of(tmp_path / "pairs") == rows_of(uninterrupted)
+        again = generate(NumberGenerator(100), tmp_path / "pairs", workers=WorkerSettings(0, None, 0, 2, 3))
+        assert again.was_complete
+
+
+def test_partitions_run_at_the_same_time(uninterrupted, tmp_path):
+    def run(index: int) -> GenerationSummary:
+        workers = WorkerSettings(partition=index, num_partitions=4)
+        return generate(NumberGenerator(100, pauses=0.02), tmp_path / "pairs", workers=workers)
+
+    with ThreadPoolExecutor(4) as threads:
+        summaries = list(threads.map(run, range(4)))
+    assert any(not summary.unfinished for summary in summaries)
+    assert rows_of(tmp_path / "pairs") == rows_of(uninterrupted)
+
+
+def test_a_run_waits_for_partitions_and_few_items_are_shared(tmp_path):
+    running = DatasetFolder(tmp_path / "pairs", {}, partition=(0, 2))
+    with pytest.raises(InputError, match="another run is writing it"):
+        DatasetFolder(tmp_path / "pairs", {}, partition=(0, 2))
+    with pytest.raises(InputError, match="runs with --partition are writing it"):
+        DatasetFolder(tmp_path / "pairs", {})
+    running.close()
+    for index in range(4):  # of one shard, three partitions would have nothing
+        generate(NumberGenerator(4), tmp_path / "few", workers=WorkerSettings(partition=index, num_partitions=4))
+    assert len(prompts_of(tmp_path / "few")) == sum(map(rows_of_item, range(4)))
 
 
 def test_a_complete_dataset_is_kept_and_different_settings_are_refused(tmp_path):

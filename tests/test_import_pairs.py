@@ -177,6 +177,21 @@ def test_edited_folder_inside_the_folder_of_originals(tmp_path):
     assert len(run(source, tmp_path / "pairs", "--edited_dir", source / "edited", "--edit_prompt", "Go.")) == 3
 
 
+def test_folders_of_instruction_tuned_sd(tmp_path, capsys):
+    """A folder for each pair, as its generate_dataset.py writes them; the instructions are in a file."""
+    cartoons = {index: image_file(50 + index, size=(40, 48)) for index in range(3)}
+    files = {f"{index}ab/cartoonized_image.png": content for index, content in cartoons.items()}
+    files |= {f"{index}ab/original_image.png": image_file(index, size=(41, 50)) for index in range(3)}
+    files |= {"broken/original_image.png": image_file(7), "instructions.txt": "\n".join(f"toon {i}" for i in range(12))}
+    source = write(tmp_path / "cartoonizer-dataset", files)
+    rows = run(source, tmp_path / "pairs", "--task", source / "instructions.txt")
+    assert "1 folders without exactly one original and one edited image" in capsys.readouterr().err
+    assert [row["edited_image"] for row in rows] == list(cartoons.values())
+    assert [pixels(row["original_image"]).shape for row in rows] == [(40, 48, 3)] * 3  # cropped like them
+    assert {row["edit_prompt"] for row in rows} <= {"toon 0", "toon 1"}
+    assert [row["source"] for row in rows] == [f"{index}ab/original_image.png" for index in range(3)]
+
+
 def test_images_that_programs_decode_differently_are_encoded_again(tmp_path):
     turned = Image.Exif()
     turned[0x0112] = 6

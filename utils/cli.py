@@ -7,6 +7,7 @@ import sys
 from typing import NoReturn, TypeVar, get_type_hints
 
 from utils.errors import InputError
+from utils.flag_aliases import FlagAliases, translate_flags
 from utils.settings_file import expand_paths, find_config, is_settings_file, read_config
 
 Options = TypeVar("Options")
@@ -33,28 +34,42 @@ def make_console_robust() -> None:
 class FlagParser(argparse.ArgumentParser):
     """Reports a mistake in one message, without the usage of a hundred flags."""
 
-    config_may_be_a_model = False  # infer.py's --config may name a pipeline instead of a file of flags
+    config_may_be_a_name = False  # --config may also name a pipeline or a dataset's configuration, not a file of flags
 
-    def __init__(self, *arguments, **keywords) -> None:
+    def __init__(self, *arguments, aliases: FlagAliases | None = None, **keywords) -> None:
+        """aliases: the flags of another project that are accepted too."""
         make_console_robust()
-        super().__init__(*arguments, **keywords)
+        self.aliases, self.implied, self._given = aliases or FlagAliases(), [], []
+        super().__init__(*arguments, **{"allow_abbrev": False, **keywords})
 
     def parse_known_args(self, args=None, namespace=None) -> tuple[argparse.Namespace, list[str]]:
-        """As argparse's, with the flags of `--config FILE`, and with "~" and environment variables expanded."""
-        words = list(sys.argv[1:] if args is None else args)
-        if "--config" in self._option_string_actions:
-            file, rest = find_config(words)
-            if file is not None and (is_settings_file(file) or not self.config_may_be_a_model):
-                try:
-                    words = [*read_config(file, self, rest), *rest]
-                except InputError as error:
-                    self.exit(2, f"error: {error}\n")
+        """As argparse's, with aliases, the flags of `--config FILE`, and "~" and environment variables expanded."""
+        try:
+            words = self._our_words(list(sys.argv[1:] if args is None else args))
+        except InputError as error:
+            self.exit(2, f"error: {error}\n")
         parsed, unknown = super().parse_known_args(words, namespace)
         if problems := expand_paths(parsed):
             self.exit(2, f"error: {InputError.from_problems(problems)}\n")
         return parsed, unknown
 
+    def _our_words(self, words: list[str]) -> list[str]:
+        """The command line with our names of flags and with those of the settings file. Raises InputError."""
+        words, self.implied = translate_flags(words, self._option_string_actions, self.aliases)
+        self._given = words
+        if self.implied:
+            print(f"as {self.aliases.project}: {' '.join(self.implied)} (where not given)", file=sys.stderr)
+        if "--config" in self._option_string_actions:
+            file, rest = find_config(words)
+            if file is not None and (is_settings_file(file) or not self.config_may_be_a_name):
+                words = [*read_config(file, self, rest), *rest]
+        return [*self.implied, *words]
+
     def error(self, message: str) -> NoReturn:
+        names = [word.partition("=")[0] for word in self._given if word.startswith("--") and word != "--"]
+        unknown = [name for name in names if name not in self._option_string_actions]
+        if unknown and "are required" in message:  # a required flag that is misspelled
+            message = "; ".join([*map(self.describe_unknown, unknown), message])
         self.exit(2, f"error: {message} (see --help)\n")
 
     def parse_args(self, *arguments, **keywords) -> argparse.Namespace:

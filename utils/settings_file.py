@@ -17,6 +17,10 @@ IGNORED = ("hub_token", "config", "local_rank", "resume_from_checkpoint")
 UNSET = re.compile(r"\$(\w+|\{[^}]*\})|%\w+%")
 # Flags whose values are words for people or secrets, in which "~" and "$" mean themselves.
 TEXT_FLAGS = ("edit", "prompt", "instruction", "token", "key", "negative", "license", "note", "caption", "pattern")
+PATH_FLAGS = ("prompts", "captions", "tokenizer")  # that have one of these words in their names
+PREFIXED_HOME = re.compile(
+    r"((?:[^=:/]+=)?(?:onnx|diffusers|python|blocklist):)(~.*)"
+)  # --teacher night=onnx:~/night.onnx
 
 
 def add_config_flag(parser: argparse.ArgumentParser, group: Any = None) -> None:
@@ -145,7 +149,8 @@ def expand_paths(parsed: argparse.Namespace) -> list[str]:
     """Replace "~" and environment variables in every value that may be a path; returns one line for each problem."""
     problems = []
     for name, value in vars(parsed).items():
-        if any(word in name for word in TEXT_FLAGS):
+        is_path = isinstance(value, Path) or name in PATH_FLAGS
+        if not is_path and any(word in name for word in TEXT_FLAGS):
             continue
         expanded = [_expand(one) for one in value] if isinstance(value, list) else _expand(value)
         for one in expanded if isinstance(expanded, list) else [expanded]:
@@ -161,4 +166,6 @@ def _expand(value: Any) -> Any:
     text = os.path.expandvars(str(value))
     if text.startswith("~"):
         text = os.path.expanduser(text)
+    elif match := PREFIXED_HOME.fullmatch(text):
+        text = match[1] + os.path.expanduser(match[2])
     return value if text == str(value) else type(value)(text) if isinstance(value, str) else Path(text)

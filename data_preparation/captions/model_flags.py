@@ -3,6 +3,8 @@
 import argparse
 import hashlib
 import math
+import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -10,6 +12,7 @@ from urllib.parse import urlsplit
 from data_preparation.captions.backends import Backend, LocalModelOptions, ModelOptions, ServerOptions
 from data_preparation.captions.prompts import comparable_text, read_examples
 from data_preparation.generation.user_functions import call_function, find_function_problem, load_function
+from data_preparation.peer_flags import OPENAI_URL
 from utils.errors import InputError
 
 SAMPLING_LIMITS = {"temperature": (0, 5), "top_p": (1e-6, 1), "max_tokens": (8, 8192), "frequency_penalty": (-2, 2)}
@@ -49,6 +52,7 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
     add("--retries", type=int, metavar="N", help="further attempts of a failed request (default 6)")
     wait_help = "wait before the first retry, then doubled up to 60 s; Retry-After takes precedence (default 1)"
     add("--retry_wait", type=float, metavar="SECONDS", help=wait_help)
+    add("--openai_api_key", metavar="KEY", help=argparse.SUPPRESS)  # of the original; other users can see it
     add("--price_in", type=float, metavar="PRICE", help="price of a million input tokens, to print the cost")
     add("--price_out", type=float, metavar="PRICE", help="price of a million output tokens")
     add = parser.add_argument_group("local model (without --base_url)").add_argument
@@ -74,6 +78,16 @@ def find_model_problems(args: argparse.Namespace) -> list[str]:
     if args.moderation is not None:
         problems.append(find_moderation_problem(args.moderation, bool(args.base_url)))
     return [problem for problem in problems if problem]
+
+
+def use_server_as_original(args: argparse.Namespace, is_original_command: bool) -> None:
+    """Use the key of --openai_api_key, and for a command of the original its moderation by OpenAI."""
+    if key := args.__dict__.pop("openai_api_key"):
+        name = args.api_key_env or "OPENAI_API_KEY"
+        print(f"warning: other users can see a key on the command line; put it into {name} instead", file=sys.stderr)
+        os.environ[name] = key
+    if is_original_command and args.base_url == OPENAI_URL and args.moderation is None:
+        args.moderation = "server"
 
 
 def find_url_problem(base_url: str) -> str | None:

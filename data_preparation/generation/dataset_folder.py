@@ -3,6 +3,7 @@
     manifest.json                          the settings, and whether the dataset is complete
     data/train-00000-of-00002.parquet      the rows; the folder appears in one rename, when all shards are finished
     .making/shard-00007.parquet            a finished shard, until then; datasets ignores hidden folders
+    .making/lock, lock-3-of-10             held by the run that writes, or by each of the runs that share the work
 
 A shard holds the rows of consecutive items as one parquet file, and in its footer how many items were rejected.
 Each file is renamed into place when it is complete, so that a run killed at any moment can resume.
@@ -30,6 +31,7 @@ MANIFEST, DATA, SHARDS = "manifest.json", "data", ".making"
 FORMAT = 1
 REJECTED = b"rejected"  # key in the footer of a shard
 ROWS_PER_GROUP = 100  # a reader holds one row group in memory
+PARTITION_WAIT = 60  # seconds in which the other partitions of an array of jobs prepare the folder one by one
 
 
 class ShardCounts(NamedTuple):
@@ -46,24 +48,46 @@ def encode_shard(rows: list[dict], rejected: dict[str, int], features: datasets.
 
 
 class DatasetFolder:
-    """A dataset being generated. Raises InputError if the folder holds something else, or another run writes to it."""
+    """A dataset being generated. Raises InputError if the folder holds something else, or another run writes to it.
 
-    def __init__(self, data_root: Path, settings: dict[str, Any], overwrite: bool = False) -> None:
+    partition: (number from 0, count) of the runs that write to the folder at the same time, each its own shards.
+    """
+
+    def __init__(
+        self,
+        data_root: Path,
+        settings: dict[str, Any],
+        overwrite: bool = False,
+        partition: tuple[int, int] | None = None,
+    ) -> None:
         self.root, self.settings = data_root.absolute(), json.loads(json.dumps(settings))
         self._shards = self.root / SHARDS
         self._refuse_other_content(overwrite)
         with self._explaining_write_errors():
             self._shards.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(self._shards / "lock", data_root)
+            self._lock = _lock(self._shards / "lock", data_root, PARTITION_WAIT if partition else 0)
             try:
-                self._prepare(overwrite)
+                self._prepare(overwrite, partition is not None)
+                if partition is not None:
+                    own = _lock(self._shards / "lock-{}-of-{}".format(*partition), data_root)
+                    self._lock.release()
+                    self._lock = own
             except BaseException:
                 self._lock.release()  # otherwise the exception would keep the folder locked for this process
                 raise
 
-    def _prepare(self, overwrite: bool) -> None:
+    def take_over(self) -> None:
+        """Lock the whole folder, after all partitions have finished; waits for another one that does the same."""
+        self._lock.release()
+        self._lock = _lock(self._shards / "lock", self.root, timeout=-1)
+
+    def _prepare(self, overwrite: bool, is_partition: bool) -> None:
+        is_shared = any(map(_is_locked, self._shards.glob("lock-*")))
         manifest = self._read_manifest()
-        if manifest is not None and manifest["settings"] != self.settings:
+        has_changed = manifest is not None and manifest["settings"] != self.settings
+        if is_shared and (not is_partition or (has_changed and overwrite)):
+            raise InputError(f"--data_root {self.root}: runs with --partition are writing it; wait, or stop them")
+        if has_changed:
             has_rows = (self.root / DATA).exists() or any(self._shards.glob("shard-*"))
             if has_rows and not overwrite:
                 self._refuse_settings(manifest["settings"])
@@ -74,7 +98,8 @@ class DatasetFolder:
         if manifest is None:
             self._write_manifest({"complete": False})
         remove_unfinished(self.root)
-        for unfinished in (*self._shards.glob("*.unfinished"), self._shards / DATA):
+        remove_path(self._shards / DATA)
+        for unfinished in () if is_shared else self._shards.glob("*.unfinished"):
             remove_path(unfinished)
 
     def close(self) -> None:
@@ -91,7 +116,8 @@ class DatasetFolder:
 
     def finished_shards(self) -> dict[int, ShardCounts]:
         """Counts of the finished shards by index, without damaged files."""
-        counts = {int(path.stem.removeprefix("shard-")): _read_counts(path) for path in self._shards.glob("shard-*")}
+        paths = self._shards.glob("shard-*.parquet")
+        counts = {int(path.stem.removeprefix("shard-")): _read_counts(path) for path in paths}
         return {index: counts[index] for index in sorted(counts) if counts[index] is not None}
 
     def add(self, index: int, content: bytes) -> ShardCounts:
@@ -205,16 +231,28 @@ def _rows_to_use(shards: dict[int, ShardCounts], max_rows: int | None) -> dict[i
     return used
 
 
-def _lock(path: Path, data_root: Path) -> FileLock:
-    """A held lock. It ends when it is released or the process ends, also by SIGKILL."""
+def _lock(path: Path, data_root: Path, timeout: float = 0) -> FileLock:
+    """A held lock. It ends when it is released or the process ends, also by SIGKILL. timeout: seconds, -1 for ever."""
     lock = FileLock(path, thread_local=False)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=timeout)
     except Timeout:
         raise InputError(f"--data_root {data_root}: another run is writing it; wait, or give another folder") from None
     except (OSError, NotImplementedError):
         pass  # a file system without locks
     return lock
+
+
+def _is_locked(path: Path) -> bool:
+    lock = FileLock(path, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):
+        return False
+    lock.release()
+    return False
 
 
 def _shorten(value: Any) -> str:

@@ -6,6 +6,9 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from utils.cli import FlagParser
+from utils.settings_file import add_config_flag, is_settings_file
+
 if TYPE_CHECKING:
     from data_preparation.generation.runner import WorkerSettings
 
@@ -43,6 +46,19 @@ def add_generation_flags(
     add("--ray", metavar="ADDRESS", help=ray_help)
     gpus_help = "GPUs per Ray worker, may be a fraction (default 1 if a model runs, else 0)"
     add("--gpus_per_worker", type=float, metavar="N", help=gpus_help)
+    parts_help = "jobs that share the work and --data_root, such as a Slurm array; the last one completes the dataset"
+    add("--num_partitions", type=int, default=1, metavar="N", help=parts_help)
+    add("--partition", type=int, default=0, metavar="I", help="number of this job, from 0 to N - 1 (default 0)")
+
+
+def parse_with_dataset_config(parser: FlagParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parse with --config FILE; a value that is not a file of flags is --dataset_config_name, as it was once."""
+    add_config_flag(parser)
+    parser.config_may_be_a_name = True
+    args = parser.parse_args(argv)
+    if args.config and not is_settings_file(args.config):
+        args.dataset_config_name = args.dataset_config_name or args.config
+    return args
 
 
 def generation_flag_problems(args: argparse.Namespace) -> list[str]:
@@ -54,6 +70,11 @@ def generation_flag_problems(args: argparse.Namespace) -> list[str]:
         problems.append(f"--num_workers {args.num_workers}: must be from 0 to 1024")
     if args.gpus_per_worker is not None and not 0 <= args.gpus_per_worker <= 64:
         problems.append(f"--gpus_per_worker {args.gpus_per_worker}: must be from 0 to 64")
+    if not 1 <= args.num_partitions <= 100_000:
+        problems.append(f"--num_partitions {args.num_partitions}: must be from 1 to 100000")
+    elif not 0 <= args.partition < args.num_partitions:
+        allowed = f"must be from 0 to {args.num_partitions - 1}, below --num_partitions"
+        problems.append(f"--partition {args.partition}: {allowed}")
     if args.data_root.exists() and not args.data_root.is_dir():
         problems.append(f"--data_root {args.data_root}: is a file; give a folder")
     return problems
@@ -64,4 +85,4 @@ def choose_workers(args: argparse.Namespace, needs_gpu: bool = False) -> WorkerS
     from data_preparation.generation.runner import WorkerSettings
 
     gpus = float(needs_gpu) if args.gpus_per_worker is None else args.gpus_per_worker
-    return WorkerSettings(args.num_workers, args.ray, gpus)
+    return WorkerSettings(args.num_workers, args.ray, gpus, args.partition, args.num_partitions)

@@ -16,6 +16,7 @@ import datasets
 import numpy as np
 
 from data_preparation.photographs import list_photographs, read_metadata
+from data_preparation.published_prompts import find_published_prompts
 from utils.data.rows import open_rows
 from utils.errors import InputError
 from utils.hub_names import public_name
@@ -25,6 +26,11 @@ from utils.pixels import decode_image
 
 IMAGE_COLUMNS = ("image", "original_image", "input_image", "source_image", "photo", "img", "jpg", "png")
 CAPTION_COLUMNS = ("caption", "text", "TEXT", "prompt", "input", "original_prompt", "sentence", "description")
+# Columns of triples, and their names in datasets of pairs such as timbrooks/instructpix2pix-clip-filtered.
+TRIPLE_COLUMNS = {
+    "edit": ("edit_prompt", "edit_instruction", "instruction"),
+    "output": ("edited_prompt", "edited_caption", "target_caption"),
+}
 NAME_COLUMNS = ("file_name", "source", "id", "image_id", "img_id", "key", "url", "URL", "filename")
 CAPTION_READERS = {".txt": "text", ".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 NUM_DIGESTED = 64  # rows or files whose content goes into a digest
@@ -113,14 +119,16 @@ class Captions:
 
     def open(self) -> OpenCaptions:
         """Raises InputError if the dataset or its column does not exist, or has no captions."""
-        if Path(self.dataset_id).is_file():
-            rows = _read_caption_file(Path(self.dataset_id))
+        published = find_published_prompts(self.dataset_id)
+        file = published or Path(self.dataset_id)
+        if file.is_file():
+            rows = _read_caption_file(file)
         else:
             rows = open_rows(self.dataset_id, False, self.config, self.split, False, None, self.revision)
         texts = [name for name, feature in rows.features.items() if _is_text(feature)]
         column = _choose_column("--caption_column", self.caption_column, self.dataset_id, texts, CAPTION_COLUMNS)
-        rows = rows.select_columns(texts)
-        license_name = find_dataset_license(self.dataset_id) or rows.info.license or None
+        rows = _rename_triples(rows.select_columns(texts), column)
+        license_name = find_dataset_license(str(published or self.dataset_id)) or rows.info.license or None
         return OpenCaptions(rows, column, _digest_rows(rows, texts), public_name(self.dataset_id), license_name)
 
 
@@ -145,6 +153,15 @@ class OpenCaptions:
         """The value of a name column, or the row number."""
         column = _find_name_column(self.rows)
         return str((column and self.row(index)[column]) or index)
+
+
+def _rename_triples(rows: datasets.Dataset, caption_column: str) -> datasets.Dataset:
+    """The rows with the columns "edit" and "output", if columns of pairs such as edit_prompt mean the same."""
+    for name, others in TRIPLE_COLUMNS.items():
+        found = next((other for other in (name, *others) if other in rows.features and other != caption_column), name)
+        if found != name and name not in rows.features:
+            rows = rows.rename_column(found, name)
+    return rows
 
 
 def _is_text(feature: Any) -> bool:

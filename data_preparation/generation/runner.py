@@ -2,6 +2,9 @@
 
 The items of a generator are split into shards, which finish in any order. A run that is killed resumes with the
 missing shards. The rows do not depend on the kind or the number of workers.
+
+Several runs (partitions) may share the shards: partition p of n generates the shards p, p + n, p + 2n and so on, and
+the one that finishes last completes the dataset.
 """
 
 import sys
@@ -49,26 +52,39 @@ class RowGenerator(Protocol):
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """num_workers: extra processes, 0 for none; ray: address of a cluster, or "local"; gpus_per_worker: for Ray."""
+    """num_workers: extra processes, 0 for none; ray: address of a cluster, or "local"; gpus_per_worker: for Ray.
+
+    partition: number of this run, of num_partitions runs that share the work.
+    """
 
     num_workers: int = 0
     ray: str | None = None
     gpus_per_worker: float = 0.0
+    partition: int = 0
+    num_partitions: int = 1
 
 
 @dataclass(frozen=True)
 class GenerationSummary:
-    """rows: of the whole dataset; rejected: items without rows, by reason; seconds: duration of this run."""
+    """rows: of the whole dataset; rejected: items without rows, by reason; seconds: duration of this run.
+
+    unfinished: the numbers of the other partitions that are not finished, without which there is no dataset yet; rows
+    and rejected are then those of this partition.
+    """
 
     rows: int
     rejected: Counter
     was_complete: bool = False
     seconds: float = 0.0
+    unfinished: tuple[int, ...] = ()
 
     def describe(self, data_root: Path, unit: str = "pair") -> str:
         """The lines that a script prints at its end."""
         plural = "" if self.rows == 1 else "s"
         lines = [f"{data_root} holds {self.rows:,} {unit}{plural}{' (already complete)' if self.was_complete else ''}"]
+        if self.unfinished:
+            others = ", ".join(map(str, self.unfinished[:20])) + (", ..." if len(self.unfinished) > 20 else "")
+            lines = [f"this partition has {self.rows:,} {unit}{plural}; {data_root} waits for the partitions {others}"]
         lines += [f"  rejected, {reason}: {count:,}" for reason, count in self.rejected.most_common()]
         return "\n".join(lines)
 
@@ -91,17 +107,28 @@ def run_generation(
     default a 32nd of the items, from 4 to 100. max_rows: stop after so many rows, for items that give none or
     several. note: further text for the progress bar, such as the cost. Raises InputError.
     """
-    started = time.monotonic()
+    started, workers = time.monotonic(), workers or WorkerSettings()
     items_per_shard = items_per_shard or min(max(generator.num_items // 32, 4), 100)
+    num_partitions, partition = workers.num_partitions, None
+    if num_partitions > 1:
+        partition = (workers.partition, num_partitions)
+        items_per_shard = min(items_per_shard, max(1, generator.num_items // num_partitions))  # work for all of them
     plan = {"items": generator.num_items, "items_per_shard": items_per_shard, "max_rows": max_rows}
-    folder = DatasetFolder(data_root, settings | plan, overwrite)
+    folder = DatasetFolder(data_root, settings | plan, overwrite, partition)
+    generate = partial(_generate_missing, generator, folder, workers=workers, unit=unit, note=note)
     try:
         if (counts := folder.complete_counts()) is not None:
             return GenerationSummary(*counts, was_complete=True)
-        starts = range(0, generator.num_items, items_per_shard)
-        items = [range(start, min(start + items_per_shard, generator.num_items)) for start in starts]
-        shards = _generate_missing(generator, folder, items, max_rows, workers or WorkerSettings(), unit, note)
-        return GenerationSummary(*folder.finish(shards, max_rows), seconds=time.monotonic() - started)
+        whole, shares = _plan_shares(generator.num_items, items_per_shard, max_rows, num_partitions)
+        if partition is not None:
+            own, shards = shares[workers.partition], generate(shares[workers.partition])
+            others = tuple(index for index, share in enumerate(shares) if not share.is_done(shards))
+            if others and folder.complete_counts() is None:
+                return _summarize_partition(own, shards, others, time.monotonic() - started)
+            folder.take_over()
+            if (counts := folder.complete_counts()) is not None:  # by another partition that finished just now
+                return GenerationSummary(*counts, seconds=time.monotonic() - started)
+        return GenerationSummary(*folder.finish(generate(whole), max_rows), seconds=time.monotonic() - started)
     except KeyboardInterrupt:
         print(f"\ninterrupted: run the same command again to resume {data_root}", file=sys.stderr)
         raise SystemExit(130) from None
@@ -109,36 +136,78 @@ def run_generation(
         folder.close()
 
 
+@dataclass(frozen=True)
+class Share:
+    """The shards of a run. items: those of each shard, by its index; max_rows: enough rows, None for all shards."""
+
+    items: dict[int, range]
+    max_rows: int | None
+
+    def has_enough(self, shards: Mapping[int, ShardCounts]) -> bool:
+        """Whether the shards before the first missing one have `max_rows` rows; later ones must not decide the rows."""
+        rows = 0
+        for index in self.items if self.max_rows is not None else ():
+            if index not in shards:
+                return False
+            rows += shards[index].rows
+            if rows >= self.max_rows:
+                return True
+        return False
+
+    def is_done(self, shards: Mapping[int, ShardCounts]) -> bool:
+        return self.has_enough(shards) or self.items.keys() <= shards.keys()
+
+
+def _plan_shares(
+    num_items: int, items_per_shard: int, max_rows: int | None, num_partitions: int
+) -> tuple[Share, list[Share]]:
+    """(all shards, the share of each partition): with `max_rows`, a partition stops at its part of them."""
+    starts = range(0, num_items, items_per_shard)
+    items = {index: range(start, min(start + items_per_shard, num_items)) for index, start in enumerate(starts)}
+    part = None if max_rows is None else -(-max_rows // num_partitions)
+    indices = [range(partition, len(items), num_partitions) for partition in range(num_partitions)]
+    return Share(items, max_rows), [Share({index: items[index] for index in own}, part) for own in indices]
+
+
+def _summarize_partition(
+    own: Share, shards: Mapping[int, ShardCounts], unfinished: tuple[int, ...], seconds: float
+) -> GenerationSummary:
+    counts = [shards[index] for index in own.items if index in shards]
+    rejected = sum((one.rejected for one in counts), Counter())
+    return GenerationSummary(sum(one.rows for one in counts), rejected, seconds=seconds, unfinished=unfinished)
+
+
 def _generate_missing(
     generator: RowGenerator,
     folder: DatasetFolder,
-    items: list[range],
-    max_rows: int | None,
+    share: Share,
     workers: WorkerSettings,
     unit: str,
     note: Callable[[], str] | None,
 ) -> dict[int, ShardCounts]:
-    """Counts of all shards, or of as many as `max_rows` needs. items: those of each shard."""
+    """Counts of all finished shards, after those of the share are, or as many of them as it needs."""
     shards = folder.finished_shards()
-    if _has_enough(shards, max_rows):
+    if share.is_done(shards):
         return shards
-    jobs = {index: part for index, part in enumerate(items) if index not in shards}
+    own = {index: shards[index] for index in share.items if index in shards}
+    jobs = {index: part for index, part in share.items.items() if index not in shards}
     # With max_rows the bar counts rows, because most of a million captions may never be needed.
-    total, done = max_rows, sum(counts.rows for counts in shards.values())
-    if max_rows is None:
-        total, done = generator.num_items, generator.num_items - sum(map(len, jobs.values()))
+    total, done = share.max_rows, sum(counts.rows for counts in own.values())
+    if share.max_rows is None:
+        total = sum(map(len, share.items.values()))
+        done = total - sum(map(len, jobs.values()))
     running = _run_jobs(partial(_open_shard_worker, generator), jobs, workers)
     try:
         with tqdm(total=total, initial=min(done, total), desc=f"{unit}s", unit=unit, smoothing=0.05) as bar:
             for index, content in running:
-                shards[index] = folder.add(index, content)
-                bar.update(min(len(jobs[index]) if max_rows is None else shards[index].rows, total - bar.n))
-                bar.set_postfix_str(_describe(shards, unit) + (f", {note()}" if note else ""))
-                if _has_enough(shards, max_rows):
+                own[index] = folder.add(index, content)
+                bar.update(min(len(jobs[index]) if share.max_rows is None else own[index].rows, total - bar.n))
+                bar.set_postfix_str(_describe(own, unit) + (f", {note()}" if note else ""))
+                if share.has_enough(own):
                     break
     finally:
         running.close()  # stops the workers
-    return shards
+    return folder.finished_shards()
 
 
 def _run_jobs(
@@ -160,14 +229,6 @@ def _open_shard_worker(generator: RowGenerator, rank: int) -> Callable[[range], 
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     return lambda items: encode_shard(*generate(items), features)
-
-
-def _has_enough(shards: dict[int, ShardCounts], max_rows: int | None) -> bool:
-    """Whether the shards before the first missing one have `max_rows` rows; later shards must not decide the rows."""
-    rows, index = 0, 0
-    while max_rows is not None and rows < max_rows and index in shards:
-        rows, index = rows + shards[index].rows, index + 1
-    return max_rows is not None and rows >= max_rows
 
 
 def _describe(shards: dict[int, ShardCounts], unit: str) -> str:

@@ -1,4 +1,4 @@
-"""Pairs of two folders, matched by file names, and their instructions."""
+"""Pairs of two folders, matched by file names, or of a folder for each pair, and their instructions."""
 
 import sys
 from collections import defaultdict
@@ -8,10 +8,13 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from data_preparation.importing.dataset_pairs import CARTOONS
 from data_preparation.importing.source_pairs import ReadPairs, SourcePair, clean_prompts, digest_json, read_each
+from utils.data.column_words import ORIGINAL_WORDS, image_word
 from utils.data.folder_pairs import ENDING, list_files, match_files, read_captions, without_suffix
 from utils.data.tables import read_columns
 from utils.errors import InputError
+from utils.image_formats import has_image_suffix
 
 PROMPT_FILES = ("prompts.txt", "prompts.csv", "prompts.jsonl")
 NAME_COLUMNS = ("file_name", "filename", "name", "file", "image", "original_image", "original", "input")
@@ -35,7 +38,10 @@ class FolderSource:
 
     def _pairs_of(self, item: int) -> list[SourcePair]:
         original, edited, prompts = self.pairs[item]
-        return [SourcePair(self.originals / original, self.edited / edited, prompts, {"source": original})]
+        is_cartoonized = PurePosixPath(edited).stem == CARTOONS
+        return [
+            SourcePair(self.originals / original, self.edited / edited, prompts, {"source": original}, is_cartoonized)
+        ]
 
     def identity(self) -> dict[str, Any]:
         names = [pair[:2] for pair in self.pairs]
@@ -51,10 +57,11 @@ def find_folder_pairs(
 ) -> FolderSource:
     """The pairs of two folders with their instructions; prints a warning about unused files. Raises InputError.
 
-    common: instructions for every pair. Without them, `prompt_file`, a file of `PROMPT_FILES` in `source`, or caption
-    files beside the images are read.
+    originals, edited: both are `source` if it has a folder for each pair, see `match_pair_folders`. common:
+    instructions for every pair; without them, `prompt_file`, a file of `PROMPT_FILES` in `source`, or caption files
+    beside the images are read.
     """
-    pairs, problems = match_files(originals, edited)
+    pairs, problems = match_pair_folders(source) if originals == edited else match_files(originals, edited)
     if not pairs:
         first = f"no image of {originals} has the name of an image in {edited}"
         raise InputError.from_problems([first, *problems])
@@ -75,6 +82,32 @@ def find_folder_pairs(
     for problem in problems:
         print(f"warning: {problem}", file=sys.stderr)
     return FolderSource(originals, edited, tuple((*pair, some) for pair, some in zip(pairs, prompts, strict=True)))
+
+
+def match_pair_folders(source: Path) -> tuple[list[tuple[str, str]], list[str]]:
+    """(paths of each pair, one line for each kind of folder that is not used) of a folder for each pair.
+
+    As instruction-tuned-sd writes them: HASH/original_image.png and HASH/cartoonized_image.png.
+    """
+    pairs, unused = [], []
+    for folder in sorted(path for path in source.iterdir() if path.is_dir()):
+        pair = _find_pair(folder)
+        unused += [] if pair else [folder.name]
+        pairs += [tuple(path.relative_to(source).as_posix() for path in pair)] if pair else []
+    return pairs, list_files("folders without exactly one original and one edited image", source, unused)
+
+
+def has_pair_folders(source: Path) -> bool:
+    return any(_find_pair(path) for path in source.iterdir() if path.is_dir())
+
+
+def _find_pair(folder: Path) -> tuple[Path, Path] | None:
+    """(original, edited image) of a folder with two images, one of which is named as an original."""
+    images = [path for path in sorted(folder.iterdir()) if has_image_suffix(path) and path.is_file()]
+    originals = [path for path in images if image_word(path.stem) in ORIGINAL_WORDS]
+    if len(images) != 2 or len(originals) != 1:
+        return None
+    return originals[0], next(path for path in images if path != originals[0])
 
 
 def assign_prompts(path: Path, names: list[str]) -> tuple[list[tuple[str, ...]], list[str]]:

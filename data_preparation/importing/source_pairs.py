@@ -149,17 +149,20 @@ def rejection_reason(error: BadRow) -> str:
 
 def stored_images(pair: SourcePair, image_format: str) -> tuple[bytes, bytes]:
     """The files to store for both images, unchanged where possible. Raises BadRow."""
-    original_bytes, original = _read_and_decode("original image", pair.original)
-    edited_bytes, edited = _read_and_decode("edited image", pair.edited)
+    original_bytes, original = read_and_decode("original image", pair.original)
+    edited_bytes, edited = read_and_decode("edited image", pair.edited)
     if pair.is_cartoonized:
         aligned = resize_like_cartoon(original, edited.size[::-1])
         original_bytes = original_bytes if aligned is original else None
         original = aligned
     check_aspects(original.size[::-1], edited.size[::-1])
-    return tuple(
-        content if content is not None and _can_store_unchanged(content) else encode_image(image, image_format)
-        for content, image in ((original_bytes, original), (edited_bytes, edited))
-    )
+    return stored_image(original_bytes, original, image_format), stored_image(edited_bytes, edited, image_format)
+
+
+def stored_image(content: bytes | None, image: Image.Image, image_format: str) -> bytes:
+    """The file to store: `content` if all programs decode it to `image`, otherwise the image encoded again."""
+    is_kept = content is not None and _can_store_unchanged(content)
+    return content if is_kept else encode_image(image, image_format)
 
 
 def cartoonized_size(size: Size) -> tuple[Size, Size]:
@@ -186,8 +189,8 @@ def resize_like_cartoon(original: Image.Image, edited_size: Size) -> Image.Image
     return original.resize(cropped[::-1], Image.Resampling.LANCZOS, box=box)
 
 
-def _read_and_decode(what: str, value: Any) -> tuple[bytes | None, Image.Image]:
-    """(content of the file, upright RGB image). what: for the BadRow."""
+def read_and_decode(what: str, value: Any) -> tuple[bytes | None, Image.Image]:
+    """(content of the file or None, upright RGB image). what: for the BadRow."""
     try:
         content = _read(value)
         return content if isinstance(content, bytes) else None, decode_image(content)
@@ -203,7 +206,7 @@ def _read(value: Any) -> Any:
         return value
     try:
         return read_image_file(str(value))
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: of a damaged archive
         raise BadRow(f"cannot be read: {error}") from None
 
 

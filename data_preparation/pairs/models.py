@@ -13,6 +13,7 @@ from utils.editing.loading import fuse_adapter, inspect_adapter
 from utils.errors import InputError, explaining_load_errors
 from utils.hub_names import digest_files, find_revision, is_hub_id, public_name, snapshot_revision
 from utils.models.single_file import is_single_file, load_single_file
+from utils.models.vae_file import load_vae_file
 
 SAFETY_ADVICE = "give CompVis/stable-diffusion-safety-checker, its folder, or the folder of a pipeline that has one"
 
@@ -111,14 +112,17 @@ def _require_text_to_image(name: str, unet_config: dict) -> None:
 
 
 def _replace_vae(pipeline: Any, choice: ModelChoice, dtype: torch.dtype) -> None:
-    """Use the autoencoder of a repository or folder, or of a whole pipeline."""
+    """Use the autoencoder of a file, of a repository or folder, or of a whole pipeline."""
     location = _location(choice.vae, choice.vae_revision)
     with explaining_load_errors(f"--vae {choice.vae}"):
-        try:
-            AutoencoderKL.load_config(choice.vae, **location)
-        except OSError:  # no autoencoder at the top level: it is a pipeline
-            location["subfolder"] = "vae"
-        vae = AutoencoderKL.from_pretrained(choice.vae, torch_dtype=dtype, **location)
+        if is_single_file(choice.vae):
+            vae = load_vae_file(choice.vae, dict(pipeline.vae.config), f"--vae {choice.vae}").to(dtype)
+        else:
+            try:
+                AutoencoderKL.load_config(choice.vae, **location)
+            except OSError:  # no autoencoder at the top level: it is a pipeline
+                location["subfolder"] = "vae"
+            vae = AutoencoderKL.from_pretrained(choice.vae, torch_dtype=dtype, **location)
     factor, channels = 2 ** (len(vae.config.block_out_channels) - 1), vae.config.latent_channels
     needed_factor, needed_channels = pipeline.vae_scale_factor, pipeline.unet.config.in_channels
     if (factor, channels) != (needed_factor, needed_channels):

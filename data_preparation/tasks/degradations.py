@@ -21,6 +21,7 @@ from data_preparation.photographs import centre_square, read_photograph, seeded_
 from data_preparation.tasks import camera, weather
 from data_preparation.tasks.cartoon import draw_cartoon
 from data_preparation.tasks.primitives import Ranges
+from utils.cli import FlagParser
 from utils.contact_sheets import draw_grid
 
 COLUMNS = 6  # of the contact sheet
@@ -77,7 +78,7 @@ def draw_sheet(paths: list[Path], side: int) -> Image.Image:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     photos = [PHOTOS / name for name in ("astronaut.jpg", "garden_1.jpg", "coffee.jpg")]
     add("--contact_sheet", type=Path, metavar="FILE", help="draw this image instead of printing the table")

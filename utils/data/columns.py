@@ -39,7 +39,14 @@ KNOWN_COLUMNS: dict[str, Columns] = {
 }
 UNPACK = "unpack the archives and import the table: data_preparation/import_pairs.py --source TABLE --image_root FOLDER"
 SEED_DATA_EDIT = f"it contains split tar.gz archives and a jsonl of paths into them, not images: {UNPACK}"
+IP2P_FILES = (
+    "it is not on the Hub: download its zip files and seeds.json from http://instruct-pix2pix.eecs.berkeley.edu/{0}/, "
+    "unpack them, and give that folder"
+)
 NOT_READABLE: dict[str, str] = {
+    "random-sample-dataset": IP2P_FILES.format("random-sample-dataset") + " (727 GB, 451,990 prompts)",
+    "clip-filtered-dataset": IP2P_FILES.format("clip-filtered-dataset")
+    + " (436 GB), or use timbrooks/instructpix2pix-clip-filtered",
     "AILab-CVC/SEED-Data-Edit-Part1-Openimages": SEED_DATA_EDIT,
     "AILab-CVC/SEED-Data-Edit-Part1-Unsplash": SEED_DATA_EDIT,
     "AILab-CVC/SEED-Data-Edit-Part2-3": SEED_DATA_EDIT,
@@ -135,7 +142,8 @@ def _known_columns(dataset_name: str, features: datasets.Features, given: Column
     by_id = {name.casefold(): columns for name, columns in KNOWN_COLUMNS.items()}
     if columns := by_id.get(dataset_name.casefold()):
         return columns
-    refuse_unreadable(dataset_name)
+    if "/" in dataset_name:  # not a folder that has the name of one of the original's datasets
+        refuse_unreadable(dataset_name)
     candidates = {
         Columns(**{role: getattr(given, role) or getattr(columns, role) for role in ROLES})
         for columns in KNOWN_COLUMNS.values()

@@ -6,6 +6,8 @@ seeds.json                     [[folder, [seed, ...]], ...]
 """
 
 import json
+import logging
+import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +17,8 @@ from tqdm import tqdm
 
 from utils.errors import InputError
 from utils.pixels import BadRow
+
+logger = logging.getLogger(__name__)
 
 SEEDS, PROMPT = "seeds.json", "prompt.json"
 IMAGE_NAME = re.compile(r"(?P<seed>\d+)_(?P<side>[01])\.(jpg|jpeg|png|webp)", re.IGNORECASE)
@@ -30,6 +34,8 @@ def has_seed_folders(folder: Path) -> bool:
 def list_seeds(folder: Path) -> FolderSeeds:
     """The folders and seeds that seeds.json lists; without that file, those of all folders. Raises InputError."""
     path = folder / SEEDS
+    if any(folder.glob("*.zip")) and next(folder.glob(f"*/{PROMPT}"), None) is None:
+        raise InputError(f"{folder} has zip files that are not unpacked: run unzip '{folder}/*.zip' -d {folder}")
     prompts = _read_seeds(path) if path.is_file() else _list_folders(folder)
     if not prompts:
         raise InputError(
@@ -43,9 +49,19 @@ def read_pairs(folder: Path) -> dict[str, list[str | None]]:
     """The columns original_image and edited_image (paths) and edit_prompt of all pairs, one row for each seed.
 
     Images are not looked at: with hundreds of thousands of folders that takes long. A prompt that cannot be read is
-    None, so that its rows are skipped and counted. Raises InputError.
+    None, so that its rows are skipped and counted. Folders that do not exist are left out with a warning: seeds.json
+    lists those of all zip files of the download. Raises InputError.
     """
-    prompts = list_seeds(folder)
+    folder = folder.resolve()  # relative paths would start from the folder
+    listed, existing = list_seeds(folder), {entry.name for entry in os.scandir(folder)}
+    prompts = tuple(entry for entry in listed if entry[0].partition("/")[0] in existing)
+    absent = [name for name, _ in listed if name.partition("/")[0] not in existing]
+    if absent:
+        counts = f"{len(absent):,} of the {len(listed):,} folders that {folder / SEEDS} lists do not exist"
+        named = ", ".join(absent[:5]) + (", ..." if len(absent) > 5 else "")
+        if not prompts:
+            raise InputError(f"{counts}: give the folder in which they are ({named})")
+        logger.warning("%s and are not used: %s", counts, named)
     extension = _find_extension(folder, prompts)
 
     def read(name: str) -> str | None:
