@@ -10,6 +10,7 @@ rows of a tensor are in memory at a time. docs/fast_editing.md describes what to
 
 import argparse
 import math
+import shutil
 import sys
 import warnings
 from dataclasses import replace
@@ -188,12 +189,12 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_flags(argv)
-    if args.list_presets:
-        print(describe_presets())
-        return 0
     try:
         with exit_on_input_error():
-            run(args)
+            if args.list_presets:
+                print(describe_presets(min(100, shutil.get_terminal_size((100, 24)).columns)))
+            else:
+                run(args)
     except KeyboardInterrupt:
         print("interrupted: --output_dir contains no incomplete editor", file=sys.stderr)
         return 130

@@ -40,6 +40,7 @@ TRAINING = {
 }
 EDITING = dict(resolution=SIDE, steps=10, guidance_scale=2.0, image_guidance_scale=1.3)
 BATCH_SIZE = 8
+MARKER = ".made-by-demo"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -53,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     output = args.output.resolve()
     os.environ["HF_HUB_OFFLINE"] = "1"
     os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count()))
+    with exit_on_input_error():
+        claim_folder(output, args)
     make_pairs(output / "pairs", args.pairs)
     train(output, args.steps)
     heldout = crop_heldout(output / "heldout")
@@ -64,6 +67,25 @@ def main(argv: list[str] | None = None) -> int:
     draw_grid(output, heldout)
     print_scores(scores, output)
     return 0
+
+
+def claim_folder(output: Path, args: argparse.Namespace) -> None:
+    """Mark the folder as the demo's, which replaces its contents. Raises InputError for a folder with other files."""
+    problems = [
+        f"--{name} {getattr(args, name)}: must be at least 1" for name in ("pairs", "steps") if vars(args)[name] < 1
+    ]
+    found = sorted(path.name for path in output.iterdir()) if output.is_dir() else []
+    if output.is_file():
+        problems.append(f"--output {output} is a file: name a folder")
+    elif found and MARKER not in found:
+        problems.append(
+            f"--output {output} has files that are not known to be the demo's ({', '.join(found[:3])}), and it would "
+            "replace some: name a new or empty folder, or remove it"
+        )
+    if problems:
+        raise InputError.from_problems(problems)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / MARKER).touch()
 
 
 def run(*command: object) -> None:

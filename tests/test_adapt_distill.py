@@ -204,7 +204,7 @@ def test_presets_are_consistent() -> None:
     for name, preset in PRESETS.items():
         assert preset.family in BASES and preset.kind in ("lora", "distilled"), name
         assert (preset.base is None) == (preset.kind == "lora"), name
-        assert preset.weight == (0.5 if preset.kind == "distilled" and preset.family == "sdxl" else 1.0), name
+        assert preset.weight in (0.5, 1.0) and (preset.kind == "lora" or preset.weight == 0.5 or "sd1.5" in name), name
         assert preset.id.count("/") == 1 and (preset.weight_name or "x.bin").endswith(MODEL_SUFFIXES), name
         assert 1 <= preset.steps <= 16 and preset.guidance_scale >= 1 and preset.image_guidance_scale == 1, name
         scheduler = choose_scheduler(editor, preset.scheduler)
@@ -215,8 +215,12 @@ def test_presets_are_consistent() -> None:
         assert recipe.merge.weight == preset.weight and recipe.recommended["steps"] == preset.steps, name
         assert set(recipe.sources) == ({"lora"} if preset.kind == "lora" else {"distilled", "base"}), name
         assert recipe.sources[preset.kind].weight_name == preset.weight_name, name
-    table = describe_presets()
-    assert all(preset.id in table and name in table for name, preset in PRESETS.items())
+    for width in (90, 100):
+        table = describe_presets(width)
+        words = " ".join(table.split())
+        assert max(map(len, table.splitlines())) <= width
+        assert all(preset.id in words and f"{name} " in words for name, preset in PRESETS.items())
+        assert words.count("not tried on an editor") == sum(not preset.is_reported for preset in PRESETS.values())
     flags = ["--preset=turbo-sdxl", "--weight=0.3", "--base=my/own", "--steps=2", "--distilled_revision=abc"]
     given = adapt_distill.parse_flags([*flags, "--scheduler=euler", "--model=a", "--output_dir=b"])
     adapt_distill.check_flags(given)
@@ -224,6 +228,41 @@ def test_presets_are_consistent() -> None:
     assert (recipe.merge.weight, recipe.recommended["steps"]) == (0.3, 2)
     assert recipe.sources["base"].name == "my/own" and recipe.sources["distilled"].revision == "abc"
     assert recipe.scheduler == ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"})
+
+
+def test_presets_follow_their_notes() -> None:
+    """One weight for a distillation, as a UNet or as a LoRA; what is reported only at 768 pixels recommends them."""
+    weights: dict[str, set[float]] = {}
+    for name, preset in PRESETS.items():
+        weights.setdefault(f"{preset.id} {preset.family}", set()).add(preset.weight)
+        assert ("768" in preset.note) == (preset.resolution == 768), name
+        assert preset.is_reported == ("reported" in preset.note), name
+        assert (preset.licence is None) == ("licence" in preset.unverified.split(", ")), name
+        recipe = make_recipe(vars(adapt_distill.parse_flags([f"--preset={name}", "--model=a", "--output_dir=b"])))
+        assert recipe.recommended.get("resolution") == preset.resolution, name
+    assert all(len(found) == 1 for found in weights.values()), weights
+    turbo = PRESETS["turbo-sdxl"]
+    assert (turbo.scheduler, turbo.steps, turbo.guidance_scale, turbo.weight) == ("LCMScheduler", 5, 2.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["adapt_distill.py", "--list_presets"],
+        ["infer.py", "--help"],
+        ["train_instruct_pix2pix.py", "--help"],
+        ["data_preparation/check_dataset.py", "--help"],
+    ],
+    ids=" ".join,
+)
+def test_a_reader_that_has_seen_enough_is_no_error(command: list[str]) -> None:
+    """As `script --help | head -1`."""
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()  # before anything is written
+    assert process.wait(timeout=600) in (0, 141) and process.stderr.read() == b""
+    process.stderr.close()
 
 
 def test_timesteps_of_presets() -> None:
@@ -240,7 +279,7 @@ def test_timesteps_of_presets() -> None:
 
 def test_list_presets_without_heavy_imports() -> None:
     output = succeeds("--list_presets")
-    assert "lcm-lora-sd1.5" in output and "not verified" in output
+    assert "lcm-lora-sd1.5" in output and "not verified" in output and "768 pixels" in output
     code = "import sys, adapt_distill\nadapt_distill.parse_flags(['--list_presets'])\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=ENVIRONMENT, check=True)
 

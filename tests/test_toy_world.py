@@ -11,6 +11,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
+import demo
 from data_preparation.photographs import centre_square, list_photographs, read_photograph
 from data_preparation.toy_edits import EDITS
 from tests.runs import ENVIRONMENT, REPOSITORY
@@ -58,6 +59,20 @@ def test_the_autoencoder_reconstructs_held_out_photographs(toy):
 
 
 @pytest.mark.slow
+def test_the_demo_deletes_nothing_of_others(tmp_path: Path, capsys):
+    """Folders of its names that it did not make are kept."""
+    (tmp_path / "editor").mkdir()
+    (tmp_path / "editor/thesis.txt").write_text("years of work")
+    with pytest.raises(SystemExit):
+        demo.main([f"--output={tmp_path}"])
+    assert "not known to be the demo's (editor)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        demo.main([f"--output={tmp_path / 'editor/thesis.txt'}", "--steps=0"])
+    message = capsys.readouterr().err
+    assert "is a file: name a folder" in message and "--steps 0: must be at least 1" in message
+    assert (tmp_path / "editor/thesis.txt").read_text() == "years of work"
+
+
 def test_short_demo(tmp_path: Path):
     """`make demo` with a tenth of its steps: most edits are already correct."""
     command = [sys.executable, "demo.py", "--output", str(tmp_path), "--pairs", "400", "--steps", "200"]

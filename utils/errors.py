@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+CLOSED_PIPE = 141  # as a shell reports a program that SIGPIPE ended
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -19,13 +21,25 @@ class InputError(ValueError):
         return cls(problems[0] if len(problems) == 1 else "\n  - ".join(["fix these problems:", *problems]))
 
 
+def discard_output() -> None:
+    """Whatever is still printed goes nowhere: flushing it at the end would fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextmanager
 def exit_on_input_error(exit_code: int = 2) -> Iterator[None]:
-    """Exit with one message on stderr on `InputError` or a full disk; any other exception is a bug and is raised."""
+    """Exit with one message on stderr on `InputError` or a full disk; any other exception is a bug and is raised.
+
+    A reader of the output that has seen enough, as `| head`, ends the script without a message.
+    """
     try:
         yield
+        sys.stdout.flush()
     except InputError as error:
         message = str(error)
+    except BrokenPipeError:
+        discard_output()
+        raise SystemExit(CLOSED_PIPE) from None
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
