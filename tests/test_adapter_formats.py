@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import hf_api
 from safetensors.torch import save_file
 
+from tests.hub_files import connect_downloads, serve_folder
+from tests.hub_server import hub_server
 from tests.original_names import unet_weights
+from utils.editing.flags import find_missing_path
 from utils.editing.loading import load_editor
 from utils.errors import InputError
+from utils.hub_names import public_name, split_hub_file
 
 LINEAR = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "mid_block.resnets.0.conv1"
@@ -223,3 +228,75 @@ def test_folders_that_are_no_lora(tiny_editor: Path, tmp_path: Path) -> None:
     save_file({"unet.x.lora_A.weight": torch.ones(4, 4)}, tmp_path / "b.safetensors")
     with pytest.raises(InputError, match="it has a.safetensors, b.safetensors: give one"):
         load_editor(tiny_editor, lora=tmp_path)
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".pt", ".pth", ".ckpt"])
+def test_pickles_of_tensors_are_read_and_run_no_code(suffix: str, unet: Tensors, tiny_editor: Path, tmp_path) -> None:
+    down, up = matrices(unet[f"{LINEAR}.weight"], 0)
+    names = NAMINGS["kohya"](LINEAR)
+    tensors = {names[0]: down, names[1]: up, names[2]: torch.tensor(ALPHA)}
+    torch.save(tensors, tmp_path / f"style{suffix}")
+    fused = load_editor(tiny_editor, lora=tmp_path / f"style{suffix}").unet.state_dict()[f"{LINEAR}.weight"]
+    expected = expected_weight(unet[f"{LINEAR}.weight"], {"down": down, "up": up})
+    torch.testing.assert_close(fused.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.save(tensors | {"hook": Touch(tmp_path / "ran")}, tmp_path / f"evil{suffix}")
+    with pytest.raises(InputError, match="evil"):
+        load_editor(tiny_editor, lora=tmp_path / f"evil{suffix}")
+    assert not (tmp_path / "ran").exists()
+
+
+class Touch:
+    """Unpickled by ordinary means, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+def test_shapes_of_whole_weights_and_norms_are_checked(unet: Tensors, tiny_editor: Path, tmp_path: Path) -> None:
+    """Before the model is loaded, by name and with both shapes; a bias in modules_to_save is applied."""
+    down, up = matrices(unet[f"{LINEAR}.weight"], 0)
+    lora = {f"base_model.model.{LINEAR}.lora_{part}.weight": value for part, value in (("A", down), ("B", up))}
+    file, name = tmp_path / "adapter_model.safetensors", "base_model.model.conv_in.modules_to_save.default"
+    cases = {
+        f"{name}.weight": (torch.zeros(16, 9, 3, 3), "a UNet with 9 input channels"),
+        f"{name}.bias": (torch.zeros(15), r"conv_in.bias has shape \(16,\), that of the adapter \(15,\)"),
+        f"base_model.model.{LINEAR}.lora_magnitude_vector": (torch.zeros(31), r"the norms of DoRA \(31,\)"),
+        "base_model.model.no_such.bias": (torch.zeros(16), "has no layers"),
+    }
+    for key, (value, message) in cases.items():
+        save_file(lora | {key: value}, file)
+        with pytest.raises(InputError, match=message):
+            load_editor(tiny_editor, lora=file)
+    bias = torch.arange(16.0)
+    save_file(lora | {f"{name}.bias": bias}, file)
+    fused = load_editor(tiny_editor, lora=file, lora_scale=0.5).unet.state_dict()["conv_in.bias"]
+    torch.testing.assert_close(fused, 0.5 * unet["conv_in.bias"] + 0.5 * bias)
+
+
+def test_one_of_several_files_of_a_repository(unet: Tensors, tiny_editor: Path, tmp_path: Path, monkeypatch) -> None:
+    """OWNER/NAME/FILE; the message for the repository alone says so; peft's configuration is found beside the file."""
+    down, up = matrices(unet[f"{LINEAR}.weight"], 0)
+    repository = tmp_path / "repository"
+    for name in ("a", "b"):
+        (repository / name).mkdir(parents=True)
+        scaled = {f"base_model.model.{LINEAR}.lora_A.weight": down, f"base_model.model.{LINEAR}.lora_B.weight": up}
+        save_file(scaled, repository / name / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": {"a": 2.0, "b": 8.0}[name]}
+        (repository / name / "adapter_config.json").write_text(json.dumps(config))
+    with hub_server(tmp_path / "hub") as hub:
+        serve_folder(hub, "user/styles", repository)
+        connect_downloads(monkeypatch, hub.url, tmp_path)
+        monkeypatch.setattr(hf_api.api, "endpoint", hub.url)
+        with pytest.raises(InputError, match="give one, such as user/styles/a/adapter_model.safetensors"):
+            load_editor(tiny_editor, lora="user/styles", cache_dir=tmp_path / "cache")
+        for name, scale in (("a", 0.5), ("b", 2.0)):
+            file = f"user/styles/{name}/adapter_model.safetensors"
+            assert find_missing_path("lora", file) == []
+            fused = load_editor(tiny_editor, lora=file, cache_dir=tmp_path / "cache").unet.state_dict()
+            expected = expected_weight(unet[f"{LINEAR}.weight"], {"down": down, "up": up}, scale=scale)
+            torch.testing.assert_close(fused[f"{LINEAR}.weight"].double(), expected, rtol=1e-5, atol=1e-5)
+    assert public_name("user/styles/a/x.safetensors") == "user/styles/a/x.safetensors"
+    assert split_hub_file("a/b.safetensors") is None and split_hub_file("./a/b/c.safetensors") is None

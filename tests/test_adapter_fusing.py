@@ -155,7 +155,7 @@ def test_refusals(base: Path, editor: Path, family: str, tiny_editor, tiny_sdxl_
         (editor, tmp_path / "missing", "adapter .*missing does not exist"),
         (editor, "somebody/some-adapter", "adapter somebody/some-adapter cannot be loaded.*Hub cannot be reached"),
         (editor, tmp_path / "nothing", "nothing is incomplete: missing pytorch_lora_weights"),
-        (editor, tmp_path / "weights.bin", "is not a .safetensors file"),
+        (editor, tmp_path / "weights.bin", "has no LoRA weights"),
         (editor, tmp_path / "cut.safetensors", "cut.safetensors cannot be read"),
         (editor, editor / "unet" / "diffusion_pytorch_model.safetensors", "has no LoRA weights"),
         (other, on_editor, "does not match .*: (its UNet has no layers|.* has shape .*, the matrices)"),

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_HUB_FILE = re.compile(r"(\w[\w.-]*/\w[\w.-]*)/(\w[\w./-]*\.(?:safetensors|bin|pt|pth|ckpt))")
 _SNAPSHOT = re.compile(r"/snapshots/([0-9a-f]{40})(/|$)")
 _SAMPLED_BYTES = 2**16  # at each end of a file
 
@@ -22,9 +23,16 @@ def is_hub_id(name: str) -> bool:
     return not looks_like_path(name)
 
 
+def split_hub_file(name: str) -> tuple[str, str] | None:
+    """(repository, file) of a name such as owner/repository/folder/file.safetensors; None for any other name."""
+    match = _HUB_FILE.fullmatch(name)
+    return (match[1], match[2]) if match and not Path(name).exists() else None
+
+
 def public_name(name: str) -> str:
     """What may be published of a name: a Hub id unchanged, of a path only the last part."""
-    return Path(name).expanduser().resolve().name if looks_like_path(name) else name
+    is_path = looks_like_path(name) and split_hub_file(name) is None
+    return Path(name).expanduser().resolve().name if is_path else name
 
 
 def snapshot_revision(path: Path) -> str | None:

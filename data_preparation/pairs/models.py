@@ -9,9 +9,10 @@ from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusionXLPipelin
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipeline, StableDiffusionSafetyChecker
 
 from data_preparation.pairs.filters import ClipScorer, ImageCheck, load_image_check, make_safety_check
-from utils.editing.loading import fuse_adapter, inspect_adapter
+from utils.editing.loading import fuse_adapter
 from utils.errors import InputError, explaining_load_errors
 from utils.hub_names import digest_files, find_revision, is_hub_id, public_name, snapshot_revision
+from utils.models.adapter_sources import inspect_adapter
 from utils.models.single_file import is_single_file, load_single_file
 from utils.models.vae_file import load_vae_file
 

@@ -18,7 +18,7 @@ from utils.editing.flags import EditorOptions, find_offload_problems
 from utils.editing.loading import load_editor
 from utils.editing.settings import ADAPTED, DEFAULT_SETTINGS, find_setting_problems
 from utils.errors import InputError
-from utils.hub_names import is_hub_id
+from utils.hub_names import is_hub_id, split_hub_file
 from utils.runtime import DTYPES, choose_device
 
 LOADING_ADVICE = "give --dtype fp16, on a GPU --offload model, or a smaller model"
@@ -110,7 +110,7 @@ def _digest_weights(pipeline: Any) -> str:
 
 def _describe_source(name: str) -> dict[str, Any]:
     """A model or adapter in a record: a Hub id, or the last part of a path."""
-    is_local = not is_hub_id(name)
+    is_local = not is_hub_id(name) and split_hub_file(name) is None
     return {"name": Path(os.path.abspath(name)).name if is_local else name, "is_local": is_local}
 
 

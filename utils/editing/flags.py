@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.editing.settings import EditSettings, find_setting_problems
-from utils.hub_names import looks_like_path
+from utils.hub_names import looks_like_path, split_hub_file
 
 # The flags whose values --repeat reads from the image, besides the settings of an edit.
 RECORDED = ("edit", "jobs", "surprise_me", "num_images", "seed")
@@ -45,7 +45,8 @@ def find_flag_problems(flags: Mapping[str, Any]) -> list[str]:
 
 def find_missing_path(flag: str, name: str | None) -> list[str]:
     """A line if `name` can only be a path and does not exist."""
-    is_missing = name and looks_like_path(name) and not Path(name).exists()
+    is_on_hub = flag == "lora" and name and split_hub_file(name)
+    is_missing = name and looks_like_path(name) and not Path(name).exists() and not is_on_hub
     return [f"--{flag} {name} is not a folder or file that exists"] if is_missing else []
 
 

@@ -2,31 +2,18 @@
 
 import json
 import logging
-import re
 from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
-from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
 from utils.editing.edit_images import Editor
 from utils.errors import InputError, explaining_load_errors
 from utils.hub_names import looks_like_path
-from utils.models.adapter_files import (
-    PEFT_CONFIG,
-    PEFT_WEIGHTS,
-    AdapterContent,
-    read_adapter_content,
-    read_peft_config,
-    refuse_other_kinds,
-)
+from utils.models.adapter_sources import ADAPTER_ADVICE, Adapter, inspect_adapter
 from utils.models.latents import LATENT_CHANNELS
 from utils.models.model_folders import (
     OPTIONAL_PARTS,
@@ -47,42 +34,10 @@ from utils.models.stable_diffusion import (
     require_editor,
     widen_conv_in,
 )
-from utils.weight_files import TensorFiles, read_header
 
 logger = logging.getLogger(__name__)
 
 NEEDED = "give an InstructPix2Pix editor of Stable Diffusion 1.x/2.x or SDXL"
-CONV_IN = re.compile(
-    r"(.*[._])?(conv_in|input_blocks[._]0[._]0)[._](.*[._])?(lora_A(\.\w+)?|lora[._]down|lora_down)\.weight"
-)
-WHOLE_CONV_IN = re.compile(r"(.*\.)?conv_in(\.modules_to_save\.\w+|\.base_layer)?\.weight")
-PICKLES = (".bin", ".pt", ".pth", ".ckpt")
-ADAPTER_ADVICE = f"give the folder of an adapter, its {LORA_WEIGHT_NAME_SAFE}, or its id on the Hub"
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter's file, the shapes of its tensors by their names, and peft's configuration beside it."""
-
-    name: str
-    file: Path
-    shapes: dict[str, tuple[int, ...]]
-    peft_config: dict | None = None
-
-    @property
-    def in_channels(self) -> int | None:
-        """The input channels of its conv_in; None where it does not change conv_in."""
-        found = (s for k, s in self.shapes.items() if CONV_IN.fullmatch(k) or WHOLE_CONV_IN.fullmatch(k))
-        return next((shape[1] for shape in found if len(shape) > 1), None)
-
-    def read(self, components: dict[str, torch.nn.Module], model: str) -> AdapterContent:
-        """Its layers for these components of a model. Raises InputError."""
-        shapes = {
-            part: {name: tuple(value.shape) for name, value in module.named_parameters()}
-            for part, module in components.items()
-        }
-        files, layers = TensorFiles([self.file], f"the adapter {self.name}"), components["unet"].config.layers_per_block
-        return read_adapter_content(files, f"the adapter {self.name}", shapes, layers, self.peft_config, model)
 
 
 def load_editor(
@@ -196,61 +151,6 @@ def _load_incomplete_parts(name: str, is_sdxl: bool, safety_checker: bool, place
             width = json.loads((folder / encoder / "config.json").read_text("utf-8"))["hidden_size"]
             parts[tokenizer] = load_tokenizer(name, tokenizer, place, width)
     return parts
-
-
-def inspect_adapter(name: str, cache_dir: str | Path | None = None) -> Adapter:
-    """The adapter in a folder or file, or downloaded from the Hub; only its header is read. Raises `InputError`."""
-    file = _find_adapter_file(name, cache_dir)
-    shapes, _ = read_header(file, f"the adapter {name}")
-    refuse_other_kinds(shapes, f"the adapter {name}")
-    if not any("lora" in key for key in shapes):
-        raise InputError(f"the adapter {name} has no LoRA weights: {ADAPTER_ADVICE}")
-    return Adapter(name, file, shapes, read_peft_config(file.parent) if file.name == PEFT_WEIGHTS else None)
-
-
-def _find_adapter_file(name: str, cache_dir: str | Path | None) -> Path:
-    path = Path(name)
-    if path.suffix.lower() in PICKLES:
-        raise InputError(f"the adapter {name} is not a .safetensors file: other formats can run code, convert it")
-    if path.is_file():
-        return path
-    if path.is_dir():
-        return _find_in_folder(path, name)
-    if looks_like_path(name) or path.suffix == ".safetensors":
-        raise InputError(f"the adapter {name} does not exist ({ADAPTER_ADVICE})")
-    with explaining_load_errors(f"the adapter {name}", ADAPTER_ADVICE):
-        return _find_on_hub(name, cache_dir)
-
-
-def _find_in_folder(folder: Path, name: str) -> Path:
-    for known in (LORA_WEIGHT_NAME_SAFE, PEFT_WEIGHTS):
-        if (folder / known).is_file():
-            return folder / known
-    others = sorted(folder.glob("*.safetensors"))
-    if len(others) == 1:
-        return others[0]
-    found = f"; it has {', '.join(path.name for path in others[:5])}: give one of these files" if others else ""
-    raise InputError(f"the adapter {name} is incomplete: missing {LORA_WEIGHT_NAME_SAFE} or {PEFT_WEIGHTS}{found}")
-
-
-def _find_on_hub(name: str, cache_dir: str | Path | None) -> Path:
-    """The adapter's file under a name that diffusers or peft uses, else the only .safetensors file."""
-    for known in (LORA_WEIGHT_NAME_SAFE, PEFT_WEIGHTS):
-        try:
-            file = Path(hf_hub_download(name, known, cache_dir=cache_dir))
-        except LocalEntryNotFoundError:
-            raise
-        except EntryNotFoundError:
-            continue
-        if known == PEFT_WEIGHTS:
-            with suppress(EntryNotFoundError):
-                hf_hub_download(name, PEFT_CONFIG, cache_dir=cache_dir)
-        return file
-    others = [file for file in HfApi().list_repo_files(name) if file.endswith(".safetensors")]
-    if len(others) != 1:
-        found = f"it has {', '.join(others[:5])}: download one and give its path" if others else "it has none"
-        raise InputError(f"the adapter {name} has no {LORA_WEIGHT_NAME_SAFE} ({found})")
-    return Path(hf_hub_download(name, others[0], cache_dir=cache_dir))
 
 
 def _require_matching(adapters: list[Adapter], unet_config: dict, model: str) -> None:

@@ -21,7 +21,7 @@ from utils.editing.jobs import Job
 from utils.editing.schedulers import SCHEDULERS, SPACINGS
 from utils.editing.settings import LIMITS, WHOLE_NUMBERS, EditSettings, fill_settings, find_setting_problems
 from utils.errors import InputError
-from utils.hub_names import is_hub_id
+from utils.hub_names import is_hub_id, split_hub_file
 from utils.image_sources import read_image_source
 from utils.pixels import open_image
 
@@ -246,6 +246,6 @@ def find_model(record: dict, image: Path, is_trusted: bool, key: str = "model") 
             if name and Path(name).name == name and (folder / name).exists():
                 return str(folder / name)
         raise InputError(f"--repeat {image}: its {key} {name} is not in this folder. Give its path with {flag}")
-    if not is_hub_id(name):
+    if not is_hub_id(name) and (key == "model" or split_hub_file(name) is None):
         raise InputError(f"--repeat {image}: its {key} {name!r:.200} is not a Hub id. Give it with {flag}")
     return name

@@ -25,7 +25,8 @@ import torch
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY
 
 from utils.errors import InputError
-from utils.models.unet_names import original_names, shorten_list
+from utils.models.adapter_names import EMBEDDING, find_layer, known_names, split_name
+from utils.models.unet_names import shorten_list
 from utils.weight_files import TensorFiles
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -44,29 +45,6 @@ OTHER_KINDS = {  # mark in a name -> the kind
     "bone": "a Bone",
 }
 CONVERT = "merge it into its model with the tool that made it, or give a LoRA or DoRA"
-_SUFFIXES = (  # what a stored name ends in -> the part of the layer
-    (r"[._]lora_A(\.\w+)?\.weight", "down"),
-    (r"[._]lora_B(\.\w+)?\.weight", "up"),
-    (r"\.lora_down\.weight", "down"),
-    (r"\.lora_up\.weight", "up"),
-    (r"\.lora_mid\.weight", "mid"),
-    (r"[._]lora\.down\.weight", "down"),
-    (r"[._]lora\.up\.weight", "up"),
-    (r"\.lora_linear_layer\.down\.weight", "down"),
-    (r"\.lora_linear_layer\.up\.weight", "up"),
-    (r"\.alpha", "alpha"),
-    (r"\.dora_scale", "magnitude"),
-    (r"\.lora_magnitude_vector(\.\w+)?(\.weight)?", "peft_magnitude"),
-    (r"\.lora_B(\.\w+)?\.bias", "bias"),
-)
-_SUFFIX = [(re.compile(rf"(.+?){pattern}\Z"), part) for pattern, part in _SUFFIXES]
-_EMBEDDING = re.compile(r"bundle_emb\.([^.]+)\.|(?:emb_params|string_to_param)\b")
-# The prefixes of a component in stored names; the first that fits decides.
-_PREFIXES = {
-    "unet": ("unet.base_model.model.", "unet.", "model.diffusion_model.", "diffusion_model.", "lora_unet_"),
-    "text_encoder_2": ("text_encoder_2.", "lora_te2_"),
-    "text_encoder": ("text_encoder.", "lora_te1_", "lora_te_"),
-}
 
 
 @dataclass(frozen=True)
@@ -90,6 +68,12 @@ class AdapterLayer:
         return (up.flatten(1) @ (self.scale * down.flatten(1))).view(len(up), *down.shape[1:])
 
     @property
+    def has_norms_per_input(self) -> bool:
+        """Whether the norms are of columns, as older LyCORIS files store them, and not of rows."""
+        norms = self.magnitude
+        return norms is not None and norms.ndim > 1 and norms.shape[0] == 1 and norms.shape[1] > 1
+
+    @property
     def num_inputs(self) -> int:
         return self.down.shape[1]
 
@@ -106,9 +90,7 @@ class AdapterLayer:
         changed = weight.float() + (strength * self.delta()).view_as(weight)
         if self.magnitude is None:
             return changed
-        magnitude = self.magnitude.float().flatten()
-        is_per_input = self.magnitude.ndim > 1 and self.magnitude.shape[0] == 1 and self.magnitude.shape[1] > 1
-        axis = 1 if is_per_input else 0
+        magnitude, axis = self.magnitude.float().flatten(), 1 if self.has_norms_per_input else 0
         others = [dimension for dimension in range(changed.ndim) if dimension != axis]
         norm = changed.square().sum(dim=others, keepdim=True).sqrt()
         return changed * (magnitude.view([-1 if d == axis else 1 for d in range(changed.ndim)]) / norm)
@@ -157,22 +139,27 @@ def read_adapter_content(
     layers that do not match.
     """
     refuse_other_kinds(files.shapes, what)
-    known = {part: _known_names(part, parameters, layers_per_block) for part, parameters in components.items()}
+    known = {part: known_names(part, parameters, layers_per_block) for part, parameters in components.items()}
     parts: dict[tuple[str, str], dict[str, torch.Tensor]] = {}
     replaced: dict[str, dict[str, torch.Tensor]] = {}
     unknown, embeddings, skipped = [], set(), []
     for name in files.shapes:
-        if match := _EMBEDDING.match(name):
+        if match := EMBEDDING.match(name):
             embeddings.add(match[1] or "one without a name")
             continue
-        layer, part = _split(name)
-        component, found = _find_layer(layer if part else name.removesuffix(".weight"), known)
+        layer, part = split_name(name)
+        kind = "bias" if part is None and name.endswith(".bias") else "weight"
+        component, found = find_layer(layer if part else name.removesuffix(f".{kind}"), known)
         if component is None:
             skipped.append(name)
-        elif found is None:
+        elif found is None or f"{found}.{kind}" not in components[component]:
             unknown.append(name)
         elif part is None:
-            replaced.setdefault(component, {})[f"{found}.weight"] = files.read(name)
+            expected = tuple(components[component][f"{found}.{kind}"])
+            if files.shapes[name] != expected:
+                stored = f"{found}.{kind} has shape {expected}, that of the adapter {files.shapes[name]}"
+                raise InputError(f"{what} does not match {model}: {stored}")
+            replaced.setdefault(component, {})[f"{found}.{kind}"] = files.read(name)
         else:
             parts.setdefault((component, f"{found}.weight"), {})[part] = files.read(name)
     if unknown:
@@ -207,55 +194,6 @@ def read_peft_config(folder: Path) -> dict[str, Any] | None:
     return config
 
 
-def _split(name: str) -> tuple[str, str | None]:
-    """(layer, part) of a stored name; (name, None) for a whole weight."""
-    for pattern, part in _SUFFIX:
-        if match := pattern.match(name):
-            return match[1], part
-    return name, None
-
-
-def _known_names(component: str, parameters: Iterable[str], layers_per_block: int | list[int]) -> dict[str, str]:
-    """The names that files use for a layer, without a component's prefix -> the layer."""
-    layers = {name.removesuffix(".weight") for name in parameters if name.endswith(".weight")}
-    names = {layer: layer for layer in layers}
-    if component == "unet":
-        names |= {original: layer for layer, original in original_names(layers, layers_per_block).items()}
-    else:
-        names |= {f"text_model.{layer}": layer for layer in layers}
-        names |= {layer.removeprefix("text_model."): layer for layer in layers}
-    names |= {name.replace(".", "_"): layer for name, layer in names.items()}
-    return names
-
-
-def _find_layer(stored: str, known: Mapping[str, Mapping[str, str]]) -> tuple[str | None, str | None]:
-    """(component, layer) of a stored layer name; (None, None) for a component that is not asked for."""
-    for component, prefixes in _PREFIXES.items():
-        if prefix := next((prefix for prefix in prefixes if stored.startswith(prefix)), None):
-            if component not in known:
-                return None, None
-            return component, _match(stored.removeprefix(prefix), known[component])
-    return "unet", _match(stored, known["unet"])
-
-
-def _match(stored: str, names: Mapping[str, str]) -> str | None:
-    stored = stored.removeprefix("base_model.model.").removesuffix(".base_layer")
-    stored = re.sub(r"\.modules_to_save(\.\w+)?$", "", stored)
-    if stored in names:
-        return names[stored]
-    # diffusers before 0.17: attn1.processor.to_q_lora, and to_out_lora for to_out.0; self_attn.to_q_lora for q_proj
-    old = stored.replace(".processor", "")
-    for before, after in (
-        ("to_out", "to_out.0"),
-        *((f"to_{x}", f"{x}_proj") for x in ("q", "k", "v")),
-        ("to_out", "out_proj"),
-    ):
-        candidate = re.sub(rf"{before}(_lora)?$", after, old)
-        if candidate in names:
-            return names[candidate]
-    return names.get(old.removesuffix("_lora"))
-
-
 def _make_layer(
     what: str, name: str, tensors: dict[str, torch.Tensor], config: dict[str, Any], expected: Sequence[int]
 ) -> AdapterLayer:
@@ -280,6 +218,9 @@ def _make_layer(
         or (not expected[2:] and set(stored_kernel) <= {1})
         or (set(expected[2:]) <= {1} and not stored_kernel)
     )
+    if layer.magnitude is not None and layer.magnitude.numel() != expected[1 if layer.has_norms_per_input else 0]:
+        shapes = f"{name} has shape {expected}, the norms of DoRA {tuple(layer.magnitude.shape)}"
+        raise InputError(f"{what}: {shapes}")
     if not (is_right and is_kernel and down.shape[1] in inputs):
         shapes = f"{name} has shape {expected}, the matrices {tuple(down.shape)} and {tuple(up.shape)}"
         raise InputError(f"{what}: {shapes}")

@@ -7,9 +7,9 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import UNet2DConditionModel
 
-from utils.editing.loading import inspect_adapter
 from utils.errors import InputError
 from utils.models.adapter_files import AdapterContent, AdapterLayer
+from utils.models.adapter_sources import inspect_adapter
 from utils.models.adapters import CONV_IN
 from utils.models.latents import EDITOR_CHANNELS
 
@@ -46,7 +46,7 @@ def _find_problem(content: AdapterContent, layers: dict[str, AdapterLayer]) -> s
     magnitudes = {name: layer.magnitude for name, layer in layers.items() if layer.magnitude is not None}
     if len(magnitudes) not in (0, len(layers)) or (magnitudes and CONV_IN in content.replaced.get("unet", {})):
         return "is a DoRA in some layers and a LoRA in others"
-    if per_input := [name for name, norms in magnitudes.items() if norms.ndim > 1 and norms.shape[1] > 1]:
+    if per_input := [name for name in magnitudes if layers[name].has_norms_per_input]:
         return f"has the norms of DoRA per input ({per_input[0]})"
     return None
 
