@@ -59,7 +59,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--keep_models", type=int, default=2, metavar="N", help="models to keep in memory (default 2)")
     add("--device", default="auto", help="cuda, cuda:1, mps or cpu (default: the best available)")
     add("--dtype", choices=("fp32", "fp16", "bf16"), help="precision (default fp16 on cuda, else fp32)")
-    offload = "keep the weights in main memory: model (a third of the GPU memory) or sequential (a tenth, slow)"
+    offload = "keep the weights in main memory: one model on the GPU at a time, or one layer (sequential, slow)"
     add("--offload", choices=OFFLOADS, help=offload)
     batch = "seeds to edit at once, halved if out of memory (default 4, on the CPU 1)"
     add("--batch_size", type=int, metavar="N", help=batch)

@@ -112,7 +112,7 @@ def _add_model_and_machine(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=("fp32", "fp16", "bf16"), help="precision (default fp16 on cuda, else fp32)")
     add("--batch_size", type=int, default=1, metavar="N", help="edits at once, halved if out of memory (default 1)")
     add("--compile", action="store_true", help="compile the UNet first, which pays off for many edits of one size")
-    offload = "keep the weights in main memory: model (a third of the GPU memory) or sequential (a tenth, slow)"
+    offload = "keep the weights in main memory: one model on the GPU at a time, or one layer (sequential, slow)"
     add("--offload", choices=OFFLOADS, help=offload)
     add("--vae_slicing", action="store_true", help="decode the images of a batch one by one, to save memory")
     add("--vae_tiling", action="store_true", help="encode and decode in tiles, for images too large for the memory")
