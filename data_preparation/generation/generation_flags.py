@@ -73,7 +73,7 @@ def generation_flag_problems(args: argparse.Namespace) -> list[str]:
     if not 1 <= args.num_partitions <= 100_000:
         problems.append(f"--num_partitions {args.num_partitions}: must be from 1 to 100000")
     elif not 0 <= args.partition < args.num_partitions:
-        allowed = f"must be from 0 to {args.num_partitions - 1}, below --num_partitions"
+        allowed = f"must be from 0 to {args.num_partitions - 1}, below --num_partitions {args.num_partitions}"
         problems.append(f"--partition {args.partition}: {allowed}")
     if args.data_root.exists() and not args.data_root.is_dir():
         problems.append(f"--data_root {args.data_root}: is a file; give a folder")
