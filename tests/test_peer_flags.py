@@ -184,6 +184,10 @@ def test_paths_and_configurations(monkeypatch, tmp_path: Path, capsys: pytest.Ca
     args = import_pairs.parse_flags(["--source=s", "--data_root=o", "--prompts=~/p.csv", "--edit_prompt=~ $5"])
     assert (str(args.prompts), args.edit_prompt) == (f"{tmp_path}/p.csv", ["~ $5"])
     assert generate_dataset.parse_flags(["--config", "320px"]).dataset_config_name == "320px"
+    (tmp_path / "flags").write_text("seed: 1")
+    assert "must end in .yaml, .yml, .json" in refusal(
+        generate_dataset.parse_flags, [f"--config={tmp_path / 'flags'}"], capsys
+    )
     (tmp_path / "c.json").write_text('{"dataset_config_name": "160px", "max_num_samples": 3}')
     args = generate_dataset.parse_flags(["--config", "~/c.json"])
     assert (args.dataset_config_name, args.max_num_samples) == ("160px", 3)

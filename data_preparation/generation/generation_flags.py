@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.cli import FlagParser
-from utils.settings_file import add_config_flag, is_settings_file
+from utils.settings_file import SUFFIXES, add_config_flag, is_settings_file
 
 if TYPE_CHECKING:
     from data_preparation.generation.runner import WorkerSettings
@@ -57,6 +57,8 @@ def parse_with_dataset_config(parser: FlagParser, argv: list[str] | None) -> arg
     parser.config_may_be_a_name = True
     args = parser.parse_args(argv)
     if args.config and not is_settings_file(args.config):
+        if Path(args.config).is_file():
+            parser.error(f"--config {args.config}: the name of a file of flags must end in {', '.join(SUFFIXES)}")
         args.dataset_config_name = args.dataset_config_name or args.config
     return args
 
