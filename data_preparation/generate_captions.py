@@ -12,6 +12,7 @@ again. docs/captions.md describes the formats.
 import argparse
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -87,14 +88,9 @@ def generate(args: argparse.Namespace) -> str:
     usage_path = args.data_root.absolute() / "usage.jsonl"
     captions = Captions(args.captions, args.caption_column, args.split, args.dataset_config_name, args.dataset_revision)
     opened, sampling, usage_log = captions.open(), pick(args, SamplingOptions), UsageLog(usage_path)
-    model, requests_before = (
-        choose_model(args, max(1, args.num_workers) * args.num_partitions),
-        usage_log.total()["requests"],
-    )
-    moderation, edits_per_caption = args.moderation, args.edits_per_caption
-    generator = TripleGenerator(
-        len(opened), captions, model, sampling, args.seed, edits_per_caption, args.tries, moderation, usage_path
-    )
+    requests_before, model = usage_log.total()["requests"], choose_model(args, num_runs(args))
+    asking = (args.seed, args.edits_per_caption, args.tries, args.moderation)
+    generator = TripleGenerator(len(opened), captions, model, sampling, *asking, usage_path)
     flags = ("model", "revision", "structure", "seed", "edits_per_caption", "tries", "dtype", "batch_size")
     settings = {name: getattr(args, name) for name in flags} | {
         "captions": opened.digest,
@@ -118,14 +114,23 @@ def generate(args: argparse.Namespace) -> str:
     lines = [summary.describe(args.data_root, "triple")]
     if args.jsonl and not summary.unfinished:
         lines.append(f"  also written as JSON lines: {export_prompts(args.data_root)}")
-    usage = usage_log.total()
+    return "\n".join([*lines, *describe_usage(args, usage_log.total(), requests_before, summary.seconds)])
+
+
+def num_runs(args: argparse.Namespace) -> int:
+    """Workers of all partitions, which share --requests_per_minute."""
+    return max(1, args.num_workers) * args.num_partitions
+
+
+def describe_usage(args: argparse.Namespace, usage: Counter, requests_before: int, seconds: float) -> list[str]:
+    from data_preparation.captions.backends import describe_token_cost
+
+    lines = []
     if usage["requests"]:
         lines.append(f"  total usage of this folder: {describe_token_cost(usage, args.price_in, args.price_out)}")
     if new := usage["requests"] - requests_before:
-        lines.append(
-            f"  this run: {new:,} requests in {summary.seconds:,.0f} s, {new / summary.seconds:,.1f} per second"
-        )
-    return "\n".join(lines)
+        lines.append(f"  this run: {new:,} requests in {seconds:,.0f} s, {new / seconds:,.1f} per second")
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:

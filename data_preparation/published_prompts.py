@@ -29,14 +29,13 @@ def find_published_prompts(name: str) -> Path | None:
         try:
             with requests.get(url, timeout=TIMEOUT_SECONDS) as response:
                 response.raise_for_status()
-                parse_json_object(
-                    response.text.partition("\n")[0], f"{name}: {url} is not a file of prompts: its first line"
-                )
+                first_line = response.content.partition(b"\n")[0].decode(errors="replace")
+                parse_json_object(first_line, f"{name}: {url} is not a file of prompts: its first line")
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, response.content)
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
             raise InputError(
                 f"{name}: {url} cannot be downloaded to {path.parent} ({type(error).__name__}). Check the "
-                f"network, or download it elsewhere and give the path of the file"
+                "network, or download it elsewhere and give the path of the file"
             ) from error
     return path

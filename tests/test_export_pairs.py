@@ -150,6 +150,13 @@ def test_a_list_of_instructions_and_a_sample(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "b")
 
 
+def test_an_empty_folder_is_filled_and_columns_are_found_as_in_training(tmp_path: Path) -> None:
+    save_pairs(tmp_path / "data", 3)
+    (tmp_path / "out").mkdir()
+    export(tmp_path / "data", tmp_path / "out", "source_target")
+    assert len(list((tmp_path / "out/source").iterdir())) == 3
+
+
 def test_refusals(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/photo.png").touch()

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -210,6 +211,15 @@ def test_partitions_share_the_work_and_the_last_completes_the_dataset(max_rows, 
         assert [shards_of[2], shards_of[0]] == names and rows_of(tmp_path / "pairs") == rows_of(uninterrupted)
         again = generate(NumberGenerator(100), tmp_path / "pairs", workers=WorkerSettings(0, None, 0, 2, 3))
         assert again.was_complete
+
+
+def test_shards_of_partitions_without_a_shared_disk_are_copied_together(uninterrupted, tmp_path):
+    for index in range(2):
+        workers = WorkerSettings(partition=index, num_partitions=2)
+        generate(NumberGenerator(100), tmp_path / f"node{index}", workers=workers)
+    shutil.copytree(tmp_path / "node1/.making", tmp_path / "node0/.making", dirs_exist_ok=True)
+    generate(NumberGenerator(100), tmp_path / "node0", workers=workers)
+    assert rows_of(tmp_path / "node0") == rows_of(uninterrupted)
 
 
 def test_partitions_run_at_the_same_time(uninterrupted, tmp_path):

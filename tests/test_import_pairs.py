@@ -21,6 +21,7 @@ from PIL import Image
 
 import train_instruct_pix2pix
 from data_preparation import import_pairs
+from data_preparation.exporting.reading import open_input
 from data_preparation.generation.pair_rows import pair_features
 from data_preparation.importing.source_pairs import cartoonized_size, resize_like_cartoon
 from data_preparation.instructions import read_phrasings
@@ -30,6 +31,7 @@ from tests.runs import ENVIRONMENT, REPOSITORY, training_flags
 from utils.data.geometry import Geometry
 from utils.data.samples import check_first_rows
 from utils.data.sources import open_source
+from utils.errors import InputError
 
 SCRIPT = "data_preparation/import_pairs.py"
 IMAGE, TEXT, NULL = datasets.Image(), datasets.Value("string"), datasets.Value("null")
@@ -184,6 +186,8 @@ def test_folders_of_instruction_tuned_sd(tmp_path, capsys):
     files |= {f"{index}ab/original_image.png": image_file(index, size=(41, 50)) for index in range(3)}
     files |= {"broken/original_image.png": image_file(7), "instructions.txt": "\n".join(f"toon {i}" for i in range(12))}
     source = write(tmp_path / "cartoonizer-dataset", files)
+    with pytest.raises(InputError, match="has a folder for each pair and no instructions; run import_pairs.py"):
+        open_input(source, "train")
     rows = run(source, tmp_path / "pairs", "--task", source / "instructions.txt")
     assert "1 folders without exactly one original and one edited image" in capsys.readouterr().err
     assert [row["edited_image"] for row in rows] == list(cartoons.values())

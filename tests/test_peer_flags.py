@@ -184,8 +184,19 @@ def test_paths_and_configurations(monkeypatch, tmp_path: Path, capsys: pytest.Ca
     args = import_pairs.parse_flags(["--source=s", "--data_root=o", "--prompts=~/p.csv", "--edit_prompt=~ $5"])
     assert (str(args.prompts), args.edit_prompt) == (f"{tmp_path}/p.csv", ["~ $5"])
     assert generate_dataset.parse_flags(["--config", "320px"]).dataset_config_name == "320px"
+    (tmp_path / "flags").write_text("seed: 1")
+    assert "must end in .yaml, .yml, .json" in refusal(
+        generate_dataset.parse_flags, [f"--config={tmp_path / 'flags'}"], capsys
+    )
     (tmp_path / "c.json").write_text('{"dataset_config_name": "160px", "max_num_samples": 3}')
     args = generate_dataset.parse_flags(["--config", "~/c.json"])
     assert (args.dataset_config_name, args.max_num_samples) == ("160px", 3)
+    (tmp_path / "p.yaml").write_text(
+        "guidance_range: [2, 3]\nmin_clip_text: none\nearly_stop: false\nmin-change: 0.1\n"
+    )
+    given = ["--prompts=p", "--data_root=o", f"--config={tmp_path / 'p.yaml'}", "--min_change=0.2"]
+    settings = choose_settings(generate_pairs.parse_flags(given))
+    assert (settings.guidance_range, settings.min_clip_text, settings.min_change) == ((2, 3), None, 0.2)
+    assert settings.early_stop is False
     message = refusal(generate_dataset.parse_flags, ["--data_root", "$NOT_SET_HERE/x"], capsys)
     assert "the environment variable NOT_SET_HERE is not set" in message

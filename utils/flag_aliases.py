@@ -31,7 +31,7 @@ def translate_flags(words: Sequence[str], flags: Iterable[str], aliases: FlagAli
     flags: our own. Raises InputError with all problems.
     """
     own = {_key(flag): flag for flag in flags if flag.startswith("--")}
-    ends = {name: ours for ours, both in aliases.ranges.items() for name, _ in both}
+    ends = {name for both in aliases.ranges.values() for name, _ in both}
     translated, implied, problems, given, rest = [], [], [], {}, deque(words)
     while rest:
         word = rest.popleft()
@@ -56,16 +56,24 @@ def translate_flags(words: Sequence[str], flags: Iterable[str], aliases: FlagAli
             given[key] = value if equals else rest.popleft()
         else:
             translated.append(word)
-    for key, value in given.items():
-        try:
-            translated += [] if key in ends else aliases.renamed[key](value)
-        except InputError as error:
-            problems.append(str(error))
+    translated += _translate_values(given, aliases, problems)
     if problems:
         raise InputError.from_problems(problems)
-    for ours in dict.fromkeys(ends[key] for key in given if key in ends):
-        translated += [f"--{ours}", *(str(given.get(name, default)) for name, default in aliases.ranges[ours])]
     return translated, implied
+
+
+def _translate_values(given: dict[str, str], aliases: FlagAliases, problems: list[str]) -> list[str]:
+    """Our words for the flags whose values are converted, or are an end of a range; adds to `problems`."""
+    words = []
+    for key, value in given.items():
+        try:
+            words += aliases.renamed[key](value) if key in aliases.renamed else []
+        except InputError as error:
+            problems.append(str(error))
+    for ours, both in aliases.ranges.items():
+        if any(name in given for name, _ in both):
+            words += [f"--{ours}", *(str(given.get(name, default)) for name, default in both)]
+    return words
 
 
 def _key(flag: str) -> str:

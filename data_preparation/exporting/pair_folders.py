@@ -68,6 +68,8 @@ def export_pairs(options: PairExport) -> str:
         writer.finish()
         if count == 0:
             raise InputError("\n".join(["no pair was exported", *_describe(skipped)]))
+        if place.is_dir():  # an empty one, which not every system replaces
+            place.rmdir()
         folder.rename(place)
     written = f"wrote {count:,} pairs in the layout {options.layout} to {options.output_dir}"
     return "\n".join([written, *_describe(skipped)])

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_preparation.generation.pair_rows import IMAGES, pair_features, parse_json
+from data_preparation.importing.folder_pairs import has_pair_folders
 from utils.data.columns import resolve_columns
 from utils.data.rows import open_rows
 from utils.errors import InputError
@@ -139,6 +140,9 @@ class DatasetInput(ExportInput):
 def open_input(data_root: Path, split: str) -> ExportInput:
     """Raises InputError if there are no pairs, or if their generation is not complete."""
     path = data_root / "manifest.json"
+    if not path.is_file() and has_pair_folders(data_root):
+        advice = f"run import_pairs.py --source {data_root} --task FILE (one instruction per line)"
+        raise InputError(f"--data_root {data_root}: has a folder for each pair and no instructions; {advice}")
     if not path.is_file():
         return DatasetInput(data_root, split)
     try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils.cli import FlagParser
-from utils.settings_file import add_config_flag, is_settings_file
+from utils.settings_file import SUFFIXES, add_config_flag, is_settings_file
 
 if TYPE_CHECKING:
     from data_preparation.generation.runner import WorkerSettings
@@ -57,6 +57,8 @@ def parse_with_dataset_config(parser: FlagParser, argv: list[str] | None) -> arg
     parser.config_may_be_a_name = True
     args = parser.parse_args(argv)
     if args.config and not is_settings_file(args.config):
+        if Path(args.config).is_file():
+            parser.error(f"--config {args.config}: the name of a file of flags must end in {', '.join(SUFFIXES)}")
         args.dataset_config_name = args.dataset_config_name or args.config
     return args
 
@@ -73,7 +75,7 @@ def generation_flag_problems(args: argparse.Namespace) -> list[str]:
     if not 1 <= args.num_partitions <= 100_000:
         problems.append(f"--num_partitions {args.num_partitions}: must be from 1 to 100000")
     elif not 0 <= args.partition < args.num_partitions:
-        allowed = f"must be from 0 to {args.num_partitions - 1}, below --num_partitions"
+        allowed = f"must be from 0 to {args.num_partitions - 1}, below --num_partitions {args.num_partitions}"
         problems.append(f"--partition {args.partition}: {allowed}")
     if args.data_root.exists() and not args.data_root.is_dir():
         problems.append(f"--data_root {args.data_root}: is a file; give a folder")

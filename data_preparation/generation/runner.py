@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -108,27 +108,21 @@ def run_generation(
     several. note: further text for the progress bar, such as the cost. Raises InputError.
     """
     started, workers = time.monotonic(), workers or WorkerSettings()
-    items_per_shard = items_per_shard or min(max(generator.num_items // 32, 4), 100)
-    num_partitions, partition = workers.num_partitions, None
-    if num_partitions > 1:
-        partition = (workers.partition, num_partitions)
-        items_per_shard = min(items_per_shard, max(1, generator.num_items // num_partitions))  # work for all of them
-    plan = {"items": generator.num_items, "items_per_shard": items_per_shard, "max_rows": max_rows}
+    num_items, num_partitions = generator.num_items, workers.num_partitions
+    items_per_shard = items_per_shard or min(max(num_items // 32, 4), 100)
+    if num_partitions > 1:  # work for all of them
+        items_per_shard = min(items_per_shard, max(1, num_items // num_partitions))
+    plan = {"items": num_items, "items_per_shard": items_per_shard, "max_rows": max_rows}
+    partition = (workers.partition, num_partitions) if num_partitions > 1 else None
     folder = DatasetFolder(data_root, settings | plan, overwrite, partition)
     generate = partial(_generate_missing, generator, folder, workers=workers, unit=unit, note=note)
     try:
         if (counts := folder.complete_counts()) is not None:
             return GenerationSummary(*counts, was_complete=True)
-        whole, shares = _plan_shares(generator.num_items, items_per_shard, max_rows, num_partitions)
-        if partition is not None:
-            own, shards = shares[workers.partition], generate(shares[workers.partition])
-            others = tuple(index for index, share in enumerate(shares) if not share.is_done(shards))
-            if others and folder.complete_counts() is None:
-                return _summarize_partition(own, shards, others, time.monotonic() - started)
-            folder.take_over()
-            if (counts := folder.complete_counts()) is not None:  # by another partition that finished just now
-                return GenerationSummary(*counts, seconds=time.monotonic() - started)
-        return GenerationSummary(*folder.finish(generate(whole), max_rows), seconds=time.monotonic() - started)
+        whole, shares = _plan_shares(num_items, items_per_shard, max_rows, num_partitions)
+        summary = _run_partition(folder, generate, shares, workers.partition) if partition else None
+        summary = summary or GenerationSummary(*folder.finish(generate(whole), max_rows))
+        return replace(summary, seconds=time.monotonic() - started)
     except KeyboardInterrupt:
         print(f"\ninterrupted: run the same command again to resume {data_root}", file=sys.stderr)
         raise SystemExit(130) from None
@@ -169,12 +163,19 @@ def _plan_shares(
     return Share(items, max_rows), [Share({index: items[index] for index in own}, part) for own in indices]
 
 
-def _summarize_partition(
-    own: Share, shards: Mapping[int, ShardCounts], unfinished: tuple[int, ...], seconds: float
-) -> GenerationSummary:
-    counts = [shards[index] for index in own.items if index in shards]
-    rejected = sum((one.rejected for one in counts), Counter())
-    return GenerationSummary(sum(one.rows for one in counts), rejected, seconds=seconds, unfinished=unfinished)
+def _run_partition(
+    folder: DatasetFolder, generate: Callable[[Share], dict[int, ShardCounts]], shares: list[Share], partition: int
+) -> GenerationSummary | None:
+    """Generate a share. None if all are finished and nobody has completed the dataset: then this run has locked it."""
+    shards = generate(shares[partition])
+    others = tuple(index for index, share in enumerate(shares) if not share.is_done(shards))
+    if others and folder.complete_counts() is None:
+        own = [shards[index] for index in shares[partition].items if index in shards]
+        rejected = sum((one.rejected for one in own), Counter())
+        return GenerationSummary(sum(one.rows for one in own), rejected, unfinished=others)
+    folder.take_over()
+    counts = folder.complete_counts()  # by another partition that finished just now
+    return None if counts is None else GenerationSummary(*counts)
 
 
 def _generate_missing(

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,6 +17,7 @@ from utils.data.tables import read_columns
 from utils.errors import InputError
 from utils.image_formats import has_image_suffix
 
+MAX_PROBED = 20  # subfolders
 PROMPT_FILES = ("prompts.txt", "prompts.csv", "prompts.jsonl")
 NAME_COLUMNS = ("file_name", "filename", "name", "file", "image", "original_image", "original", "input")
 PROMPT_COLUMNS = ("edit_prompt", "instruction", "prompt", "edit", "edit_instruction", "text", "caption")
@@ -98,7 +100,9 @@ def match_pair_folders(source: Path) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def has_pair_folders(source: Path) -> bool:
-    return any(_find_pair(path) for path in source.iterdir() if path.is_dir())
+    """Whether one of the first subfolders holds a pair: there may be hundreds of thousands."""
+    folders = (path for path in source.iterdir() if path.is_dir())
+    return any(_find_pair(path) for path in islice(folders, MAX_PROBED))
 
 
 def _find_pair(folder: Path) -> tuple[Path, Path] | None:
