@@ -150,6 +150,7 @@ def detect_folder_format(folder: Path) -> str:
     from utils.data.folder_pairs import find_folders
     from utils.data.rows import METADATA_NAMES
     from utils.data.seed_folders import has_seed_folders
+    from utils.data.suffix_pairs import find_suffix_pairs
     from utils.data.tables import TABLE_SUFFIXES
 
     if has_seed_folders(folder):
@@ -164,6 +165,8 @@ def detect_folder_format(folder: Path) -> str:
     names = sorted(path.name + ("/" if path.is_dir() else "") for path in folder.iterdir())
     if any(name.lower().endswith(TABLE_SUFFIXES) for name in names):
         return "table"
+    if find_suffix_pairs(folder):
+        return "dataset"
     content = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "") or "nothing"
     raise InputError(
         f"--source {folder}: holds {content}, which is not a known format. Give two folders of images (--edited_dir, "

@@ -1,11 +1,15 @@
 """Datasets in the layouts and with the image columns that users have: read by training and by import_pairs.py."""
 
 import base64
+import io
 import json
+import multiprocessing
+import os
 import shutil
 import tarfile
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -18,6 +22,7 @@ from data_preparation import import_pairs
 from tests.pairs import encode, make_image
 from tests.runs import training_flags
 from train_instruct_pix2pix import main as train
+from utils import archives
 from utils.data.rows import open_rows
 from utils.data.samples import choose_prompt
 from utils.data.sources import open_source, sources_digest
@@ -142,7 +147,136 @@ def columns_of(wrap: Callable[[bytes], object]) -> dict[str, list]:
     return {name: [wrap(pair[side]) for pair in IMAGES] for side, name in enumerate(("source_img", "target_img"))}
 
 
+def table_beside_tars(folder: Path) -> None:
+    """The tar has the images that the table names, which is no WebDataset."""
+    folder.mkdir(exist_ok=True)
+    with tarfile.open(folder / "images.tar", "w") as tar:
+        for index, pair in enumerate(IMAGES):
+            for side, content in zip("ab", pair, strict=True):
+                info = tarfile.TarInfo(f"{side}/{index}.png")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    lines = [f"a/{i}.png,b/{i}.png,{prompt}\n" for i, prompt in enumerate(PROMPTS)]
+    (folder / "pairs.csv").write_text("source_image,target_image,instruction\n" + "".join(lines))
+
+
+def zip_with_a_top_folder(folder: Path) -> None:
+    """Compressed; the table was written where the folder was."""
+    folder.mkdir(exist_ok=True)
+    with zipfile.ZipFile(folder / "data.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for index, pair in enumerate(IMAGES):
+            for name, content in zip("ab", pair, strict=True):
+                archive.writestr(f"export/{name}/{index}.png", content)
+    rows = [dict(original=f"a/{i}.png", edited=f"b/{i}.png", instruction=p) for i, p in enumerate(PROMPTS)]
+    write_lines(folder / "train.jsonl", rows)
+
+
+def start_and_end(folder: Path) -> None:
+    """Both images of a pair in one folder, told apart by the ends of their names."""
+    write_files(folder, "set/{}_start.png", "set/{}_end.png")
+    for index, prompt in enumerate(PROMPTS):
+        (folder / f"set/{index}.txt").write_text(prompt)
+
+
+def condition_labels(folder: Path) -> None:
+    """OneTrainer: the edited image has no end."""
+    write_files(folder, "{}-condlabel.png", "{}.png")
+    for index, prompt in enumerate(PROMPTS):
+        (folder / f"{index}.txt").write_text(prompt)
+
+
+def my_control(folder: Path) -> None:
+    write_files(folder, "my_control/{}.png", "my_images/{}.png")
+    (folder / "captions").mkdir()
+    for index, prompt in enumerate(PROMPTS):
+        (folder / f"captions/{index}.txt").write_text(prompt)
+
+
+def captions_beside_the_folders(folder: Path) -> None:
+    write_files(folder, "cond/{}.png", "target/{}.png")
+    for index, prompt in enumerate(PROMPTS):
+        (folder / f"{index}.txt").write_text(prompt)
+
+
+def csv_of_a_spreadsheet(folder: Path) -> None:
+    """Semicolons and UTF-16, as office programs save it."""
+    write_files(folder, "in/{}.png", "out/{}.png")
+    lines = [f'in/{i}.png;out/{i}.png;"{prompt}"\r\n' for i, prompt in enumerate(PROMPTS)]
+    text = "input_image;edited_image;edit_prompt\r\n" + "".join(lines)
+    (folder / "metadata.csv").write_bytes(text.encode("utf-16"))
+
+
+def tab_separated(folder: Path) -> None:
+    write_files(folder, "in/{}.png", "out/{}.png")
+    lines = [f"in/{i}.png\tout/{i}.png\t{prompt}\n" for i, prompt in enumerate(PROMPTS)]
+    (folder / "pairs.tsv").write_text("input_image\tedited_image\tedit_prompt\n" + "".join(lines))
+
+
+def long_fields(folder: Path) -> None:
+    """Images as base64 text in a CSV: longer than Python's csv module reads by itself."""
+    folder.mkdir(exist_ok=True)
+    lines = []
+    for pair, prompt in zip(IMAGES, PROMPTS, strict=True):
+        texts = [base64.b64encode(content + bytes(200_000)).decode() for content in pair]
+        lines.append(f"{texts[0]},{texts[1]},{prompt}\n")
+    (folder / "pairs.csv").write_text("source,target,instruction\n" + "".join(lines))
+
+
+def numbered_control_paths(folder: Path) -> None:
+    """musubi-tuner, with a column of other types in every row."""
+    write_files(folder, "c/{}.png", "t/{}.png")
+    scores = [1, "high", None]
+    rows = [
+        dict(image_path=f"t/{i}.png", control_path_0=f"c/{i}.png", caption=prompt, score=scores[i])
+        for i, prompt in enumerate(PROMPTS)
+    ]
+    write_lines(folder / "train.jsonl", rows)
+
+
+def kontext_images(folder: Path) -> None:
+    write_files(folder, "c/{}.png", "t/{}.png")
+    rows = [dict(image=f"t/{i}.png", kontext_images=[f"c/{i}.png"], prompt=p) for i, p in enumerate(PROMPTS)]
+    (folder / "metadata.json").write_text(json.dumps(rows))
+
+
+def paths_of_another_machine(folder: Path) -> None:
+    write_files(folder, "sets/c/{}.png", "sets/t/{}.png")
+    place = "D:\\work\\sets" if os.name == "posix" else "/mnt/work/sets"
+    rows = [
+        dict(source=f"{place}/c/{i}.png", target=f"{place}\\t\\{i}.png", instruction=p) for i, p in enumerate(PROMPTS)
+    ]
+    write_lines(folder / "pairs.jsonl", rows)
+
+
+def paths_from_the_dataset(folder: Path) -> None:
+    """The table is in the folder of its split, and its paths start from the dataset's."""
+    write_files(folder, "c/{}.png", "t/{}.png")
+    (folder / "train").mkdir()
+    rows = [dict(source=f"c/{i}.png", target=f"t/{i}.png", instruction=p) for i, p in enumerate(PROMPTS)]
+    write_lines(folder / "train/metadata.jsonl", rows)
+
+
+def paths_beside_the_parquet(folder: Path) -> None:
+    write_files(folder, "data/a{}.png", "data/b{}.png")
+    parquet({side: [f"{name}{i}.png" for i in range(3)] for side, name in (("input", "a"), ("output", "b"))})(folder)
+    (folder / "train-0.parquet").rename(folder / "data/train-0.parquet")
+
+
 LAYOUTS = {
+    "a table beside tars": table_beside_tars,
+    "zip with a top folder": zip_with_a_top_folder,
+    "start and end": start_and_end,
+    "condition labels": condition_labels,
+    "my_control": my_control,
+    "captions beside the folders": captions_beside_the_folders,
+    "a spreadsheet's CSV": csv_of_a_spreadsheet,
+    "TSV": tab_separated,
+    "long fields": long_fields,
+    "numbered control paths": numbered_control_paths,
+    "kontext_images": kontext_images,
+    "another machine": paths_of_another_machine,
+    "paths from the dataset": paths_from_the_dataset,
+    "paths beside the parquet": paths_beside_the_parquet,
     "control and target": control_and_target,
     "source and images": source_and_images,
     "sd-scripts": lines_of_sd_scripts,
@@ -259,3 +393,73 @@ def test_a_copy_that_does_not_fit_is_refused_and_a_large_one_announced(
     caplog.clear()
     open_source(dataset_name=str(tmp_path / "data"), cache_dir=str(tmp_path / "cache"))
     assert not caplog.text
+
+
+def write_tar(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="descriptors are counted in /proc")
+def test_hundreds_of_tars_are_indexed_once_and_few_are_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a forked process, as of a data loader."""
+    for index in range(100):
+        files = {"x.original.png": IMAGES[0][0], "x.edited.png": IMAGES[0][1], "x.txt": b"make it red"}
+        write_tar(tmp_path / f"train-{index:03}.tar", files)
+    indexed, index_tar = [], archives._list_tar
+    monkeypatch.setattr(archives, "_list_tar", lambda archive: indexed.append(archive) or index_tar(archive))
+    rows = open_source(dataset_name=str(tmp_path)).rows
+
+    def read_all() -> None:
+        for _ in range(2):
+            assert all(decode_image(row["original"]).size == make_image(0).size for row in rows)
+
+    def count_open() -> int:
+        count = 0
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(FileNotFoundError):  # the descriptor of the listing itself
+                count += os.readlink(f"/proc/self/fd/{name}").startswith(str(tmp_path))
+        return count
+
+    read_all()
+    assert len(rows) == len(indexed) == 100 and count_open() <= archives.MAX_OPEN
+    process = multiprocessing.get_context("fork").Process(target=read_all)
+    process.start()
+    process.join()
+    assert process.exitcode == 0 and len(indexed) == 100
+
+
+def test_files_of_one_name_in_two_archives_are_told_apart(tmp_path: Path) -> None:
+    for name, (one, two) in (("first", IMAGES[0]), ("second", IMAGES[1])):
+        with zipfile.ZipFile(tmp_path / f"{name}.zip", "w") as archive:
+            archive.writestr("a.png", one)
+            archive.writestr("b.png", two)
+    rows = [dict(source="a.png", target="b.png", instruction="x")]
+    write_lines(tmp_path / "pairs.jsonl", rows)
+    with pytest.raises(InputError, match="a.png is in several archives: rename it in the table to ARCHIVE/a.png"):
+        open_source(dataset_name=str(tmp_path))
+    named = [dict(source=f"{name}/a.png", target=f"{name}/b.png", instruction="x") for name in ("first", "second")]
+    write_lines(tmp_path / "pairs.jsonl", named)
+    for index, row in enumerate(open_source(dataset_name=str(tmp_path)).rows):
+        np.testing.assert_array_equal(np.asarray(decode_image(row["source"])), np.asarray(make_image(index)))
+
+
+def test_damage_inside_an_archive_is_a_bad_row(tmp_path: Path) -> None:
+    images_in_a_zip(tmp_path)
+    content = bytearray((tmp_path / "images.zip").read_bytes())
+    content[60] ^= 0xFF  # within the first image
+    (tmp_path / "images.zip").write_bytes(content)
+    rows = open_source(dataset_name=str(tmp_path)).rows
+    with pytest.raises(BadRow, match="damaged|checksum"):
+        decode_image(rows[0]["original"])
+    assert decode_image(rows[1]["original"])
+
+
+def test_images_that_were_moved_are_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paths_of_another_machine(tmp_path)
+    for row in open_source(dataset_name=str(tmp_path), streaming=True).rows:
+        assert decode_image(row["source"])
+    assert caplog.text.count("does not exist: the images are taken from") <= 2  # once for each column

@@ -131,7 +131,10 @@ def test_metadata_with_null_prompts_missing_files_and_lists(tmp_path: Path) -> N
         ('{"original_image": "a.png"}\nnot json\n', "line 2 is not JSON"),
         ('"text"\n', "line 1 is not a JSON object"),
         ("", "has no rows"),
-        ('{"edit_prompt": "x", "original_image": 1}\n{"edit_prompt": "y", "original_image": [2]}\n', "different types"),
+        (
+            '{"edit_prompt": "x", "original_image": 1}\n{"edit_prompt": "y", "original_image": [2]}\n',
+            "columns of .* are not known",
+        ),
     ],
 )
 def test_damaged_metadata(tmp_path: Path, text: str, message: str) -> None:

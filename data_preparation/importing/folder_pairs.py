@@ -74,7 +74,7 @@ def find_folder_pairs(
             prompts, unknown = assign_prompts(path, [pair[0] for pair in pairs])
             problems += list_files("names without exactly one pair", path, unknown)
         else:
-            prompts = [tuple(clean_prompts(caption)) for caption in read_captions(originals, edited, pairs)]
+            prompts = [tuple(clean_prompts(caption)) for caption in read_captions(originals, edited, pairs, source)]
         if not any(prompts):
             raise InputError(
                 f"--source {source}: the pairs have no instructions; give --edit_prompt, --task or --prompts, create "

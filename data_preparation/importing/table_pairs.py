@@ -14,7 +14,9 @@ import urllib3
 
 from data_preparation.importing.dataset_pairs import ProvenanceMap, map_provenance
 from data_preparation.importing.source_pairs import PairOrError, ReadPairs, SourcePair, digest_json, read_each
+from utils.archives import is_member_path, read_member
 from utils.data.columns import ROLES, Columns, resolve_columns
+from utils.data.image_paths import find_images_by_path
 from utils.data.tables import TABLE_SUFFIXES, image_column_name, names_images, read_columns
 from utils.errors import InputError
 from utils.image_sources import download
@@ -93,6 +95,9 @@ class TableSource:
         columns = (self.columns.original, self.columns.edited)
         names = dict.fromkeys(name for row in rows for column in columns for name in _image_names(row[column])[:1])
         images = {name: locate(name, self.image_root) for name in names}
+        local = [name for name in names if isinstance(images[name], Path)]
+        find = find_images_by_path(local, [Path(self.image_root), self.path.parent, Path.cwd()])
+        images |= {name: _open_local(find(name)) for name in local}
         urls = [name for name in names if _is_url(images[name])]
         with ThreadPoolExecutor(self.limits.threads) as threads:
             contents = threads.map(lambda name: fetch(images[name], self.limits), urls)
@@ -103,6 +108,16 @@ class TableSource:
                 f"resume; remove rows whose server no longer exists. The first error: {images[urls[0]].reason}"
             )
         return images
+
+
+def _open_local(path: str) -> Path | bytes | BadRow:
+    """A path, or the bytes of a file in an archive."""
+    if not is_member_path(path):
+        return Path(path)
+    try:
+        return read_member(path)
+    except (OSError, ValueError) as error:
+        return BadRow(f"cannot be read: {error}")
 
 
 class Unreachable(BadRow):
@@ -208,7 +223,8 @@ def _image_features(table: dict[str, list], given: Columns) -> tuple[datasets.Fe
 
 
 def _names_images(name: str, values: list) -> bool:
-    present = [value for value in values if value not in (None, "")]
+    firsts = [value[0] if isinstance(value, list) and value else value for value in values]  # lists of one path
+    present = [value for value in firsts if value not in (None, "", [])]
     if not present or not all(isinstance(value, str) for value in present):
         return False
     return 2 * sum(map(_is_url, present)) > len(present) or names_images(name, [urlsplit(v).path for v in present])

@@ -4,14 +4,14 @@
 |---|---|---|---|
 | ai-toolkit, OneTrainer | control/ | target/ or images | caption file |
 | sd-scripts, musubi-tuner | control_path | image_path | caption |
-| DiffSynth | edit_image | image | prompt |
+| DiffSynth | edit_image or kontext_images | image | prompt |
 | SimpleTuner | conditioning or reference | image | caption |
 """
 
 import re
 
 ORIGINAL_WORDS = {"original", "input", "source", "src", "control", "conditioning", "condition", "reference", "ref"}
-ORIGINAL_WORDS |= {"before", "unedited"}
+ORIGINAL_WORDS |= {"before", "unedited", "kontext", "ctrl", "cond"}
 EDITED_WORDS = {"edited", "output", "target", "tgt", "dst", "after", "result", "gt", "groundtruth", "ground_truth"}
 IMAGE, EDIT = "", "edit"  # the words of "image" and "edit_image", whose role depends on the other column
 # A column of the first set that exists is taken; within a set, the names mean the same.
@@ -46,6 +46,6 @@ def find_prompt(names: list[str]) -> list[str]:
 
 
 def image_word(name: str) -> str:
-    """A column's name without "image" and "path": source_img -> source, images.target -> target, image_path -> ""."""
+    """A column's name without "image", "path" and numbers: source_img -> source, control_path_0 -> control."""
     parts = re.split(r"[._-]", name.casefold())
-    return "_".join(part for part in parts if part not in PARTS).removesuffix("s")
+    return "_".join(part for part in parts if part not in PARTS and not part.isdigit()).removesuffix("s")

@@ -1,14 +1,16 @@
 """Pairs in two folders, matched by file names, with a caption file for each pair: the layout of many trainers."""
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
+from utils.data.suffix_pairs import caption_stem
 from utils.errors import InputError
 from utils.image_formats import has_image_suffix
 
-_BEFORE = ("control", "conditioning", "condition", "conditioning_image", "reference", "ref", "before", "unedited")
+_BEFORE = ("control", "controls", "ctrl", "cond", "conditioning", "condition", "conditioning_image", "reference", "ref")
+_BEFORE += ("before", "unedited")
 _BEFORE += ("source", "sources", "src", "input", "inputs", "input_image", "original", "originals")
 _BEFORE += ("original_image", "original_images", "source_image", "source_images", "control_image", "control_images")
 _AFTER = ("target", "targets", "tgt", "dst", "edited", "edits", "edited_image", "edited_images", "output", "outputs")
@@ -32,13 +34,20 @@ ENDING = re.compile(
     re.IGNORECASE | re.DOTALL,
 )
 CAPTION_SUFFIXES = (".txt", ".caption")
+CAPTION_FOLDERS = ("captions", "caption", "prompts", "prompt", "instructions", "txt", "text", "texts")
 MAX_LISTED = 8
 
 
 def find_folders(source: Path) -> tuple[Path, Path] | None:
     """(folder of original images, folder of edited images): two subfolders of `SUBFOLDERS`. Raises InputError."""
-    found = {path.name.casefold(): path for path in sorted(source.iterdir()) if path.is_dir()}
+    folders = [path for path in sorted(source.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    found = {path.name.casefold(): path for path in folders}
+    last_words = [(re.split(r"[\s._-]", path.name.casefold())[-1], path) for path in folders]
+    counts = Counter(word for word, _ in last_words)
+    # my_control and my_target, where no folder has the plain name.
+    found |= {word: path for word, path in last_words if word not in found and counts[word] == 1}
     pairs = [(found[a], found[b]) for a in SUBFOLDERS if a in found for b in SUBFOLDERS[a] if b in found]
+    pairs = list(dict.fromkeys(pair for pair in pairs if pair[0] != pair[1]))
     if len(pairs) > 1:
         names = ", and ".join(" or ".join(dict.fromkeys(two.name for two in side)) for side in zip(*pairs, strict=True))
         raise InputError(
@@ -72,18 +81,22 @@ def match_files(originals: Path, edited: Path) -> tuple[list[tuple[str, str]], l
     return sorted((lefts[left], rights[right]) for left, right in names.items()), problems
 
 
-def read_captions(originals: Path, edited: Path, pairs: list[tuple[str, str]]) -> list[str | None]:
+def read_captions(
+    originals: Path, edited: Path, pairs: list[tuple[str, str]], source: Path | None = None
+) -> list[str | None]:
     """The caption of each pair: the text file of the edited image's name, else of the original's; None without one.
 
-    The lines of a file are one instruction. Raises InputError.
+    The file is beside the image, in a folder of `CAPTION_FOLDERS` in `source`, or in `source`. An end such as "_after"
+    may be missing in its name. The lines of a file are one instruction. Raises InputError.
     """
     captions = []
+    others = [source / name for name in CAPTION_FOLDERS if (source / name).is_dir()] + [source] if source else []
     for original, changed in pairs:
-        files = [
-            (folder / name).with_suffix(suffix)
-            for folder, name in ((edited, changed), (originals, original))
-            for suffix in CAPTION_SUFFIXES
-        ]
+        places = [(edited, changed), (originals, original)]
+        places += [(other, name) for other in others for name in (changed, original)]
+        stems = [(place, stem) for place, name in places for stem in (without_suffix(name), caption_stem(name))]
+        names = dict.fromkeys(place / stem for place, stem in stems)
+        files = [name.with_name(f"{name.name}{suffix}") for name in names for suffix in CAPTION_SUFFIXES]
         file = next((file for file in files if file.is_file()), None)
         try:
             text = "" if file is None else file.read_text(encoding="utf-8-sig")

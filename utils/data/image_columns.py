@@ -10,14 +10,17 @@ from utils.archives import is_member_path
 from utils.data.tables import locate_images, names_images
 
 Rows = datasets.Dataset | datasets.IterableDataset
+MAX_BASES = 8  # folders of files in which images are looked for
 PROBED_ROWS = 100  # whose values decide whether a column of text names images
 
 
 def unify_image_columns(rows: Rows, folder: Path) -> Rows:
     """The rows with every image column of type `datasets.Image`, and the fields of nested columns as "column.field".
 
-    folder: that relative paths of images start from. Columns of other values stay. The images are not copied.
+    folder: of the dataset; relative paths of images start from it, or from the folder of one of its files. Columns of
+    other values stay. The images are not copied.
     """
+    bases = _list_bases(folder)
     for name, feature in dict(rows.features).items():
         if _holds_bytes(feature):
             rows = rows.cast_column(name, datasets.Image())
@@ -27,7 +30,7 @@ def unify_image_columns(rows: Rows, folder: Path) -> Rows:
         if inner is not None and (isinstance(inner, datasets.Image) or _holds_bytes(inner)):
             rows = _first_items(rows, name)
         elif _is_text(feature) or (inner is not None and _is_text(inner)):
-            rows = _open_paths(rows, name, folder)
+            rows = _open_paths(rows, name, bases)
     return rows
 
 
@@ -117,18 +120,26 @@ def _exists(image: str | dict | None) -> bool:
     return isinstance(image, dict) or bool(image) and (is_member_path(image) or Path(image).exists())
 
 
-def _open_paths(rows: Rows, name: str, folder: Path) -> Rows:
-    """A column of text that names existing images -> images by absolute path; any other column stays."""
+def _list_bases(folder: Path) -> list[Path]:
+    """The folders that paths of images may start from: the dataset's, those of its parquet files, and where we are."""
     if not folder.is_dir():
+        return []
+    of_files = dict.fromkeys(path.parent for path in sorted(folder.rglob("*.parquet")))
+    return [folder, *list(of_files)[:MAX_BASES], Path.cwd()]
+
+
+def _open_paths(rows: Rows, name: str, bases: list[Path]) -> Rows:
+    """A column of text that names existing images -> images by absolute path; any other column stays."""
+    if not bases:
         return rows
     probe = [row[name] for row in rows.select_columns([name]).take(PROBED_ROWS)]
     named = next((value for value in probe if value), None)
-    if not names_images(name, probe) or not _exists(locate_images(name, [named], folder)[0]):
+    if not names_images(name, probe) or not _exists(locate_images(name, [named], bases)[0]):
         return rows  # such as the file name that a pair was made from
     if isinstance(rows, datasets.Dataset):
-        paths = locate_images(name, rows.data.column(name).to_pylist(), folder)
+        paths = locate_images(name, rows.data.column(name).to_pylist(), bases)
         rows = rows.remove_columns(name).add_column(name, paths)
     else:
         features = datasets.Features({**rows.features, name: datasets.Value("string")})
-        rows = rows.map(lambda batch: {name: locate_images(name, batch[name], folder)}, batched=True, features=features)
+        rows = rows.map(lambda batch: {name: locate_images(name, batch[name], bases)}, batched=True, features=features)
     return rows.cast_column(name, datasets.Image(decode=False))

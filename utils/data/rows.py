@@ -1,5 +1,6 @@
 """Opens the rows of a dataset: on the Hub, in data files, saved by `save_to_disk`, or in a metadata file of images."""
 
+import json
 import logging
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from utils.data.dataset_cache import announce_copy
 from utils.data.folder_pairs import find_folders, match_files, read_captions
 from utils.data.image_columns import unify_image_columns
 from utils.data.seed_folders import has_seed_folders, read_pairs
-from utils.data.tables import TABLE_SUFFIXES, image_column_name, locate_images, names_images, read_columns
+from utils.data.suffix_pairs import find_suffix_pairs
+from utils.data.tables import TEXT_SUFFIXES, image_column_name, locate_images, names_images, read_columns
 from utils.data.web_dataset import find_tars, read_samples
 from utils.errors import InputError
 from utils.hub_names import looks_like_path
@@ -41,11 +43,11 @@ def open_rows(
             rows = unify_image_columns(rows, path)
             return rows.to_iterable_dataset() if streaming else rows
         name = str(path)
-    elif path.suffix.lower() in TABLE_SUFFIXES[:3] and path.is_file():
+    elif path.suffix.lower() in TEXT_SUFFIXES and path.is_file():
         rows = unify_image_columns(open_table(path), path.parent)
         return rows.to_iterable_dataset() if streaming else rows
     elif path.exists():
-        raise InputError(f"{name} is a file; give its folder, or a table ({', '.join(TABLE_SUFFIXES[:3])})")
+        raise InputError(f"{name} is a file; give its folder, or a table ({', '.join(TEXT_SUFFIXES)})")
     elif is_folder or looks_like_path(name):
         raise InputError(f"there is no folder {name}; give an existing folder, or for --dataset_name a Hub id")
     try:
@@ -102,41 +104,67 @@ def _open_saved(folder: Path, split: str) -> datasets.Dataset | None:
 
 
 def _open_files(folder: Path, split: str) -> datasets.Dataset | None:
-    """The rows of a metadata file, of tars, of seeds.json, of two folders of images or of the only table; else None."""
+    """The rows of a metadata file, a table, tars, seeds.json or pairs of image files; None for what datasets opens.
+
+    A table decides over the tars beside it, which may hold its images.
+    """
     if path := _find_metadata(folder, split):
-        return open_table(path)
-    if tars := find_tars(folder, split):
-        return _make_rows(folder, read_samples(tars), tars[0].parent)
+        return open_table(path, folder)
     place = folder / split if (folder / split).is_dir() else folder if split == "train" else None
+    table = _find_table(place, split) if place and not any(folder.rglob("*.parquet")) else None
+    if tars := find_tars(folder, split):
+        rows = _open_if_pairs(table, folder)
+        return _make_rows(folder, read_samples(tars), [tars[0].parent]) if rows is None else rows
     if place is None:
         return None
     if has_seed_folders(place):
-        return _make_rows(place, read_pairs(place), place)
+        return _make_rows(place, read_pairs(place), [place])
     if found := find_folders(place):
         return _open_folder_pairs(place, *found)
-    tables = [path for path in sorted(place.iterdir()) if path.suffix.lower() in TABLE_SUFFIXES[:3]]
+    if table:
+        return open_table(table, folder)
+    if pairs := find_suffix_pairs(place):
+        return _open_pairs(place, place, place, pairs)
+    return None
+
+
+def _find_table(place: Path, split: str) -> Path | None:
+    """The only table in a folder, or the one that is named as the split."""
+    tables = [path for path in sorted(place.iterdir()) if path.suffix.lower() in TEXT_SUFFIXES]
     named = [path for path in tables if path.stem == split] or tables
-    return open_table(named[0]) if len(named) == 1 and not any(folder.rglob("*.parquet")) else None
+    return named[0] if len(named) == 1 else None
 
 
-def open_table(path: Path) -> datasets.Dataset:
-    """The rows of a table. Raises InputError.
+def _open_if_pairs(table: Path | None, folder: Path) -> datasets.Dataset | None:
+    """The rows of a table beside tars if it has two columns of images; it may as well be an index of the tars."""
+    if table is None:
+        return None
+    try:
+        rows = open_table(table, folder)
+    except InputError:
+        return None
+    return rows if sum(isinstance(feature, datasets.Image) for feature in rows.features.values()) >= 2 else None
+
+
+def open_table(path: Path, folder: Path | None = None) -> datasets.Dataset:
+    """The rows of a table. folder: of its dataset. Raises InputError.
 
     Unlike datasets' imagefolder, any column of image paths becomes an image column, so that a row can have two images
-    (huggingface/diffusers#8824). Paths are relative to the table.
+    (huggingface/diffusers#8824). Paths are relative to the table, to the dataset or to the current folder.
     """
-    return _make_rows(path, read_columns(path), path.parent)
+    bases = [path.parent, *([folder] if folder else []), Path.cwd()]
+    return _make_rows(path, read_columns(path), bases)
 
 
-def _make_rows(source: Path, columns: dict[str, list], folder: Path) -> datasets.Dataset:
+def _make_rows(source: Path, columns: dict[str, list], bases: list[Path]) -> datasets.Dataset:
     image_columns, other_columns = {}, {}
     for name, values in columns.items():
         if all(isinstance(value, str) and is_member_path(value) for value in values):
             image_columns[name] = values
         elif names_images(name, values):
-            image_columns[image_column_name(name)] = locate_images(name, values, folder)
+            image_columns[image_column_name(name)] = locate_images(name, values, bases)
         else:
-            other_columns[name] = values
+            other_columns[name] = _with_one_type(source, name, values)
     try:
         rows = datasets.Dataset.from_dict({**other_columns, **image_columns})
     except (pa.ArrowException, TypeError, ValueError) as error:
@@ -146,6 +174,17 @@ def _make_rows(source: Path, columns: dict[str, list], folder: Path) -> datasets
     return rows
 
 
+def _with_one_type(source: Path, name: str, values: list) -> list:
+    """A column as it is, or as text where its values have types that no column can have."""
+    try:
+        pa.array(values)
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
+        logger.warning("%s: the values of column %s have different types and are used as text", source, name)
+        is_kept = [value is None or isinstance(value, str) for value in values]
+        return [v if kept else json.dumps(v, default=str) for v, kept in zip(values, is_kept, strict=True)]
+    return values
+
+
 def _open_folder_pairs(folder: Path, originals: Path, edited: Path) -> datasets.Dataset:
     pairs, problems = match_files(originals, edited)
     if not pairs:
@@ -153,7 +192,11 @@ def _open_folder_pairs(folder: Path, originals: Path, edited: Path) -> datasets.
         raise InputError.from_problems([first, *problems])
     for problem in problems:
         logger.warning("not used: %s", problem)
-    prompts = read_captions(originals, edited, pairs)
+    return _open_pairs(folder, originals, edited, pairs)
+
+
+def _open_pairs(folder: Path, originals: Path, edited: Path, pairs: list[tuple[str, str]]) -> datasets.Dataset:
+    prompts = read_captions(originals, edited, pairs, folder)
     if not any(prompts):
         raise InputError(
             f"{folder}: none of the {len(pairs)} pairs of {originals.name} and {edited.name} has an instruction: "
@@ -165,7 +208,7 @@ def _open_folder_pairs(folder: Path, originals: Path, edited: Path) -> datasets.
         "edit_prompt": prompts,
         "edited_image": [str((edited / changed).resolve()) for _, changed in pairs],
     }
-    return _make_rows(folder, columns, folder)
+    return _make_rows(folder, columns, [folder])
 
 
 def _find_metadata(folder: Path, split: str) -> Path | None:

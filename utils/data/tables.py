@@ -1,15 +1,17 @@
 """Tables of rows in files, and their columns of image paths."""
 
+import codecs
 import csv
 import json
 import logging
-from collections.abc import Callable
-from pathlib import Path, PureWindowsPath
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from utils.archives import ARCHIVE_SUFFIXES, list_members, member_path
+from utils.data.image_paths import find_images_by_path
 from utils.errors import InputError
 from utils.image_formats import has_image_suffix
 from utils.json_lines import read_json_lines
@@ -17,35 +19,52 @@ from utils.pixels import decode_base64, is_base64
 
 logger = logging.getLogger(__name__)
 
-TABLE_SUFFIXES = (".csv", ".jsonl", ".json", ".parquet")
+CSV_SUFFIXES = (".csv", ".tsv")
+TEXT_SUFFIXES = (*CSV_SUFFIXES, ".jsonl", ".json")
+TABLE_SUFFIXES = (*TEXT_SUFFIXES, ".parquet")
+SEPARATORS = ",;\t"
+MAX_FIELD = 2**31 - 1  # characters: the largest that csv accepts on every system
 FILE_NAME = (
     "file_name"  # in datasets' imagefolder, columns of paths are `file_name` and `<column>_file_name`, also plural
 )
 
 
 def read_columns(path: Path) -> dict[str, list]:
-    """The columns of a .jsonl, .json, .csv or .parquet file; missing values are None. Raises InputError."""
+    """The columns of a .jsonl, .json, .csv, .tsv or .parquet file; missing values are None. Raises InputError.
+
+    Text is UTF-8, or UTF-16 with its mark. Fields of a CSV may be separated by commas, semicolons or tabs.
+    """
+    kind = path.suffix.lower()
     try:
-        if path.suffix.lower() == ".parquet":
+        if kind == ".parquet":
             return pq.read_table(path).to_pydict()
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix.lower() == ".csv":
-                rows = list(csv.DictReader(file))
-            elif path.suffix.lower() == ".json":
+        with path.open("rb") as file:
+            is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        with path.open(encoding="utf-16" if is_utf16 else "utf-8-sig", newline="") as file:
+            if kind in CSV_SUFFIXES:
+                rows = list(_read_csv(file))
+            elif kind == ".json":
                 rows = _rows_of_json(path, json.load(file))
             else:
                 rows = [row for _, row in read_json_lines(path, file)]
     except (OSError, ValueError, csv.Error, pa.ArrowException) as error:
         if isinstance(error, InputError):
             raise
-        kind = " as JSON" if path.suffix.lower() == ".json" else ""
-        raise InputError(f"{path} cannot be read{kind}: {error}") from error
+        raise InputError(f"{path} cannot be read{' as JSON' if kind == '.json' else ''}: {error}") from error
     if any(None in row for row in rows):
         raise InputError(
             f"{path}: a row has more fields than the header; put quotes around prompts that contain a comma"
         )
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _read_csv(file: TextIO) -> csv.DictReader:
+    """The rows of a CSV; the separator is the one that its first line has most of."""
+    header = file.readline()
+    file.seek(0)
+    csv.field_size_limit(MAX_FIELD)  # images as base64 text are longer than csv's own limit
+    return csv.DictReader(file, delimiter=max(SEPARATORS, key=header.count))
 
 
 def _rows_of_json(path: Path, content: object) -> list[dict]:
@@ -79,13 +98,10 @@ def image_column_name(name: str) -> str:
     return name.removesuffix(f"_{FILE_NAME}")
 
 
-def locate_images(name: str, values: list, folder: Path) -> list[str | dict | None]:
+def locate_images(name: str, values: list, bases: Sequence[Path]) -> list[str | dict | None]:
     """The absolute path of each image of a column, None if there is none or the value lists several.
 
-    Base64 text becomes {"bytes", "path"}.
-
-    Relative paths start at `folder`; where the files do not exist, they are looked up in the archives of the folder.
-    Paths with backslashes, written on Windows, are understood.
+    Base64 text becomes {"bytes", "path"}. bases: see `find_images_by_path`.
     """
     several = sum(isinstance(value, list) and len(value) > 1 for value in values)
     if several:
@@ -93,7 +109,7 @@ def locate_images(name: str, values: list, folder: Path) -> list[str | dict | No
     names = [_only(value) for value in values]
     if any(value and is_base64(value) for value in names):
         return [{"bytes": decode_base64(value) if value else None, "path": None} for value in names]
-    find = _finder(folder, next((value for value in names if value), ""))
+    find = find_images_by_path([value for value in names if value], bases)
     return [find(value) if value else None for value in names]
 
 
@@ -101,28 +117,3 @@ def _only(value: object) -> str | None:
     if isinstance(value, list):
         value = value[0] if len(value) == 1 else None
     return value.strip() if isinstance(value, str) and value.strip() else None
-
-
-def _finder(folder: Path, first: str) -> Callable[[str], str]:
-    folder = folder.resolve()
-
-    def path_of(value: str) -> str:
-        if "\\" in value and not (folder / value).exists():
-            value = PureWindowsPath(value).as_posix()
-        return str(folder / Path(value).expanduser())
-
-    if Path(path_of(first)).exists():
-        return path_of
-    members = archive_members(folder)
-    return lambda value: members.get(value.replace("\\", "/").removeprefix("./")) or path_of(value)
-
-
-def archive_members(folder: Path) -> dict[str, str]:
-    """The path of each file in the archives of a folder, by its name in the archive. Raises InputError."""
-    members = {}
-    for archive in sorted(path for path in folder.iterdir() if path.suffix.lower() in ARCHIVE_SUFFIXES):
-        try:
-            members |= {name: member_path(archive, name) for name in list_members(archive)}
-        except (OSError, ValueError) as error:
-            raise InputError(f"{archive} cannot be read: {error}") from None
-    return members
