@@ -192,6 +192,7 @@ def draw_grid(output: Path, heldout: Path) -> None:
     from PIL import Image, ImageDraw
 
     from data_preparation.toy_edits import EDITS
+    from utils.pixels import decode_image
 
     paths = sorted(heldout.glob("*.png"))
     sheet = Image.new("RGB", ((len(EDITS) + 1) * CELL, HEADER + len(paths) * CELL), "white")
@@ -202,7 +203,7 @@ def draw_grid(output: Path, heldout: Path) -> None:
     for row, path in enumerate(paths):
         files = [path, *(output / "edits/train" / task / path.name for task in EDITS)]
         for column, file in enumerate(files):
-            large = Image.open(file).resize((CELL - 4, CELL - 4), Image.Resampling.BICUBIC)
+            large = decode_image(file).resize((CELL - 4, CELL - 4), Image.Resampling.BICUBIC)
             sheet.paste(large, (column * CELL, HEADER + row * CELL))
     sheet.save(output / "grid.png")
 

@@ -34,8 +34,10 @@ def adapt(editor: Path, source: Path, weight: float, folder: Path) -> Path:
 
 
 def read_photographs(demo: Path) -> list[Image.Image]:
+    from utils.pixels import decode_image
+
     """The held-out photographs of `make demo`, in the size of the model."""
-    return [Image.open(path).convert("RGB") for path in sorted((demo / "heldout").glob("*.png"))]
+    return [decode_image(path) for path in sorted((demo / "heldout").glob("*.png"))]
 
 
 def edit_photographs(

@@ -143,6 +143,7 @@ def make_generator(args: argparse.Namespace, tasks: list[Task]) -> tuple[Any, di
         config = config or (match["size"] or default_config).replace("-", "_")
     photographs = Photographs(dataset_id, args.split, args.image_column, config, args.revision)
     opened = photographs.open()
+    print("".join(f"{line}\n" for line in opened.skipped), end="", file=sys.stderr)
     models = {task.teacher: describe_models(task.teacher) for task in tasks}
     generator = PhotographPairGenerator(
         photographs=photographs,

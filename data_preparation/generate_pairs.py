@@ -114,7 +114,9 @@ def make_generator(args: argparse.Namespace, settings: PairSettings) -> tuple[An
     prompts = Captions(args.prompts, args.caption_column, args.split)
     opened = open_prompts(prompts)
     photographs = Photographs(args.init_images, args.split, args.image_column) if args.init_images else None
-    inputs = {"prompts": opened.digest, "photographs": photographs.open().digest if photographs else None}
+    started_from = photographs.open() if photographs else None
+    print("".join(f"{line}\n" for line in started_from.skipped) if started_from else "", end="", file=sys.stderr)
+    inputs = {"prompts": opened.digest, "photographs": started_from.digest if started_from else None}
     if args.image_check:
         load_image_check(args.image_check)
         file, function = args.image_check.removeprefix("python:").rsplit(":", 1)

@@ -5,10 +5,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils.image_formats import has_image_suffix
+from utils.image_folders import Skipped, find_images
 from utils.json_lines import read_json_lines
-from utils.pixels import BadRow
+from utils.pixels import decode_image
+from utils.stored_images import BadRow
 
+DESCRIPTIONS = ("metadata.jsonl", "README.md", "LICENSE", "LICENSES.md")  # of the photographs
 MIN_SIDE = 64  # pixels of a photograph that can be used
 
 
@@ -25,16 +27,25 @@ def read_metadata(folder: Path) -> list[dict]:
 
 def list_photographs(folder: Path, split: str = "all") -> list[Path]:
     """Sorted image files below `folder`. If its metadata.jsonl names splits, only those of `split`, or all."""
+    return find_photographs(folder, split)[0]
+
+
+def find_photographs(folder: Path, split: str = "all") -> tuple[list[Path], Skipped]:
+    """`list_photographs`, and what else is in the folder."""
     rows = read_metadata(folder) if split != "all" else []
     if any("split" in row for row in rows):
-        return sorted(folder / row["file_name"] for row in rows if row.get("split") == split)
-    return sorted(path for path in folder.rglob("*") if has_image_suffix(path) and path.is_file())
+        return sorted(folder / row["file_name"] for row in rows if row.get("split") == split), {}
+    images, skipped = find_images(folder, recursive=True)
+    others = {reason: [path for path in paths if path.name not in DESCRIPTIONS] for reason, paths in skipped.items()}
+    return images, {reason: paths for reason, paths in others.items() if paths}
 
 
 def read_photograph(path: Path) -> np.ndarray | None:
     """uint8 RGB (H, W, 3), upright; None if the file has no readable image."""
-    image = cv2.imread(str(path), cv2.IMREAD_COLOR)
-    return None if image is None else np.ascontiguousarray(image[..., ::-1])
+    try:
+        return np.asarray(decode_image(path))
+    except BadRow:
+        return None
 
 
 def centre_square(image: np.ndarray, resolution: int) -> np.ndarray:

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+
+from utils.pixels import decode_image
 
 
 def read_rgb(path: Path) -> np.ndarray:
     """An RGB image as uint8 (h, w, 3)."""
-    return np.asarray(Image.open(path).convert("RGB"))
+    return np.asarray(decode_image(path))
 
 
 def score_edit(

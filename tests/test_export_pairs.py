@@ -59,7 +59,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 
 def contents(source: Source, role: str) -> list[bytes]:
-    from utils.pixels import read_image_file
+    from utils.stored_images import read_image_file
 
     values = [row[getattr(source.columns, role)] for row in source.rows]
     return [value["bytes"] or read_image_file(value["path"]) for value in values]

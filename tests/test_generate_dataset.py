@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -161,6 +162,16 @@ def test_unreadable_photographs_are_counted_and_replaced(tmp_path, capsys):
     assert len(rows) == 24 and {row["source"] for row in rows} == {"good.png"}
     output = capsys.readouterr().out
     assert "photograph cut.jpg not an image" in output and "photograph empty.png empty file" in output
+
+
+def test_what_is_no_photograph_is_named(tmp_path, capsys):
+    photographs = tmp_path / "photographs"
+    (photographs / "more").mkdir(parents=True)
+    shutil.copy(PHOTOS / "coffee.jpg", photographs / "more/coffee.jpg")
+    for name in ("notes.docx", "metadata.jsonl", ".hidden"):
+        (photographs / name).write_text("")
+    generate(tmp_path / "out", "--task", "identity", f"--dataset_id={photographs}", "--max_num_samples=2")
+    assert "skipped 1 (not an image): notes.docx\n" in capsys.readouterr().err
 
 
 def test_running_again(tmp_path, capsys):

@@ -809,3 +809,22 @@ def test_help_imports_no_heavy_library(tmp_path):
     )
     printed = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
     assert "loaded []" in printed.stdout and "--edited_dir" in printed.stdout
+
+
+def test_animations_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The first frame is imported."""
+    frames = [make_image(index) for index in (1, 2, 3)]
+    for side in ("original", "edited"):
+        (tmp_path / side).mkdir()
+        frames[0].save(tmp_path / side / "cat.gif", save_all=True, append_images=frames[1:])
+    flags = [
+        "--source",
+        str(tmp_path),
+        "--edit_prompt",
+        "move",
+        "--data_root",
+        str(tmp_path / "out"),
+        "--num_workers=0",
+    ]
+    assert import_pairs.main(flags) == 0
+    assert "original image: cat.gif has 3 frames or pages, of which the first is imported" in caplog.text

@@ -3,11 +3,8 @@
 Images that a user names on the command line are read by image_sources.py.
 """
 
-import base64
-import binascii
 import io
 import math
-import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +14,6 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from utils.archives import is_member_path, read_member
 from utils.colour_profiles import convert_to_srgb, find_profile
 from utils.image_formats import (
     ANIMATED_FORMATS,
@@ -29,11 +25,11 @@ from utils.image_formats import (
     open_allowed,
     register_heif,
 )
+from utils.stored_images import BadRow, decode_base64, read_image_file, unpack_image_value
 
 MAX_PIXELS = 178_956_970  # twice Pillow's limit for a warning: above this, Pillow refuses to open a file
 MIN_SIDE = 8  # one latent pixel of Stable Diffusion
 SNIFFED_BYTES = 512
-BASE64_START = re.compile(r"(/9j/|iVBORw0KGgo|UklGR|R0lGOD|Qk|SUkq|TU0AK)[A-Za-z0-9+/\s]{90}")  # JPEG, PNG, WebP, ...
 ORIENTATION_TAG = 0x0112
 TRANSPOSE_BY_ORIENTATION = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -47,14 +43,6 @@ TRANSPOSE_BY_ORIENTATION = {
 
 # Pillow warns at half of our limit, without naming the image.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
-
-
-class BadRow(Exception):
-    """A row that cannot be used. `reason` says why in a few words."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -206,52 +194,6 @@ def open_image(value: object) -> Image.Image:
     if is_camera_raw(image):
         raise BadRow(CAMERA_RAW)
     return image
-
-
-def unpack_image_value(value: object) -> object:
-    """What a cell of an image column holds: of a list of one image that image, of a dict its bytes or its path."""
-    if isinstance(value, (list, tuple)):
-        if len(value) > 1:
-            raise BadRow(f"a list of {len(value)} images: give one image in each row")
-        value = value[0] if value else None
-    if isinstance(value, dict):
-        value = value.get("bytes") if value.get("bytes") is not None else value.get("path")
-    return value
-
-
-def is_base64(text: str) -> bool:
-    """Whether a text is a data URL or an image as base64, not a path."""
-    return text.startswith("data:image/") or bool(BASE64_START.match(text))
-
-
-def decode_base64(text: str) -> bytes | None:
-    """The bytes of a data URL or of an image as base64 text; None for any other text, such as a path."""
-    if not is_base64(text):
-        return None
-    content = text.partition(";base64,")[2] if text.startswith("data:image/") else text
-    try:
-        return base64.b64decode(content, validate=False)
-    except binascii.Error:
-        raise BadRow("damaged base64 text") from None
-
-
-def read_image_file(path: str) -> bytes:
-    """The bytes of a file, or of a streamed file such as "hf://…". Raises BadRow if it does not exist, and OSError."""
-    if is_member_path(path):
-        try:
-            return read_member(path)
-        except FileNotFoundError as error:
-            raise BadRow(f"no such file: {error}") from None
-    if "://" in path:  # such as "hf://…"
-        from datasets.utils.file_utils import xopen
-
-        with xopen(path, "rb") as file:
-            return file.read()
-    file = Path(path)
-    if not file.is_file():  # a named pipe would be read for ever
-        reason = "is a folder" if file.is_dir() else "is not a regular file" if file.exists() else None
-        raise BadRow(f"{path} {reason}" if reason else f"no such file: {path}")
-    return file.read_bytes()
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:

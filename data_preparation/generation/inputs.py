@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ from typing import Any
 import datasets
 import numpy as np
 
-from data_preparation.photographs import list_photographs, read_metadata
+from data_preparation.photographs import find_photographs, read_metadata
 from data_preparation.published_prompts import find_published_prompts
 from utils.data.rows import open_rows
 from utils.errors import InputError
 from utils.hub_names import public_name
+from utils.image_folders import describe_skipped
 from utils.image_formats import IMAGE_SUFFIXES
 from utils.licences import find_dataset_license
 from utils.pixels import decode_image
@@ -77,7 +78,8 @@ class Photographs:
 class OpenPhotographs:
     """digest: changes with the photographs; dataset: public name of the source; license: None if unknown.
 
-    get_name, get_image: name and stored image of an index. licenses: of single photographs, by name.
+    get_name, get_image: name and stored image of an index. licenses: of single photographs, by name. skipped: a line
+    for each kind of file in the folder that is no photograph.
     """
 
     count: int
@@ -87,6 +89,7 @@ class OpenPhotographs:
     dataset: str
     license: str | None
     licenses: dict[str, str] | None = None
+    skipped: Sequence[str] = ()
 
     def __len__(self) -> int:
         return self.count
@@ -183,7 +186,7 @@ def _holds_dataset(folder: Path) -> bool:
 def _open_image_folder(folder: Path, split: str) -> OpenPhotographs:
     metadata = folder / "metadata.jsonl"
     try:
-        paths = list_photographs(folder, split)
+        paths, skipped = find_photographs(folder, split)
         rows = [row for row in read_metadata(folder) if row.get("license") or row.get("licence")]
         licenses = {row["file_name"]: row.get("license") or row.get("licence") for row in rows}
     except KeyError:
@@ -201,7 +204,14 @@ def _open_image_folder(folder: Path, split: str) -> OpenPhotographs:
         digest.update(paths[index].read_bytes())
     public, license_name = folder.resolve().name, find_dataset_license(str(folder))
     return OpenPhotographs(
-        len(paths), names.__getitem__, paths.__getitem__, digest.hexdigest(), public, license_name, licenses
+        len(paths),
+        names.__getitem__,
+        paths.__getitem__,
+        digest.hexdigest(),
+        public,
+        license_name,
+        licenses,
+        describe_skipped(skipped),
     )
 
 

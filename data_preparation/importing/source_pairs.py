@@ -19,10 +19,13 @@ from data_preparation.photographs import seeded_rng
 from utils.colour_profiles import is_srgb
 from utils.data.columns import usable_prompts
 from utils.data.geometry import Size, check_aspects
-from utils.pixels import ORIENTATION_TAG, BadRow, decode_image, open_image, read_image_file
+from utils.pixels import ORIENTATION_TAG, decode_image, num_frames, open_image
+from utils.stored_images import BadRow, read_image_file
 
 logger = logging.getLogger(__name__)
 
+MAY_BE_ANIMATED = (b"GIF8", b"RIFF", b"\x89PNG", b"II*\0", b"MM\0*")
+_num_animated = 0  # reported by this process
 MAX_LOGGED = 5  # rejected items that a worker logs; all of them are counted
 UNCHANGED_FORMATS = ("JPEG", "PNG", "WEBP")
 UNCHANGED_MODES = ("RGB", "L", "P")  # programs decode alpha, CMYK and 16 bits differently
@@ -193,9 +196,21 @@ def read_and_decode(what: str, value: Any) -> tuple[bytes | None, Image.Image]:
     """(content of the file or None, upright RGB image). what: for the BadRow."""
     try:
         content = _read(value)
-        return content if isinstance(content, bytes) else None, decode_image(content)
+        image = decode_image(content)
+        if isinstance(content, bytes) and content.startswith(MAY_BE_ANIMATED) and (count := num_frames(content)) > 1:
+            _report_animation(what, value, count)
+        return content if isinstance(content, bytes) else None, image
     except BadRow as error:
         raise BadRow(f"{what}: {error.reason}") from error
+
+
+def _report_animation(what: str, value: Any, count: int) -> None:
+    """Of each worker the first ones are named; check_dataset.py counts all."""
+    global _num_animated
+    _num_animated += 1
+    if _num_animated <= MAX_LOGGED:
+        name = Path(value).name if isinstance(value, (str, Path)) else "an image"
+        logger.warning("%s: %s has %d frames or pages, of which the first is imported", what, name, count)
 
 
 def _read(value: Any) -> Any:

@@ -20,7 +20,7 @@ from utils.data.image_paths import find_images_by_path
 from utils.data.tables import TABLE_SUFFIXES, image_column_name, names_images, read_columns
 from utils.errors import InputError
 from utils.image_sources import download
-from utils.pixels import BadRow, decode_base64, is_base64
+from utils.stored_images import BadRow, decode_base64, is_base64
 
 # Tables of published datasets, recognised by their columns.
 KNOWN_TABLES = (

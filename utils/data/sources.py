@@ -19,7 +19,7 @@ from utils.data.columns import Columns, refuse_unreadable, resolve_columns
 from utils.data.draws import random_subset
 from utils.data.rows import open_rows
 from utils.errors import InputError
-from utils.pixels import BadRow, read_image_file, unpack_image_value
+from utils.stored_images import BadRow, read_image_file, unpack_image_value
 
 COLUMN_KEYS = {"original_image_column": "original", "edit_prompt_column": "prompt", "edited_image_column": "edited"}
 DIGESTED_ROWS, DIGESTED_STREAM_ROWS = 64, 8  # whose bytes go into the digest

@@ -15,7 +15,7 @@ from utils.data.image_paths import find_images_by_path
 from utils.errors import InputError
 from utils.image_formats import has_image_suffix
 from utils.json_lines import read_json_lines
-from utils.pixels import decode_base64, is_base64
+from utils.stored_images import decode_base64, is_base64
 
 logger = logging.getLogger(__name__)
 
