@@ -8,15 +8,19 @@ import os
 import signal
 import sys
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, ProjectConfiguration
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 
 from utils.errors import InputError
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# How long processes wait for each other while one downloads a model, encodes prompts or writes a checkpoint: PyTorch's
+# own ten minutes would end the run.
+WAITING = timedelta(hours=4)
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml", "trackio": "trackio"}
 
 
@@ -66,7 +70,10 @@ def start_accelerator(options: MachineOptions) -> Accelerator:
         mixed_precision=options.mixed_precision,
         log_with=_choose_trackers(options.report_to),
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / options.logging_dir)),
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=WAITING),
+        ],
     )
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         raise InputError(

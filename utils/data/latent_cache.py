@@ -25,6 +25,7 @@ from utils.atomic_files import UNFINISHED
 from utils.data.geometry import Geometry, prepare_pair
 from utils.data.samples import choose_prompt
 from utils.data.sources import Source
+from utils.errors import InputError
 from utils.models.latents import encode_moments, refuse_infinite
 from utils.pixels import BadRow
 
@@ -71,20 +72,23 @@ def make_latent_cache(
     """
     folder = output_dir / "latent-cache" / _cache_key(data_digest, geometry, vae)
     folder.mkdir(parents=True, exist_ok=True)
-    shards = [
-        (index, shard)
-        for index, source in enumerate(sources)
-        for shard in range(-(-len(source.rows) // ROWS_PER_SHARD))
-        if not shard_path(folder, index, shard).exists()
-    ]
-    num_rows = sum(len(_rows_of(sources[index], shard)) for index, shard in shards)
-    is_hidden = not (shards and accelerator.is_main_process)
+    # Shards are given out by their numbers among all of them. Among the missing ones the processes would count
+    # differently: those that list the folder later find shards that others have written by then.
+    every = [(i, shard) for i, source in enumerate(sources) for shard in range(-(-len(source.rows) // ROWS_PER_SHARD))]
+    own = every[accelerator.process_index :: accelerator.num_processes]
+    missing = [(index, shard) for index, shard in own if not shard_path(folder, index, shard).exists()]
+    num_rows = sum(len(_rows_of(sources[index], shard)) for index, shard in missing)
+    is_hidden = not (missing and accelerator.is_main_process)
     with tqdm(total=num_rows, desc="Encoding latents", unit="pair", disable=is_hidden) as bar:
-        for number, (index, shard) in enumerate(shards):
-            if number % accelerator.num_processes == accelerator.process_index:
-                _write_shard(shard_path(folder, index, shard), sources[index], shard, geometry, vae)
+        for index, shard in missing:
+            _write_shard(shard_path(folder, index, shard), sources[index], shard, geometry, vae)
             bar.update(len(_rows_of(sources[index], shard)))
     accelerator.wait_for_everyone()
+    if absent := [path for index, shard in every if not (path := shard_path(folder, index, shard)).exists()]:
+        raise InputError(
+            f"--cache_latents: {absent[0]} and {len(absent) - 1} more files that other processes wrote are not here: "
+            "give an --output_dir that all machines share"
+        )
     return LatentCache(folder, geometry)
 
 

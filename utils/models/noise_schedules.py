@@ -45,6 +45,11 @@ class NoiseSchedule:
     def prediction_type(self) -> str:
         return self.scheduler.config.prediction_type
 
+    @property
+    def has_zero_terminal_snr(self) -> bool:
+        """Whether the last timestep is pure noise (2305.08891, section 3.1)."""
+        return bool(self.scheduler.config.get("rescale_betas_zero_snr", False))
+
     def make_target(self, latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
         """What the UNet predicts: eps, or v = alpha_t eps - sigma_t x_0 (2202.00512, section 2.4). (B, C, h, w)."""
         if self.prediction_type == "v_prediction":

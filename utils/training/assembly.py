@@ -73,11 +73,11 @@ def _train_editor(settings: Settings, check_base: Callable[[Configs, str], None]
             return run_dry(session, batches)
         start_trackers(accelerator, settings)
         exit_code = train(session, batches, best)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()  # the others do not wait for the upload
     if exit_code == 0 and accelerator.is_main_process:
         report_skipped(objective, plan.progress)
         publish(session, best)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
     return exit_code
 
 

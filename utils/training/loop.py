@@ -16,6 +16,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from utils.errors import InputError
 from utils.runtime import StopSignal, peak_process_memory
+from utils.training.agreement import StopAgreement
 from utils.training.checkpoints import (
     Progress,
     load_training_state,
@@ -29,6 +30,8 @@ from utils.training.memory_saving import FusedBackward
 from utils.training.objective import Objective
 from utils.training.optimizers import averaged_weights
 from utils.training.training_log import append_log
+
+MAX_SKIPPED = 100  # the scaler halves its scale each time: 65536 becomes smaller than any gradient needs after 40
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     progress: Progress
+    num_skipped_in_a_row: int = 0
 
     @property
     def fused_backward(self) -> FusedBackward | None:
@@ -99,6 +103,7 @@ class RunningMetrics:
     grad_norms: list[torch.Tensor] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)  # of each micro-batch
     num_samples: int = 0
+    num_skipped: int = 0  # updates that the gradient scaler skipped
     start_time: float = field(default_factory=time.monotonic)
 
     def summarize(self, accelerator: Accelerator, first_step: int) -> dict[str, float]:
@@ -106,7 +111,8 @@ class RunningMetrics:
         losses, norms = torch.stack(self.losses), torch.stack(self.grad_norms)
         self._check_finite(losses.tolist(), norms.tolist(), first_step, has_scaler=accelerator.scaler is not None)
         elapsed = time.monotonic() - self.start_time
-        return {
+        skipped = {"skipped_updates": self.num_skipped} if self.num_skipped else {}
+        return skipped | {
             "loss": accelerator.reduce(losses.mean(), "mean").item(),
             "grad_norm": norms[-1].item(),
             "samples_per_second": self.num_samples * accelerator.num_processes / max(elapsed, 1e-9),
@@ -159,18 +165,19 @@ def fit(
         mininterval=1.0,
     )
     with StopSignal() as stop, bar, logging_redirect_tqdm():
+        agreement = StopAgreement(accelerator, stop)
         while progress.global_step < options.max_train_steps:
             num_samples = train_step(state, objective, batches, options, metrics, on_batch)
             progress.global_step += 1
             progress.draws += num_samples * accelerator.num_processes
-            if state.ema:
+            if state.ema and not state.optimizer.step_was_skipped:
                 state.ema.update(state.model, progress.global_step)
             bar.update()
 
             is_last = progress.global_step == options.max_train_steps
             is_checkpoint = progress.global_step % options.checkpointing_steps == 0
             is_logged = progress.global_step % options.logging_steps == 0 or is_checkpoint or is_last
-            should_stop = _agree_to_stop(accelerator, stop, is_sync_step=is_logged)
+            should_stop = agreement.should_stop()
             if is_logged or should_stop:
                 log_metrics(state, metrics, output_dir, bar)
                 metrics = RunningMetrics()
@@ -182,6 +189,7 @@ def fit(
                 break
             if not metrics.losses:
                 metrics.start_time = time.monotonic()  # do not count validation and checkpoints
+        agreement.close()
         accelerator.wait_for_everyone()
     return stop.exit_code if progress.global_step < options.max_train_steps else 0
 
@@ -216,11 +224,26 @@ def train_step(
         seed_torch(state.progress)  # stochastic rounding must be the same in every process
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
-    state.lr_scheduler.step()
+    if state.optimizer.step_was_skipped:  # by the gradient scaler of fp16: no update, so the schedule waits, too
+        metrics.num_skipped += 1
+        count_skipped(state)
+    else:
+        state.num_skipped_in_a_row = 0
+        state.lr_scheduler.step()
     metrics.losses.append(step_loss)
     metrics.grad_norms.append(grad_norm.detach())
     metrics.num_samples += num_samples
     return num_samples
+
+
+def count_skipped(state: TrainingState) -> None:
+    """Count a skipped update. Raises `InputError` where the scaler does not find a scale: nothing is trained."""
+    state.num_skipped_in_a_row += 1
+    if state.num_skipped_in_a_row >= MAX_SKIPPED:
+        raise InputError(
+            f"training stopped: the gradients of the last {MAX_SKIPPED} steps overflow in fp16, so nothing is learned: "
+            "use --mixed_precision bf16 (or no). Earlier checkpoints are kept"
+        )
 
 
 def seed_torch(progress: Progress, salt: int = 0) -> None:
@@ -237,16 +260,3 @@ def log_metrics(state: TrainingState, metrics: RunningMetrics, output_dir: Path,
     if state.accelerator.is_main_process:
         bar.set_postfix(loss=f"{entry['loss']:.4f}", lr=f"{entry['lr']:.2e}", refresh=False)
         append_log(output_dir, {"step": step} | entry)
-
-
-def _agree_to_stop(accelerator: Accelerator, stop: StopSignal, is_sync_step: bool) -> bool:
-    """Whether to stop after this step. Several processes must agree, and communicate only where they sync anyway."""
-    if accelerator.num_processes == 1:
-        return stop.received is not None
-    if not is_sync_step:
-        return False
-    signal_number = torch.tensor(float(int(stop.received or 0)), device=accelerator.device)
-    number = int(accelerator.gather(signal_number).max().item())
-    if number and stop.received is None:
-        stop.receive(number)
-    return bool(number)

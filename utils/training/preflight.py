@@ -9,10 +9,8 @@ from itertools import cycle
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from PIL import Image
 
-from utils.atomic_files import make_writable, remove_unfinished
 from utils.data.samples import check_first_rows
 from utils.data.sources import Source, hold_out, open_mix, open_source, sources_digest
 from utils.errors import InputError
@@ -21,10 +19,12 @@ from utils.image_sources import load_image_source
 from utils.models.adapter_files import AdapterContent
 from utils.models.noise_schedules import NoiseSchedule, make_noise_schedule
 from utils.models.stable_diffusion import EDITOR_CHANNELS, Configs, read_configs
-from utils.training.checkpoints import Progress, check_same_run, choose_checkpoint, list_checkpoints, read_progress
+from utils.training.agreement import require_equal, run_everywhere, run_on_main
+from utils.training.checkpoints import Progress, check_same_run, read_progress
 from utils.training.initial_adapter import digest_adapter, read_initial_adapter
 from utils.training.memory_saving import find_block_problems
 from utils.training.optimizer_checks import check_lr_schedule, find_optimizer_problems
+from utils.training.resuming import agree_on_checkpoint, prepare_output_dir
 from utils.training.settings import DataOptions, RunOptions, Settings
 from utils.training.training_log import cut_log
 
@@ -59,29 +59,27 @@ class RunPlan:
 
 def run_preflight(accelerator: Accelerator, settings: Settings, check_base: Callable[[Configs, str], None]) -> RunPlan:
     """Check the base model, output folder, checkpoint, dataset, settings and the right to push. Raises `InputError`."""
-    configs = read_configs(settings.model)
-    check_base(configs, settings.model.name)
-    check_model_flags(accelerator, configs, settings)
-    initial_adapter = None
-    if name := settings.adapter.init_adapter:
-        model = f"the model {settings.model.name}"
-        initial_adapter = read_initial_adapter(name, configs.unet, model, settings.model.cache_dir)
-    schedule = make_noise_schedule(configs.scheduler, settings.objective)
-    prepare_output_dir(accelerator, settings)
-    checkpoint = find_checkpoint(settings)
+    configs, initial_adapter = run_everywhere(accelerator, lambda: check_model(accelerator, settings, check_base))
+    schedule = run_everywhere(accelerator, lambda: make_noise_schedule(configs.scheduler, settings.objective))
+    if settings.objective.snr_gamma and schedule.has_zero_terminal_snr:
+        logger.warning(
+            "--snr_gamma gives the last timestep of a schedule with zero terminal SNR the weight 0: drop one of them"
+        )
+    run_on_main(accelerator, lambda: prepare_output_dir(settings))
+    checkpoint = agree_on_checkpoint(accelerator, settings)
     progress = read_progress(checkpoint) if checkpoint else Progress()
     if settings.run.seed is not None:
         progress.seed = settings.run.seed
     elif not checkpoint:
-        progress.seed = broadcast_object_list([secrets.randbelow(2**31)])[0]
-    sources, held_out = open_sources(settings.data, progress.seed)
-    check_first_rows(sources, settings.geometry, NUM_CHECKED_ROWS)
+        progress.seed = run_on_main(accelerator, lambda: secrets.randbelow(2**31))
+    sources, held_out = run_everywhere(accelerator, lambda: open_checked_sources(settings, progress.seed))
     samples = settings.data.train_batch_size * settings.loop.gradient_accumulation_steps * accelerator.num_processes
     max_train_steps, steps_per_epoch = count_steps(settings.run, sources, samples)
-    check_lr_schedule(settings.optimization, max_train_steps)
     identity = describe_run(settings, accelerator, sources, progress.seed, samples, max_train_steps)
     if initial_adapter:
         identity["init_adapter"] = digest_adapter(initial_adapter)  # its folder may have been moved
+    require_equal(accelerator, identity, "data and settings")
+    check_lr_schedule(settings.optimization, max_train_steps)
     changed = check_same_run(progress, identity, settings.run.allow_changed or ()) if checkpoint else {}
     for name, (old, new) in changed.items():
         logger.warning("--allow_changed: %s is %s from step %d on, and was %s", name, new, progress.global_step, old)
@@ -91,7 +89,7 @@ def run_preflight(accelerator: Accelerator, settings: Settings, check_base: Call
     return RunPlan(
         sources=sources,
         held_out=held_out,
-        validation_pairs=load_validation_pairs(settings.run),
+        validation_pairs=run_everywhere(accelerator, lambda: load_validation_pairs(settings.run)),
         schedule=schedule,
         checkpoint=checkpoint,
         progress=progress,
@@ -100,10 +98,23 @@ def run_preflight(accelerator: Accelerator, settings: Settings, check_base: Call
         steps_per_epoch=steps_per_epoch,
         needs_widening=needs_widening,
         trains_conv_in=needs_widening or settings.adapter.lora_target == "all",
-        repo_id=check_repository(accelerator, settings),
+        repo_id=run_on_main(accelerator, lambda: check_repository(settings)),
         changed=changed,
         initial_adapter=initial_adapter,
     )
+
+
+def check_model(
+    accelerator: Accelerator, settings: Settings, check_base: Callable[[Configs, str], None]
+) -> tuple[Configs, AdapterContent | None]:
+    """The configurations of the base model, and the adapter of --init_adapter. Raises `InputError`."""
+    configs = read_configs(settings.model)
+    check_base(configs, settings.model.name)
+    check_model_flags(accelerator, configs, settings)
+    if not settings.adapter.init_adapter:
+        return configs, None
+    what = f"the model {settings.model.name}"
+    return configs, read_initial_adapter(settings.adapter.init_adapter, configs.unet, what, settings.model.cache_dir)
 
 
 def check_model_flags(accelerator: Accelerator, configs: Configs, settings: Settings) -> None:
@@ -142,26 +153,11 @@ def publishes_pipeline(settings: Settings) -> bool:
     return not settings.adapter.is_used or settings.adapter.merge_adapter
 
 
-def prepare_output_dir(accelerator: Accelerator, settings: Settings) -> None:
-    """Create the folder, check that it is writable, and remove what a killed run left unfinished."""
-    if accelerator.is_main_process:
-        make_writable(settings.output_dir, "--output_dir")
-        if settings.machine.report_to in ("tensorboard", "all"):
-            make_writable(settings.output_dir / settings.machine.logging_dir, "--logging_dir")
-        remove_unfinished(settings.output_dir)
-    accelerator.wait_for_everyone()
-
-
-def find_checkpoint(settings: Settings) -> Path | None:
-    """The checkpoint to resume from. Raises `InputError` if a new run would mix its checkpoints with existing ones."""
-    if settings.run.resume_from_checkpoint:
-        return choose_checkpoint(settings.output_dir, settings.run.resume_from_checkpoint)
-    if list_checkpoints(settings.output_dir) and not settings.run.dry_run:
-        raise InputError(
-            f"--output_dir {settings.output_dir} contains checkpoints of an earlier run; resume it with "
-            "--resume_from_checkpoint latest, or name another folder"
-        )
-    return None
+def open_checked_sources(settings: Settings, seed: int) -> tuple[list[Source], list[Source]]:
+    """(rows to train on, held-out rows), of which the first were decoded."""
+    sources, held_out = open_sources(settings.data, seed)
+    check_first_rows(sources, settings.geometry, NUM_CHECKED_ROWS)
+    return sources, held_out
 
 
 def open_sources(options: DataOptions, seed: int) -> tuple[list[Source], list[Source]]:
@@ -222,6 +218,9 @@ def describe_run(
     fixed |= {"use_ema": settings.run.use_ema, "ema_decay": settings.run.ema_decay}
     fixed |= {"max_grad_norm": settings.loop.max_grad_norm, "mixed_precision": accelerator.mixed_precision}
     fixed |= {"validation_split": settings.data.validation_split, "seed": seed}
+    vae = settings.model.pretrained_vae_model_name_or_path
+    fixed |= {"revision": settings.model.revision, "vae": vae and Path(vae).name}
+    fixed["vae_precision"] = settings.run.vae_precision
     fixed["base"] = Path(settings.model.pretrained_model_name_or_path).name  # a folder may have been moved
     if settings.optimization.lr_scheduler not in ("constant", "constant_with_warmup"):
         fixed["max_train_steps"] = max_train_steps  # every learning rate depends on the number of steps
@@ -231,21 +230,18 @@ def describe_run(
     return {"dataset": sources_digest(sources), per_step: samples_per_step} | fixed
 
 
-def check_repository(accelerator: Accelerator, settings: Settings) -> str | None:
-    """The repository to push to, created and checked by the main process; None without --push_to_hub."""
+def check_repository(settings: Settings) -> str | None:
+    """The repository to push to, created and checked; None without --push_to_hub."""
     options = settings.publishing
     if not options.push_to_hub:
         return None
-    repo_id = None
-    if accelerator.is_main_process:
-        repo_id = check_push_rights(
-            options.hub_model_id,
-            options.hub_token,
-            settings.output_dir,
-            options.hub_private_repo,
-            create=not settings.run.dry_run,
-        )
-    return broadcast_object_list([repo_id])[0]
+    return check_push_rights(
+        options.hub_model_id,
+        options.hub_token,
+        settings.output_dir,
+        options.hub_private_repo,
+        create=not settings.run.dry_run,
+    )
 
 
 def write_settings(accelerator: Accelerator, settings: Settings, plan: RunPlan) -> None:
