@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -18,9 +18,10 @@ import finetune_instruct_pix2pix
 import train_instruct_pix2pix
 from tests.hub_server import hub_server
 from tests.pairs import make_image, make_rows, save_pairs
-from tests.runs import ENVIRONMENT, REPOSITORY, WEIGHTS, training_flags, weights_of
+from tests.runs import ENVIRONMENT, REPOSITORY, WEIGHTS, losses_of, training_flags, weights_of
 from utils.training.checkpoints import list_checkpoints
 from utils.training.flags import parse_training_flags
+from utils.training.objective import Objective
 
 TRAIN, FINETUNE = train_instruct_pix2pix.main, finetune_instruct_pix2pix.main
 
@@ -236,6 +237,29 @@ def test_validation_does_not_change_training(tiny_base, pairs, image_file, tmp_p
     assert sheets == [f"step-{step}.png" for step in (1, 2, 3, 4)]
     sheet = Image.open(tmp_path / "with/validation/step-4.png")
     assert sheet.width == 3 * 128  # the image and two edits
+
+
+def test_each_held_out_image_is_encoded_once_per_validation(tiny_base, pairs, tmp_path, monkeypatch):
+    """Not for each quarter of the timesteps; the loss is that of encoding them each time, also from a cache."""
+    encoded, encode = [], AutoencoderKL.encode
+    monkeypatch.setattr(AutoencoderKL, "encode", lambda self, x, **m: encoded.append(len(x)) or encode(self, x, **m))
+    shared = ("--validation_split=0.3", "--validation_steps=1", "--max_train_steps=1", "--report_to=none")
+    flags = (*shared, "--center_crop", "--learning_rate=0", "--train_batch_size=1", "--validation_samples=2")
+    assert TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", *flags)) == 0
+    assert sum(encoded) == 2 * (1 + 2)  # the pair of the step, and two held-out pairs
+    losses = [losses_of(tmp_path / "out")[-1]]
+    monkeypatch.setattr(Objective, "encode", lambda self, batch: batch)
+    for folder, more in (("each", ()), ("cache", ("--cache_latents", "--dataloader_num_workers=1"))):
+        assert TRAIN(training_flags(tiny_base, pairs, tmp_path / folder, *flags, *more)) == 0
+        losses.append(losses_of(tmp_path / folder)[-1])
+    assert losses[0][-1] is not None and losses[0] == losses[1]
+    assert losses[2][-1] == pytest.approx(losses[0][-1], rel=1e-4)
+
+
+def test_a_stream_has_a_held_out_loss(tiny_base, pairs, tmp_path):
+    flags = ("--streaming", "--validation_samples=2", "--validation_steps=2", "--save_best", "--report_to=none")
+    assert TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", *flags)) == 0
+    assert [loss for *_, loss in losses_of(tmp_path / "out") if loss is not None]
 
 
 def test_trackers_get_metrics_and_images(tiny_base, pairs, image_file, tmp_path):

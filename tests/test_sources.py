@@ -1,6 +1,7 @@
 """Sources of pairs: the formats, mixes, held-out rows, the digest, and names of datasets."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -11,7 +12,9 @@ import numpy as np
 import pytest
 
 from tests.pairs import make_dataset, make_image, make_rows, make_source, write_image_folder
-from utils.data.sources import Source, hold_out, open_mix, open_source, sources_digest
+from utils.data.columns import Columns
+from utils.data.held_out import group_rows, hold_out, hold_out_first
+from utils.data.sources import Source, open_mix, open_source, sources_digest
 from utils.errors import InputError
 from utils.hub_names import looks_like_path, public_name
 from utils.pixels import decode_image
@@ -293,6 +296,43 @@ def test_hold_out_errors(parquet_folder: Path) -> None:
     kept, held_out = hold_out([make_source(1), make_source(4)], 0.5, seed=0)
     assert [len(source.rows) for source in kept] == [1, 2]
     assert [len(source.rows) for source in held_out] == [2]
+
+
+def test_rows_of_one_image_stay_together() -> None:
+    """Otherwise the best weights would be chosen by an image that was trained on."""
+    source = make_source(40)
+    images = [source.rows[index // 4 * 4]["original_image"] for index in range(40)]  # ten images, four edits of each
+    rows = source.rows.remove_columns("original_image").add_column("original_image", images)
+    rows = rows.cast_column("original_image", source.rows.features["original_image"])
+    source = dataclasses.replace(source, rows=rows)
+    groups = group_rows(source)
+    assert groups.tolist() == [index // 4 for index in range(40)]
+    assert group_rows(source.select(np.arange(39, -1, -1))).tolist() == [index // 4 for index in range(40)]
+    for fraction, expected in ((0.2, 8), (0.01, 4), (0.95, 36)):
+        kept, held_out = hold_out([source], fraction, seed=1)
+        assert len(held_out[0].rows) == expected
+        assert not {*groups[kept[0].row_numbers]} & {*groups[held_out[0].row_numbers]}
+    assert len(hold_out([source], 0.9, seed=1, limit=12)[1][0].rows) == 12
+
+
+def test_images_by_path_and_the_folders_of_a_prompt_are_groups(tmp_path: Path) -> None:
+    paths = ["0001/77_0.jpg", "0001/78_0.jpg", "0002/77_0.jpg", "photos/a.png", "photos/b.png", "photos/a.png"]
+    columns = {"original_image": paths, "edit_prompt": ["x"] * 6, "edited_image": paths}
+    rows = datasets.Dataset.from_dict(columns)
+    for name in ("original_image", "edited_image"):
+        rows = rows.cast_column(name, datasets.Image(decode=False))
+    source = Source(rows, Columns("original_image", "edit_prompt", "edited_image"), "train")
+    assert group_rows(source).tolist() == [0, 0, 1, 2, 3, 2]
+
+
+def test_a_stream_holds_out_its_first_rows(parquet_folder: Path) -> None:
+    stream = open_source(str(parquet_folder), streaming=True)
+    everything = [row["edit_prompt"] for row in stream.rows]
+    rest, first = hold_out_first(stream, 3)
+    assert [row["edit_prompt"] for row in first.rows] == everything[:3]
+    assert [row["edit_prompt"] for row in rest.rows] == everything[3:] and rest.is_streaming and not first.is_streaming
+    with pytest.raises(InputError, match="none is left to train on"):
+        hold_out_first(stream, len(everything))
 
 
 # ---- digest ---------------------------------------------------------------------------------------------------------

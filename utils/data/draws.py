@@ -11,6 +11,7 @@ import numpy as np
 ORDER_KEY = 1 << 63
 SOURCES_KEY = 1 << 62
 SUBSET_KEY = 1 << 61
+HELD_OUT_KEY = 1 << 60
 CACHED_ORDERS = 2  # per source: of the current and the neighbouring epoch
 
 
@@ -49,6 +50,11 @@ def sample_draws(seed: int, draw: int, latent_shape: tuple[int, int, int], num_t
 def random_subset(seed: int, num_rows: int, size: int) -> np.ndarray:
     """`size` distinct row numbers below `num_rows`, ascending; the same for the same arguments."""
     return np.sort(_generator(seed, ORDER_KEY | SUBSET_KEY).permutation(num_rows)[:size])
+
+
+def random_order(seed: int, count: int) -> np.ndarray:
+    """The numbers below `count` in an order drawn from the seed, another one than that of `random_subset`."""
+    return _generator(seed, ORDER_KEY | HELD_OUT_KEY).permutation(count)
 
 
 class DrawOrder:

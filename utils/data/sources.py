@@ -118,28 +118,6 @@ def open_mix(
     return sources
 
 
-def hold_out(sources: list[Source], fraction: float, seed: int) -> tuple[list[Source], list[Source]]:
-    """(training sources, held-out sources): `fraction` of the rows of each are held out, at least one and never all."""
-    if not 0 < fraction < 1:
-        raise InputError(f"--validation_split is {fraction}; it must be above 0 and below 1")
-    if any(source.is_streaming for source in sources):
-        raise InputError(
-            "--validation_split needs the number of rows, which is unknown with --streaming: drop one of them"
-        )
-    kept, held_out = [], []
-    for source in sources:
-        num_rows = len(source.rows)
-        size = min(max(1, round(fraction * num_rows)), num_rows - 1)
-        chosen = random_subset(seed, num_rows, size)
-        kept.append(source.select(np.setdiff1d(np.arange(num_rows), chosen)))
-        if size:
-            # Each held-out row is evaluated once, whatever the weights for training.
-            held_out.append(replace(source.select(chosen), weight=float(size)))
-    if not held_out:
-        raise InputError("--validation_split needs a dataset with at least two rows")
-    return kept, held_out
-
-
 def sources_digest(sources: list[Source]) -> str:
     """A hex digest of columns, weights, row numbers, all prompts, all file sizes, and the files of some rows.
 

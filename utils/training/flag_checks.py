@@ -68,8 +68,12 @@ def _data_conflicts(args: argparse.Namespace) -> Iterator[str]:
         yield "--streaming needs --max_train_steps, because the length of a stream is unknown"
     if args.streaming and args.resize_mode == "bucket":
         yield "--resize_mode bucket needs the size of every image in advance; drop --streaming"
-    if args.streaming and (args.validation_split or args.cache_latents):
-        yield "--validation_split and --cache_latents need a dataset of known length; drop --streaming"
+    if args.streaming and args.cache_latents:
+        yield "--cache_latents needs a dataset of known length; drop --streaming"
+    if args.streaming and args.validation_split:
+        yield "--validation_split needs a dataset of known length; give --validation_samples N for its first N rows"
+    if args.validation_samples and not (args.validation_split or args.streaming):
+        yield "--validation_samples limits --validation_split and the held-out rows of --streaming; give one of them"
     if args.cache_latents and (args.resize_mode == "bucket" or not (args.center_crop or args.resize_mode == "squash")):
         yield "--cache_latents needs a fixed crop; give --center_crop or --resize_mode squash too"
     if args.train_mix and (args.original_image_column or args.edit_prompt_column or args.edited_image_column):
@@ -77,7 +81,7 @@ def _data_conflicts(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _validation_conflicts(args: argparse.Namespace) -> Iterator[str]:
-    if args.save_best and not args.validation_split:
+    if args.save_best and not (args.validation_split or args.validation_samples):
         yield "--save_best compares held-out losses; give --validation_split too, such as 0.02"
     if args.validation_epochs and args.validation_steps:
         yield "--validation_epochs and --validation_steps exclude each other; give one of them"

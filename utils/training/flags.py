@@ -263,6 +263,8 @@ def _add_validation(parser: argparse.ArgumentParser) -> None:
     steps = "validate every this many optimizer steps instead (default of the SDXL script: 100)"
     group.add_argument("--validation_steps", type=int, help=steps)
     group.add_argument("--validation_split", type=float, default=0.0, help="share of the rows to hold out for a loss")
+    samples = "at most so many held-out rows (default: 512); with --streaming, the number of its first rows to hold out"
+    group.add_argument("--validation_samples", type=int, metavar="N", help=samples)
     group.add_argument("--save_best", action="store_true", help="publish the weights with the lowest held-out loss")
 
 

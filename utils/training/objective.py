@@ -54,6 +54,17 @@ class Objective:
         loss = per_sample_loss(prediction, self.schedule.make_target(edited_latents, noise, timesteps))
         return loss * self._weights(timesteps) if self.options.snr_gamma else loss
 
+    @torch.no_grad()
+    def encode(self, batch: dict) -> dict:
+        """The batch with the moments of its images instead of their pixels, for several calls with the same images."""
+        if "moments" in batch:
+            return batch
+        names = ("original_pixels", "edited_pixels")
+        pixels = torch.cat([batch[name].to(self.vae.device, non_blocking=True) for name in names])
+        original, edited = encode_moments(self.vae, pixels).chunk(2)
+        moments = torch.cat([original.chunk(2, dim=1)[0], edited], dim=1)  # (B, 3C, h, w), as in the latent cache
+        return {name: value for name, value in batch.items() if name not in names} | {"moments": moments}
+
     def _encode(self, tensors: dict) -> tuple[torch.Tensor, torch.Tensor]:
         """(image latents (B, C, h, w), moments of the edited images (B, 2C, h, w)), encoded in one call."""
         if "moments" in tensors:

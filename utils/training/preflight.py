@@ -11,8 +11,9 @@ from pathlib import Path
 from accelerate import Accelerator
 from PIL import Image
 
+from utils.data.held_out import MAX_HELD_OUT, hold_out, hold_out_first
 from utils.data.samples import check_first_rows
-from utils.data.sources import Source, hold_out, open_mix, open_source, sources_digest
+from utils.data.sources import Source, open_mix, open_source, sources_digest
 from utils.errors import InputError
 from utils.hub import check_push_rights
 from utils.image_sources import load_image_source
@@ -181,7 +182,13 @@ def open_sources(options: DataOptions, seed: int) -> tuple[list[Source], list[So
             seed,
         )
         sources = [source]
-    return hold_out(sources, options.validation_split, seed) if options.validation_split else (sources, [])
+    limit = options.validation_samples
+    if options.streaming and limit:
+        rest, first = hold_out_first(sources[0], limit)
+        return [rest], [first]
+    if options.validation_split:
+        return hold_out(sources, options.validation_split, seed, limit or MAX_HELD_OUT)
+    return sources, []
 
 
 def count_rows(sources: list[Source]) -> int | None:
@@ -218,6 +225,7 @@ def describe_run(
     fixed |= {"use_ema": settings.run.use_ema, "ema_decay": settings.run.ema_decay}
     fixed |= {"max_grad_norm": settings.loop.max_grad_norm, "mixed_precision": accelerator.mixed_precision}
     fixed |= {"validation_split": settings.data.validation_split, "seed": seed}
+    fixed["validation_samples"] = settings.data.validation_samples
     vae = settings.model.pretrained_vae_model_name_or_path
     fixed |= {"revision": settings.model.revision, "vae": vae and Path(vae).name}
     fixed["vae_precision"] = settings.run.vae_precision

@@ -7,6 +7,7 @@ from accelerate import Accelerator
 
 from utils.data.batches import make_loader
 from utils.data.latent_cache import make_latent_cache
+from utils.data.sources import sources_digest
 from utils.models.stable_diffusion import StableDiffusion
 from utils.training.loop import TrainingState
 from utils.training.objective import Objective
@@ -14,6 +15,7 @@ from utils.training.preflight import RunPlan
 from utils.training.settings import Settings
 
 Batches = Generator[dict, None, None]
+MAX_WORKERS = 2  # of the held-out rows: they are few, and workers start anew at every validation
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,12 @@ class TrainingSession:
         geometry = replace(self.settings.geometry, center_crop=True, random_flip=False)
         if geometry.resize_mode == "bucket":  # buckets would change the order of the rows
             geometry = replace(geometry, resize_mode="crop")
-        return iter(make_loader(self.plan.held_out, geometry, **self._loader_settings()))
+        rows, cache = self.plan.held_out, None
+        if self.settings.data.cache_latents:
+            folder = (self.settings.output_dir, rows, sources_digest(rows), geometry, self.parts.vae)
+            cache = make_latent_cache(self.accelerator, *folder)
+        workers = min(MAX_WORKERS, self.settings.data.dataloader_num_workers)
+        return iter(make_loader(rows, geometry, **self._loader_settings(), cache=cache, num_workers=workers))
 
     def _loader_settings(self) -> dict:
         return dict(

@@ -28,6 +28,7 @@ class DataOptions:
     max_train_samples: int | None = None
     max_bad_rows: float = 0.01
     validation_split: float = 0.0
+    validation_samples: int | None = None
     cache_dir: str | None = None
     dataloader_num_workers: int = 0
     train_batch_size: int = 16

@@ -91,7 +91,7 @@ def held_out_loss(
     sums = torch.zeros(NUM_QUARTERS, device=accelerator.device, dtype=torch.float64)
     num_seen, first_draw = 0, accelerator.process_index
     while num_seen * accelerator.num_processes + first_draw < num_rows:
-        batch = next(batches)
+        batch = objective.encode(next(batches))
         batch_size = len(batch["rows"])
         # Rank r's k-th sample is draw r + k N; draws beyond the last row repeat rows of the next epoch.
         draws = first_draw + (num_seen + torch.arange(batch_size)) * accelerator.num_processes
