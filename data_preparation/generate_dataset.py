@@ -1,7 +1,7 @@
 """Generate an instruction-tuning dataset from photographs: original image, instruction, edited image.
 
     python data_preparation/generate_dataset.py --dataset_id photos/ --task cartoonize --data_root pairs
-    python data_preparation/generate_dataset.py --dataset_id frgfm/imagenette --dataset_config_name 320px --task low_level cartoonize=5 \\
+    python data_preparation/generate_dataset.py --dataset_id photos/ --task low_level cartoonize=5 \\
         --max_num_samples 5000 --resolution 256 --num_workers 4 --data_root pairs
     python data_preparation/generate_dataset.py --dataset_id photos/ --task cartoonize --teacher onnx:whitebox.onnx --data_root pairs
     python data_preparation/generate_dataset.py --dataset_id photos/ --task vaporwave.txt --teacher python:mine.py:paint --data_root pairs
@@ -34,9 +34,13 @@ from utils.cli import FlagParser, pick  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
 from utils.quiet import quiet_libraries  # noqa: E402
 
-# The default dataset of instruction-tuned-sd: its names in TensorFlow Datasets, and (Hub id, config, number of pairs).
-IMAGENETTE = re.compile(r"imagenette(/(?P<size>full-size|320px|160px)(-v2)?)?")
-IMAGENETTE_SETTINGS = ("frgfm/imagenette", "full_size", 5000)
+# The dataset of instruction-tuned-sd: its names in TensorFlow Datasets, and its id on the Hub.
+IMAGENETTE = re.compile(r"imagenette(/(full-size|320px|160px)(-v2)?)?|frgfm/imagenette")
+NO_IMAGENETTE = (
+    "is a script on the Hub, which `datasets` no longer runs: download imagenette2-320.tgz from fast.ai "
+    "(https://s3.amazonaws.com/fast-ai-imageclas/imagenette2-320.tgz), unpack it, and give that folder. Its images are "
+    "ImageNet's, for research only"
+)
 ROW_FLAGS = ("seed", "resolution", "crop", "image_format", "source_license")
 
 
@@ -44,8 +48,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = FlagParser(description=__doc__, formatter_class=raw, aliases=peer_flags.GENERATE_DATASET)
     add = parser.add_argument_group("photographs").add_argument
-    id_help = "folder (with subfolders), saved dataset or Hub id (default imagenette: 5,000 photographs)"
-    add("--dataset_id", default="imagenette", metavar="PHOTOS", help=id_help)
+    add("--dataset_id", metavar="PHOTOS", help="folder (with subfolders), saved dataset or Hub id")
     add("--image_column", metavar="NAME", help="image column (default: image, or the only one)")
     add("--dataset_config_name", metavar="NAME", help="configuration of the dataset on the Hub")
     add("--revision", metavar="COMMIT", help="commit, tag or branch of the dataset on the Hub")
@@ -92,6 +95,10 @@ def add_teacher_flags(parser: argparse.ArgumentParser) -> None:
 def check_flags(args: argparse.Namespace) -> list[Task]:
     """The tasks. Raises one InputError with all problems of the flags."""
     tasks, problems = plan_tasks(args.task, args.teacher)
+    if args.dataset_id is None:
+        problems.append("--dataset_id is missing: give a folder of photographs, a saved dataset or a Hub id")
+    elif IMAGENETTE.fullmatch(args.dataset_id) and not Path(args.dataset_id).exists():
+        problems.append(f"--dataset_id {args.dataset_id} {NO_IMAGENETTE}")
     if args.resolution < 64 or args.resolution > 4096 or args.resolution % 8:
         problems.append(f"--resolution {args.resolution}: must be a multiple of 8 from 64 to 4096")
     if args.max_num_samples is not None and args.max_num_samples < 1:
@@ -137,11 +144,8 @@ def make_generator(args: argparse.Namespace, tasks: list[Task]) -> tuple[Any, di
     from data_preparation.tasks.photograph_pairs import PhotographPairGenerator
     from data_preparation.tasks.teachers import describe_models, public_teacher
 
-    dataset_id, config, max_pairs = args.dataset_id, args.dataset_config_name, sys.maxsize
-    if match := IMAGENETTE.fullmatch(dataset_id):
-        dataset_id, default_config, max_pairs = IMAGENETTE_SETTINGS
-        config = config or (match["size"] or default_config).replace("-", "_")
-    photographs = Photographs(dataset_id, args.split, args.image_column, config, args.revision)
+    place = (args.dataset_id, args.split, args.image_column, args.dataset_config_name, args.revision)
+    photographs = Photographs(*place)
     opened = photographs.open()
     print("".join(f"{line}\n" for line in opened.skipped), end="", file=sys.stderr)
     models = {task.teacher: describe_models(task.teacher) for task in tasks}
@@ -152,7 +156,7 @@ def make_generator(args: argparse.Namespace, tasks: list[Task]) -> tuple[Any, di
         phrasing_split=args.phrasings,
         models=models,
         teacher_settings=read_teacher_settings(args),
-        num_items=args.max_num_samples or min(len(opened), max_pairs),
+        num_items=args.max_num_samples or len(opened),
         **{name: getattr(args, name) for name in (*ROW_FLAGS, "batch_size")},
     )
     names = ["split", "phrasings", *ROW_FLAGS]

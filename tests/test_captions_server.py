@@ -165,6 +165,32 @@ def test_retry_after_delays_all_requests(captions, server, tmp_path):
     assert server.requests[1].time - server.requests[0].time >= 1.5
 
 
+def test_retry_after_0_does_not_end_a_run(captions, server, tmp_path):
+    """It says nothing about the time: the attempts are spread as without it."""
+    server.faults.extend([Fault("status", 429, {"Retry-After": "0"})] * 4)
+    flags = ("--retries=5", "--retry_wait=0.05", "--concurrency=1")
+    assert generate(captions, server, tmp_path / "out", "--num_samples=1", *flags)
+    times = [request.time for request in server.requests][:5]
+    gaps = [after - before for before, after in zip(times, times[1:], strict=False)]
+    assert all(gap >= 0.5 * wait for gap, wait in zip(gaps, (0.05, 0.1, 0.2, 0.4), strict=True)), gaps
+
+
+def test_a_model_whose_answers_are_all_useless_is_given_up(server, tmp_path, capsys):
+    """With an answer to look at, long before all captions are paid for."""
+    captions = tmp_path / "captions.txt"
+    captions.write_text("".join(f"a boat number {index}\n" for index in range(900)))
+    server.reply = lambda caption, body: "As a language model, I would rather not."
+    try:
+        with pytest.raises(SystemExit):
+            generate(captions, server, tmp_path / "out", "--num_samples=3000", "--tries=1")
+    finally:
+        server.reply = None
+    message = capsys.readouterr().err
+    assert "answers of the model is usable, mostly because: no JSON" in message
+    assert "One answer: 'As a language model, I would rather not." in message
+    assert len(server.requests) < 600
+
+
 def test_retry_after_as_number_or_date():
     assert read_retry_after("2") == 2 and read_retry_after("-1") == 0 and read_retry_after("1e9") == 600
     assert 0 < read_retry_after("Fri, 31 Dec 2100 23:59:59 GMT") <= 600

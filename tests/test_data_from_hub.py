@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -93,14 +92,12 @@ def test_captions(hub: Hub, tmp_path: Path):
 
 
 def test_commands_of_instruction_tuned_sd_without_flags(hub: Hub, tmp_path: Path):
-    """The defaults cartoonize Imagenette into cartoonizer-dataset and push it."""
-    kind, park = next((key.split("/")[0], repo) for key, repo in hub.repos.items() if repo.id == "user/park")
-    hub.repos[f"{kind}/frgfm/imagenette"] = replace(park, id="frgfm/imagenette")
-    for script in ("generate_dataset.py", "export_to_hub.py"):
-        result = run(hub, tmp_path, script, token="write-token")
+    """The defaults cartoonize a dataset into cartoonizer-dataset and push it."""
+    for script, flags in (("generate_dataset.py", ["--dataset_id=user/park"]), ("export_to_hub.py", [])):
+        result = run(hub, tmp_path, script, *flags, token="write-token")
         assert result.returncode == 0, result.stderr
     files = next(repo for repo in hub.repos.values() if repo.id == "user/cartoonizer-dataset").files
     assert "README.md" in files and any(name.startswith("data/train-") for name in files)
     rows = read(tmp_path / "cartoonizer-dataset")
     assert [row["task"] for row in rows] == ["cartoonize"] * 3
-    assert {row["source_dataset"] for row in rows} == {"frgfm/imagenette"}
+    assert {row["source_dataset"] for row in rows} == {"user/park"}

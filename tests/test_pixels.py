@@ -239,7 +239,7 @@ BAD_IMAGES = {
     "zero bytes": (lambda: {"bytes": b"", "path": "a.png"}, "0 bytes"),
     "text": (lambda: b"make it a cartoon", "not an image in a format"),
     "missing file": (lambda: "/no/such/file.png", "no such file: /no/such/file.png"),
-    "folder": (lambda: "/tmp", "/tmp is a folder"),
+    "folder": (lambda: "/tmp", "is a folder: /tmp"),
     "device": (lambda: "/dev/zero", "is not a regular file"),
     "number": (lambda: 7, "not an image but int"),
     "empty list": (list, "no image"),

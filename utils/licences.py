@@ -75,8 +75,19 @@ def read_license_fields(source: str, token: str | None = None) -> dict[str, str]
     return {key: value for key, value in fields.items() if isinstance(value, str)} if fields.get("license") else {}
 
 
+# Datasets whose card has the licence of its code or annotations: that of the photographs.
+IMAGENET = ("frgfm/imagenette", "frgfm/imagewoof", "johnowhitaker/imagenette2-320", "ilsvrc/imagenet-1k")
+COCO = ("detection-datasets/coco", "huggingfacem4/coco", "phiyodr/coco2017")
+PHOTOGRAPHS = dict.fromkeys(IMAGENET, "imagenet-research-only") | dict.fromkeys(COCO, "licences-of-flickr")
+
+
 def find_dataset_license(source: str) -> str | None:
-    """The licence in a dataset's card, in its folder, beside its file, or on the Hub; None if unknown."""
+    """The licence in a dataset's card, in its folder, beside its file, or on the Hub; None if unknown.
+
+    Of some datasets the card is about something else than the photographs (`PHOTOGRAPHS`).
+    """
+    if source.casefold() in PHOTOGRAPHS:
+        return PHOTOGRAPHS[source.casefold()]
     path = Path(source).expanduser()
     readme = (path if path.is_dir() else path.parent) / "README.md"
     try:

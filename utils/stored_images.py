@@ -17,6 +17,14 @@ class BadRow(Exception):
         super().__init__(reason)
         self.reason = reason
 
+    @property
+    def kind(self) -> str:
+        """The reason without what differs between rows, such as names and sizes: for counts, which may be published."""
+        what, _, rest = self.reason.partition(": ")
+        if rest and what in ("original image", "edited image"):
+            what = f"{what} {rest.partition(':')[0]}"
+        return what.partition(" (")[0]
+
 
 def unpack_image_value(value: object) -> object:
     """What a cell of an image column holds: of a list of one image that image, of a dict its bytes or its path."""
@@ -60,5 +68,5 @@ def read_image_file(path: str) -> bytes:
     file = Path(path)
     if not file.is_file():  # a named pipe would be read for ever
         reason = "is a folder" if file.is_dir() else "is not a regular file" if file.exists() else None
-        raise BadRow(f"{path} {reason}" if reason else f"no such file: {path}")
+        raise BadRow(f"{reason or 'no such file'}: {path}")
     return file.read_bytes()

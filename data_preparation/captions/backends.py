@@ -39,6 +39,9 @@ class UsageCounter:
         return counts
 
 
+SHOWN = 200  # characters of a rejected answer
+
+
 @dataclass(frozen=True)
 class LocalModelOptions:
     """A model in transformers' format. device: "auto" is the best device; several workers share the GPUs."""
@@ -91,8 +94,12 @@ def ask_model(backend: Backend, questions: Sequence[Question], sampling: Samplin
     """The parsed answers, in the order of the questions. Raises InputError if the model cannot be used at all."""
     parse, results = PARSERS[sampling.format], []
     for question, answer in zip(questions, backend.answer(questions, sampling), strict=True):
-        refused = Rejected("refused by the server", answer.refusal or "")
-        results.append(refused if answer.refusal else parse(question.caption, answer.text, answer.is_finished))
+        result = parse(question.caption, answer.text, answer.is_finished)
+        if answer.refusal:
+            result = Rejected("refused by the server", answer.refusal)
+        elif isinstance(result, Rejected) and not result.detail:
+            result = Rejected(result.reason, " ".join(answer.text.split())[:SHOWN])  # to look at
+        results.append(result)
     return results
 
 

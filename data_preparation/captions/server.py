@@ -80,7 +80,7 @@ class ServerClient:
                 retry_after = read_retry_after(error.response.headers.get("Retry-After"))
             except (ValueError, RecursionError) as error:  # also invalid JSON
                 reason = f"incomplete answer ({error})"
-            if attempt < retries and retry_after is not None:
+            if attempt < retries and retry_after:  # 0 says nothing: without a wait, all attempts would be used at once
                 self._pacer.hold_all(retry_after)
             elif attempt < retries:  # jitter, so that the threads do not all return at once
                 wait = min(MAX_WAIT, self._options.retry_wait * 2**attempt) * random.uniform(0.5, 1.0)

@@ -31,11 +31,13 @@ from data_preparation.generation.runner import GeneratedRows
 from data_preparation.photographs import seeded_rng
 from utils.atomic_files import write_atomically
 from utils.checks.prompt_checks import MAX_TOKENS, estimate_tokens
+from utils.errors import InputError
 
 COLUMNS = ("caption", "edit", "output", "url", "source", "source_dataset", "source_license", "model")
 URL_COLUMNS = ("url", "URL", "image_url", "link")
 ORDER_STREAM = 2**63  # key of the generator that shuffles the captions; above the index of any item
 PROMPTS_FILE = "prompts.jsonl"
+MAX_USELESS = 200  # answers from the start, none of them usable, after which a worker gives up
 
 
 def open_backend(options: ModelOptions, sampling: SamplingOptions, rank: int = 0) -> Backend:
@@ -125,12 +127,14 @@ class OpenTripleGenerator:
     ) -> None:
         self._settings, self._captions, self._backend, self._moderator = settings, captions, backend, moderator
         self._usage_log = UsageLog(settings.usage_log)
+        self._num_useless: int | None = 0  # answers so far, None once one was usable
 
     def __call__(self, items: range) -> GeneratedRows:
         rejected: Counter[str] = Counter()
         try:
             captions = self._usable_captions(items, rejected)
             answers = self._ask(captions)
+            self._require_progress(answers)
             return GeneratedRows(list(self._rows(captions, answers, rejected)), dict(rejected))
         finally:
             self._usage_log.append(self._backend.usage.take())
@@ -157,6 +161,23 @@ class OpenTripleGenerator:
                 results[key] = (result, question.seed, attempt + 1)
             pending = [key for key in pending if isinstance(results[key][0], Rejected)]
         return results
+
+    def _require_progress(self, results: dict) -> None:
+        """Raise InputError where no answer was usable from the start: money would be spent for nothing."""
+        if self._num_useless is None:
+            return
+        rejections = [result for result, _, _ in results.values() if isinstance(result, Rejected)]
+        if len(rejections) < len(results):
+            self._num_useless = None
+            return
+        self._num_useless += len(rejections)
+        if self._num_useless >= MAX_USELESS:
+            (reason, count), last = Counter(one.reason for one in rejections).most_common(1)[0], rejections[-1]
+            raise InputError(
+                f"none of the first {self._num_useless} answers of the model is usable, mostly because: {reason} "
+                f"({count} of {len(rejections)}). One answer: {last.detail[:500] or last.reason!r}. Check --model, "
+                "--format and --max_tokens; finished shards are kept"
+            )
 
     def _rows(self, captions: dict[int, dict], results: dict, rejected: Counter) -> Iterator[dict]:
         rejected.update(result.reason for result, _, _ in results.values() if isinstance(result, Rejected))

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from data_preparation.exporting.pair_layouts import LAYOUTS, ExportedPair
 from data_preparation.importing.dataset_pairs import map_provenance
-from data_preparation.importing.source_pairs import clean_prompts, read_and_decode, rejection_reason, stored_image
+from data_preparation.importing.source_pairs import clean_prompts, read_and_decode, stored_image
 from data_preparation.photographs import seeded_rng
 from utils.atomic_files import atomic_folder
 from utils.data.columns import Columns
@@ -60,7 +60,7 @@ def export_pairs(options: PairExport) -> str:
             made = threads.map(lambda row: _pairs_of(*row, source.columns, options), batch)
             for (number, *_), pairs in zip(batch, made, strict=True):
                 if isinstance(pairs, BadRow):
-                    skipped[rejection_reason(pairs)].append(source.row_name(number))
+                    skipped[pairs.kind].append(source.row_name(number))
                     continue
                 for pair in pairs:
                     writer.add(f"{count:07d}", pair)

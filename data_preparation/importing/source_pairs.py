@@ -120,7 +120,7 @@ class ImportedPairs:
                 try:
                     rows += self._rows_of(pair, rngs[item])
                 except BadRow as error:
-                    rejected[rejection_reason(error)] += 1
+                    rejected[error.kind] += 1
                     num_logged += 1
                     if num_logged <= MAX_LOGGED:
                         name = getattr(pair, "provenance", {}).get("source") or f"item {item}"
@@ -140,14 +140,6 @@ class ImportedPairs:
         original, edited = stored_images(pair, self.image_format)
         known = self.provenance | {name: value for name, value in pair.provenance.items() if value is not None}
         return [make_pair(original, prompt, edited, **known) for prompt in prompts]
-
-
-def rejection_reason(error: BadRow) -> str:
-    """The reason without what differs between rows (paths, sizes), so that it can be counted."""
-    what, _, rest = error.reason.partition(": ")
-    if rest and what in ("original image", "edited image"):
-        what = f"{what} {rest.partition(':')[0]}"
-    return what.partition(" (")[0]
 
 
 def stored_images(pair: SourcePair, image_format: str) -> tuple[bytes, bytes]:

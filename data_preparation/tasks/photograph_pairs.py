@@ -1,5 +1,6 @@
 """The rows of generate_dataset.py: each is drawn from (seed, row) as a photograph, a task and an instruction."""
 
+import logging
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -16,6 +17,8 @@ from data_preparation.tasks.plan import DEGRADATION, Task, TeacherSettings
 from data_preparation.tasks.teachers import load_teacher, public_teacher
 from utils.pixels import BadRow
 
+logger = logging.getLogger(__name__)
+MAX_NAMED = 5  # unusable photographs that a worker names in its log
 MAX_TRIES = 10  # photographs tried for one row, if some cannot be read
 ORDER_STREAM = 1 << 62  # index from which the orders of the photographs are drawn
 
@@ -65,6 +68,7 @@ class _PhotographPairWorker:
         self.settings, self.photographs = settings, photographs
         self._read = lru_cache(maxsize=32)(photographs.read)
         self._order = lru_cache(maxsize=4)(self._draw_order)
+        self._named: set[int] = set()
         weights = np.array([task.weight for task in settings.tasks])
         self._shares = np.cumsum(weights / weights.sum())
         models, flags = settings.models, settings.teacher_settings
@@ -103,7 +107,8 @@ class _PhotographPairWorker:
                     image = fit_image(image, settings.resolution, is_square=settings.crop == "square")
                 break
             except BadRow as error:
-                rejected[f"photograph {self.photographs.name(photograph)} {error.reason}"] += 1
+                rejected[f"photograph {error.kind}"] += 1
+                self._name_unusable(photograph, error)
                 photograph = int(generator.integers(len(self.photographs)))
         else:
             return None
@@ -111,6 +116,12 @@ class _PhotographPairWorker:
         prompts = settings.phrasings[task.phrasings][is_heldout]
         prompt = prompts[generator.integers(len(prompts))]
         return PlannedPair(task, prompt, ("train", "heldout")[is_heldout], image, photograph, generator)
+
+    def _name_unusable(self, photograph: int, error: BadRow) -> None:
+        """In the log alone: the counts by reason are published, and file names may be private."""
+        if photograph not in self._named and len(self._named) < MAX_NAMED:
+            self._named.add(photograph)
+            logger.warning("photograph %s cannot be used: %s", self.photographs.name(photograph), error.reason)
 
     def _make_row(self, pair: PlannedPair, result: np.ndarray, drawn: dict) -> dict:
         settings, photographs, teacher = self.settings, self.photographs, pair.task.teacher

@@ -63,6 +63,13 @@ def open_rows(
         return unify_image_columns(builder.as_dataset(split=split), path)
     except InputError:
         raise
+    except RuntimeError as error:
+        if "scripts are no longer supported" not in str(error):
+            raise
+        raise InputError(
+            f"{name} consists of a script, which `datasets` no longer runs: give a dataset of parquet files (many have "
+            "them at --revision refs/convert/parquet), or download its files and give their folder"
+        ) from error
     except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError, pa.ArrowException) as error:
         what = f"the folder {name}" if path.is_dir() else f"the dataset {name} from the Hugging Face Hub"
         reason = f"{type(error.__cause__).__name__}: {error.__cause__}" if error.__cause__ else str(error)
