@@ -141,6 +141,7 @@ def read_json_object(text: str) -> dict | None:
 def make_generator(args: argparse.Namespace, tasks: list[Task]) -> tuple[Any, dict]:
     """(PhotographPairGenerator, settings for the manifest). Opens the photographs and finds the models."""
     from data_preparation.generation.inputs import Photographs
+    from data_preparation.importing.source_pairs import digest_json
     from data_preparation.tasks.photograph_pairs import PhotographPairGenerator
     from data_preparation.tasks.teachers import describe_models, public_teacher
 
@@ -167,7 +168,7 @@ def make_generator(args: argparse.Namespace, tasks: list[Task]) -> tuple[Any, di
         "photographs": opened.dataset,
         "photographs_digest": opened.digest,
         "tasks": {task.name: [task.weight, public_teacher(task.teacher), models[task.teacher]] for task in tasks},
-        "instructions": {name: list(map(len, both)) for name, both in generator.phrasings.items()},
+        "instructions": {name: [*map(len, both), digest_json(both)] for name, both in generator.phrasings.items()},
     }
     return generator, settings | {name: getattr(args, name) for name in names}
 

@@ -168,6 +168,19 @@ def test_unreadable_photographs_are_counted_and_replaced(tmp_path, capsys, caplo
     assert "photograph cut.jpg cannot be used: not an image" in caplog.text
 
 
+def test_changed_instructions_are_noticed(tmp_path, capsys):
+    """By their texts: as many others are another dataset."""
+    (tmp_path / "task.txt").write_text("make it red\nmake it crimson\n")
+    (tmp_path / "paint.py").write_text("def paint(image):\n    return 255 - image\n")
+    flags = [f"--task={tmp_path / 'task.txt'}", f"--teacher=python:{tmp_path / 'paint.py'}:paint"]
+    flags += ["--heldout_phrasings=0", "--max_num_samples=4"]
+    generate(tmp_path / "out", *flags)
+    (tmp_path / "task.txt").write_text("make it blue\nmake it crimson\n")
+    with pytest.raises(SystemExit):
+        generate(tmp_path / "out", *flags)
+    assert "instructions" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
