@@ -1,5 +1,6 @@
 """Tests that need a GPU; skipped without one."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from utils.editing.editor_setup import offload_editor
 from utils.editing.loading import load_editor
 from utils.runtime import _xformers_problem
 from utils.training.objective import Objective
+from utils.training.optimizers import restore_paging
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU on this machine")
 TRAIN = train_instruct_pix2pix.main
@@ -141,3 +143,42 @@ def test_offload_as_users_run_it(tiny_sdxl_editor, tmp_path, capsys):
         assert infer.main([*flags, "--seed", "0", "--dtype", "fp16", "--offload", kind, "--output", str(out)]) == 0
         images.append(np.asarray(Image.open(out), int))
     assert np.abs(images[0] - images[1]).max() <= 3
+
+
+def test_a_paged_optimizer_is_paged_after_resuming():
+    """And its next step is that of the optimizer that was saved."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    model = torch.nn.Linear(512, 512, device="cuda")  # states of less than 100,000 values are not paged
+
+    def step(optimizer: torch.optim.Optimizer) -> None:
+        torch.manual_seed(1)
+        model(torch.randn(4, 512, device="cuda")).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    first = bitsandbytes.optim.PagedAdamW8bit(model.parameters(), lr=1e-2)
+    step(first)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    saved = copy.deepcopy(first.state_dict())
+    step(first)
+    expected = {name: value.clone() for name, value in model.state_dict().items()}
+    model.load_state_dict(start)
+    second = bitsandbytes.optim.PagedAdamW8bit(model.parameters(), lr=1e-2)
+    second.load_state_dict(saved)
+    restore_paging(second)
+    states = second.state[model.weight]
+    assert all(getattr(states[name], "is_paged", False) for name in ("state1", "state2"))
+    step(second)
+    assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+def test_skipped_updates_of_fp16_are_logged(tiny_base, pairs, tmp_path):
+    """The gradient scaler starts at 65536 and finds its scale in the first steps; the learning rate waits for it."""
+    schedule = ("--lr_scheduler=linear", "--lr_warmup_steps=0", "--max_train_steps=6")
+    flags = ("--mixed_precision=fp16", "--logging_steps=1", *schedule)
+    assert TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", *flags)) == 0
+    entries = [json.loads(line) for line in (tmp_path / "out/training_log.jsonl").read_text().splitlines()]
+    rates = [entry["lr"] for entry in entries]
+    for before, entry, rate in zip([None, *rates], entries, rates, strict=False):
+        assert before is None or (rate == before) == bool(entry.get("skipped_updates")), entries

@@ -28,7 +28,7 @@ from utils.training.checkpoints import (
 from utils.training.ema import MovingAverage
 from utils.training.memory_saving import FusedBackward
 from utils.training.objective import Objective
-from utils.training.optimizers import averaged_weights
+from utils.training.optimizers import averaged_weights, restore_paging
 from utils.training.training_log import append_log
 
 MAX_SKIPPED = 100  # the scaler halves its scale each time: 65536 becomes smaller than any gradient needs after 40
@@ -82,6 +82,7 @@ class TrainingState:
         put_weights(self.model, read_trained(checkpoint / "unet", self.model))
         state = load_training_state(checkpoint)
         self.optimizer.load_state_dict(state["optimizer"])
+        restore_paging(self.optimizer.optimizer)
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if self.accelerator.scaler and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])

@@ -123,6 +123,17 @@ def _make_prodigy(
         )
 
 
+def restore_paging(optimizer: torch.optim.Optimizer) -> None:
+    """Move the loaded state of a paged optimizer to paged memory again: bitsandbytes loads it into the GPU's."""
+    for single in optimizer.inner if isinstance(optimizer, FusedBackward) else [optimizer]:
+        for parameter, values in single.state.items() if getattr(single, "is_paged", False) else ():
+            for name in ("state1", "state2"):
+                stored = values.get(name)
+                if stored is not None and not getattr(stored, "is_paged", False):
+                    values[name] = single.get_state_buffer(parameter, dtype=stored.dtype)
+                    values[name].copy_(stored)
+
+
 @contextmanager
 def averaged_weights(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """Within the context the parameters are the averaged ones, if the optimizer averages them (schedulefree).
