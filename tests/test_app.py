@@ -182,7 +182,7 @@ def test_bad_files(visit, bad_files):
     """Each gets a message, and the next file is edited."""
     visitor = visit()
     visitor.set("steps", 2)
-    problems = {"text.png": "not an image", "empty.png": "0 bytes", "cut.jpg": "truncated", "wide.png": "2000x2000"}
+    problems = {"text.png": "not an image", "empty.png": "0 bytes", "wide.png": "2000x2000"}
     for name, problem in problems.items():
         visitor.upload(bad_files / name)
         assert problem in visitor.status() and "cannot be used" in visitor.status()

@@ -8,6 +8,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -38,9 +39,11 @@ def load_service(model: str) -> EditService:
     return EditService(open_editor(EditorOptions(model, device="cpu")), batch_size=2)
 
 
-def make_runner(models: list[Path], *, timeout: float = 600, load=load_service) -> RequestRunner:
+def make_runner(
+    models: list[Path], *, timeout: float = 600, load=load_service, max_pixels: int = 10**6
+) -> RequestRunner:
     cache = ModelCache([str(model) for model in models], load, capacity=2)
-    return RequestRunner(cache, RequestQueue(timeout, 5), resolution=None, max_pixels=10**6, max_bytes=10**6)
+    return RequestRunner(cache, RequestQueue(timeout, 5), resolution=None, max_pixels=max_pixels, max_bytes=10**6)
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +271,29 @@ def test_waiting_request_can_be_stopped(tiny_editor, photo):
         list(events)
     assert runner.requests.wait(runner.requests.join(), 0) == 1
     runner.requests.leave(before)
+
+
+def test_waiting_requests_hold_no_pixels(tiny_editor, tmp_path):
+    """Five images of 49 megapixels would be 1 GB while they wait; nor is one kept after its edit."""
+    Image.new("RGB", (7000, 7000)).save(tmp_path / "huge.png")
+    runner, slots, process = make_runner([tiny_editor], max_pixels=50 * 10**6), [], psutil.Process()
+    request = EditRequest("snow", "editor", steps=1)
+    before, used = runner.requests.join(), process.memory_info().rss
+    waiting = [runner.run(str(tmp_path / "huge.png"), request, slots.append) for _ in range(5)]
+    assert all(isinstance(next(events), RequestProgress) for events in waiting)
+    assert process.memory_info().rss - used < 300e6
+    runner.requests.leave(before)
+    assert all(isinstance(list(events)[-1], PageEdit) for events in waiting)
+    assert process.memory_info().rss - used < 300e6
+
+
+def test_damage_behind_the_header_is_reported_when_the_image_is_edited(tiny_editor, tmp_path):
+    make_noise((400, 440)).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:9000])
+    runner = make_runner([tiny_editor])
+    assert runner.check_upload(str(tmp_path / "cut.jpg")) == (400, 440)
+    with pytest.raises(InputError, match="cannot be edited: cannot be decoded: .*truncated"):
+        run(runner, tmp_path / "cut.jpg", EditRequest("snow", "editor", steps=1))
 
 
 def test_abandoned_request_is_stopped(tiny_editor, photo):

@@ -122,7 +122,7 @@ class PageHandlers:
     def check_image(self, image: str | None) -> dict[str, Any]:
         """Report what is wrong with an upload at once, and remove it from the page."""
         try:
-            width, height = self._runner.load_upload(image).image.size
+            height, width = self._runner.check_upload(image)
             return {"status": status_html(f"{width} x {height} pixels.")}
         except InputError as error:
             return {"status": error_html(str(error)), "image": None}

@@ -56,7 +56,7 @@ class Page:
     def _add_request(self) -> None:
         upload = dict(type="filepath", image_mode=None, sources=["upload", "clipboard"], buttons=["fullscreen"])
         image = self._add("image", gr.Image, label="Image", height=320, **upload)
-        # Gradio would decode the file itself; `load_upload` has limits and better messages.
+        # Gradio would decode the file itself; `check_upload` has limits and better messages.
         image.preprocess = lambda payload: payload.path if payload else None
         one_line = dict(lines=1, max_lines=1)
         self._add("instruction", gr.Textbox, label="Instruction", placeholder="make it a pencil drawing", **one_line)
