@@ -38,6 +38,7 @@ LIMITS = {
     "resolution": settings.LIMITS["resolution"],
     "server_port": (1, 65_535),
     "max_upload_mb": (0.01, 10_000),
+    "max_stored_mb": (0.01, 10_000_000),
     "max_megapixels": (0.001, 178),
     "timeout": (1, 86_400),
     "max_waiting": (0, 30),
@@ -72,6 +73,8 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--share", action="store_true", help="create a public address through Gradio's servers")
     add = parser.add_argument_group("limits").add_argument
     add("--max_upload_mb", type=float, default=20, metavar="MB", help="largest upload (default 20)")
+    stored = "uploads and edits of all visitors together; further uploads are refused (default 4000)"
+    add("--max_stored_mb", type=float, default=4000, metavar="MB", help=stored)
     add("--max_megapixels", type=float, default=50, metavar="M", help="largest image to decode (default 50)")
     add("--timeout", type=float, default=600, metavar="SECONDS", help="longest time for one request (default 600)")
     add("--max_waiting", type=int, default=20, metavar="N", help="requests that may wait while one runs (default 20)")
@@ -131,13 +134,18 @@ def make_page(args: argparse.Namespace) -> tuple[Any, Any]:
 def serve(args: argparse.Namespace) -> None:
     """Open the page, and keep it open until Ctrl-C or SIGTERM."""
     blocks, requests = make_page(args)
-    from utils.web.page import APPEARANCE
+    from starlette.middleware import Middleware
 
+    from utils.web.page import APPEARANCE
+    from utils.web.upload_limit import UploadLimit
+
+    folder, stored_bytes = Path(tempfile.gettempdir()), int(args.max_stored_mb * 2**20)
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
     try:
-        _, local, public = blocks.queue(default_concurrency_limit=None).launch(
+        # Without the queue Gradio would not notice that a client has left.
+        _, local, public = blocks.queue(default_concurrency_limit=None, api_open=False).launch(
             server_name=args.server_name,
             server_port=args.server_port,
             share=args.share,
@@ -145,6 +153,7 @@ def serve(args: argparse.Namespace) -> None:
             prevent_thread_lock=True,
             max_threads=40,
             max_file_size=int(args.max_upload_mb * 2**20),
+            app_kwargs={"middleware": [Middleware(UploadLimit, folder=folder, max_bytes=stored_bytes)]},
             **APPEARANCE,
         )
     except OSError as error:

@@ -7,8 +7,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
 from PIL import Image
 
 import app
@@ -31,6 +34,12 @@ def error_of(capsys: pytest.CaptureFixture, *flags: str) -> str:
         app.main(list(flags))
     assert stopped.value.code == 2
     return capsys.readouterr().err
+
+
+def upload(server: Server, path: Path, *options: str) -> str:
+    """What the server answers to an upload by curl."""
+    command = ["curl", "-s", *options, "-F", f"files=@{path}", f"{server.url}gradio_api/upload"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE / 1000).stdout
 
 
 def assert_repeats(downloaded: Path, original: Path, model: Path, *options: str) -> None:
@@ -407,9 +416,6 @@ def test_api_examples_of_the_docs(server, tmp_path):
 
 
 def test_api_with_two_models_and_mistakes(server, bad_files, tiny_editor, tmp_path):
-    from gradio_client import Client, handle_file
-    from gradio_client.exceptions import AppError
-
     client = Client(server.url, verbose=False)
     settings = dict(instruction="make it snowy", model="editor", compare="twin", steps=2, seed=3, images=2)
     photo = handle_file(PHOTOS / "raccoon.jpg")
@@ -429,15 +435,43 @@ def test_api_with_two_models_and_mistakes(server, bad_files, tiny_editor, tmp_pa
             client.predict(photo, **(settings | changes), api_name="/edit")
     with pytest.raises(AppError, match="not an image"):
         client.predict(handle_file(bad_files / "text.png"), **settings, api_name="/edit")
-    upload = ["curl", "-s", "-F", f"files=@{bad_files / 'heavy.jpg'}", f"{server.url}gradio_api/upload"]
-    assert "exceeded" in subprocess.run(upload, capture_output=True, text=True).stdout
+    assert "exceeded" in upload(server, bad_files / "heavy.jpg")
     assert client.predict(photo, **settings, api_name="/edit")[1] == facts
+
+
+def test_addresses_in_place_of_uploads_are_not_fetched(server):
+    """Neither by the API nor by the events of the page. Gradio would fetch those of public servers."""
+    client, log = Client(server.url, verbose=False), server.log.read_text()
+    file = {"path": "http://127.0.0.1:1/private.png", "meta": {"_type": "gradio.FileData"}}
+    with pytest.raises(AppError, match="fetches no addresses"):
+        client.predict(file, instruction="make it snowy", api_name="/edit")
+    at_once = [event for event in client.config["dependencies"] if event["inputs"] and not event["queue"]]
+    assert len(at_once) >= 3
+    for event in at_once:
+        body = {"data": [[file]] * len(event["inputs"]), "fn_index": event["id"], "session_hash": "visitor"}
+        answer = httpx.post(f"{server.url}gradio_api/run/predict", json=body)
+        assert "fetches no addresses" in answer.text, event
+    assert server.log.read_text() == log
+
+
+def test_stored_files_have_a_total_limit(tiny_editor, tmp_path):
+    """Refused before they are read; the other requests go on."""
+    server = Server(tmp_path / "log", f"--model={tiny_editor}", "--max_stored_mb=0.5")
+    try:
+        assert upload(server, PHOTOS / "raccoon.jpg").startswith("[")
+        (tmp_path / "large.png").write_bytes(bytes(600_000))
+        assert "0.5 MB together, and there is no room" in upload(server, tmp_path / "large.png")
+        assert "needs a Content-Length" in upload(server, PHOTOS / "rocket.jpg", "-H", "Transfer-Encoding: chunked")
+        client, photo = Client(server.url, verbose=False), handle_file(PHOTOS / "raccoon.jpg")
+        assert client.predict(photo, instruction="snow", steps=1, api_name="/edit")[0]
+        several = [option for _ in range(20) for option in ("-F", f"files=@{PHOTOS / 'rocket.jpg'}")]
+        assert "there is no room" in upload(server, PHOTOS / "rocket.jpg", *several)
+    finally:
+        assert server.end() == 0, server.log.read_text()
 
 
 def test_adapter_and_vae_of_the_page(tiny_base, tiny_editor, tmp_path):
     """An adapter turns a text-to-image model into the editor; `infer.py --repeat` with the same flags agrees."""
-    from gradio_client import Client, handle_file
-
     save_adapter(tmp_path / "adapter", load_trained(tiny_base, AdapterOptions(lora_rank=2)).unet)
     options = [f"--lora={tmp_path / 'adapter'}", f"--vae={tiny_editor / 'vae'}"]
     server = Server(tmp_path / "log", f"--model={tiny_base}", *options, "--lora_scale=0.5", "--no_safety_checker")

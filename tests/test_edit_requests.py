@@ -3,10 +3,12 @@
 import json
 import shutil
 import threading
+import time
 from functools import partial
 from pathlib import Path
 from urllib.parse import parse_qsl
 
+import gradio as gr
 import numpy as np
 import psutil
 import pytest
@@ -40,10 +42,12 @@ def load_service(model: str) -> EditService:
 
 
 def make_runner(
-    models: list[Path], *, timeout: float = 600, load=load_service, max_pixels: int = 10**6
+    models: list[Path], *, timeout: float = 600, load=load_service, max_pixels: int = 10**6, clock=time.monotonic
 ) -> RequestRunner:
     cache = ModelCache([str(model) for model in models], load, capacity=2)
-    return RequestRunner(cache, RequestQueue(timeout, 5), resolution=None, max_pixels=max_pixels, max_bytes=10**6)
+    return RequestRunner(
+        cache, RequestQueue(timeout, 5, clock), resolution=None, max_pixels=max_pixels, max_bytes=10**6
+    )
 
 
 @pytest.fixture(scope="module")
@@ -328,6 +332,27 @@ def test_timeout(tiny_editor, photo):
     runner = make_runner([tiny_editor], timeout=0)
     with pytest.raises(Stopped, match="the longest time for one request"):
         run(runner, photo, EditRequest("snow", "editor", steps=200))
+
+
+def test_loading_a_model_does_not_count_as_time(tiny_editor, photo):
+    now = [0.0]
+
+    def load_slowly(model: str) -> EditService:
+        now[0] += 1000
+        return load_service(model)
+
+    runner = make_runner([tiny_editor], timeout=10, load=load_slowly, clock=lambda: now[0])
+    assert isinstance(run(runner, photo, EditRequest("snow", "editor", steps=2))[-1], PageEdit)
+
+
+def test_client_of_the_api_that_leaves_frees_the_device(tiny_editor, photo):
+    runner, calls = make_runner([tiny_editor]), []
+    hook = runner.models.get("editor").pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
+    request = EditRequest("snow", "editor", steps=200, images=16)
+    with pytest.raises(gr.Error, match="Stopped"):
+        PageHandlers(runner, [photo]).call(str(photo), request, gr.Progress(), lambda: len(calls) < 3)
+    assert len(calls) < 100  # of 1600: it leaves at the third step, and the handler may be some steps late
+    hook.remove()
 
 
 def test_settings_of_the_second_model(tiny_editor, tmp_path):

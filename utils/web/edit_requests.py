@@ -197,7 +197,9 @@ class RequestRunner:
             slot.check()
             if not self.models.is_loaded(model):
                 report(RequestProgress(f"Loading {model}", done / request.num_edits))
-            service, settings = self.models.get(model), self.settings_for(request, model)
+            with slot.not_counting():
+                service = self.models.get(model)
+            settings = self.settings_for(request, model)
             seeds = range(request.seed, request.seed + request.images)
             # The page compares single images: infer.py edits whole animations.
             settings = replace(settings, first_frame=upload.is_animated)

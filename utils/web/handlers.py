@@ -4,7 +4,7 @@ import logging
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,12 +90,18 @@ class PageHandlers:
         return {"run": gr.update(interactive=True), "stop": gr.update(interactive=False)}
 
     def call(
-        self, image: str | None, request: EditRequest, progress: gr.Progress
+        self, image: str | None, request: EditRequest, progress: gr.Progress, is_connected: Callable[[], bool]
     ) -> tuple[list[tuple], dict[str, Any]]:
-        """For the API: all edits with their captions, and their settings. Raises gr.Error."""
+        """For the API: all edits with their captions, and their settings. Raises gr.Error.
+
+        is_connected: asked after each step; a client that has left frees the device.
+        """
         edits, facts = [], []
+        slots: list[QueueSlot] = []
         try:
-            for event in self._runner.run(image, request, lambda slot: None):
+            for event in self._runner.run(image, request, slots.append):
+                if not is_connected():
+                    slots[0].stop()
                 if isinstance(event, RequestProgress):
                     progress(event.fraction, desc=event.text)
                     continue

@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from utils.editing.schedulers import SCHEDULERS
+from utils.web import gradio_events
 from utils.web.edit_requests import PAGE_LIMITS, EditRequest
 from utils.web.handlers import COMPARISON, IMAGE_AND_EDIT, TWO_MODELS, PageHandlers, remove_files
 from utils.web.page_text import CSS, HEAD, INTRODUCTION, SHOW_LINK, TIPS, TITLE
@@ -210,20 +211,14 @@ class Page:
             """Edit an image by an instruction: the edits, and the settings of each."""
             values = [instruction, model, compare, steps, seed, images, cfg_text, cfg_image, scheduler, keep_size]
             values += [negative_prompt, guidance_rescale, karras_sigmas]
-            return self._handlers.call(image, _make_request(values), progress)
+            return self._handlers.call(
+                image, _make_request(values), progress, gradio_events.make_connection_check(self.blocks)
+            )
 
         inputs, outputs = self._named("image", *REQUEST), self._named("api_edits", "api_facts")
         options = dict(api_name="edit", concurrency_limit=None, show_progress="hidden")
         self.parts["api_run"].click(edit, inputs, outputs, **options)
-        validate = self.blocks.validate_inputs
-
-        def validate_inputs(block_fn: Any, values: list[Any]) -> None:
-            """Gradio refuses a list of values that ends early, as of a client that does not know the last ones."""
-            if block_fn.api_name == "edit" and len(values) > 2:
-                values += [part.value for part in block_fn.inputs[len(values) :]]
-            validate(block_fn, values)
-
-        self.blocks.validate_inputs = validate_inputs
+        gradio_events.check_inputs_early(self.blocks, accepts_fewer="edit")
 
 
 def _make_request(values: list[Any]) -> EditRequest:
