@@ -254,6 +254,16 @@ def test_stop(visit, by_key):
     visitor.page.click("#run")
     visitor.wait_for_status(r"^Step \d+ of 200 · images \d+ to \d+ of 16", "no progress")
     assert visitor.page.locator("#run").is_disabled()
+    if by_key:  # what is open is closed first, and the edit goes on
+        menu = visitor.page.locator("#scheduler input")
+        menu.click()
+        visitor.page.keyboard.press("Escape")
+        assert menu.get_attribute("aria-expanded") == "false"
+        visitor.page.locator("#image button[aria-label=Fullscreen]").click()
+        visitor.page.keyboard.press("Escape")
+        visitor.page.wait_for_selector(".fullscreen", state="detached")
+        visitor.forget_status()
+        visitor.wait_for_status(r"^Step \d+ of 200", "it was stopped")
     visitor.page.keyboard.press("Escape") if by_key else visitor.page.click("#stop")
     status = visitor.wait_for_status("^Stopped", "it does not stop")
     assert int(re.search(r"(\d+) of 16 images", status)[1]) < 16
