@@ -26,6 +26,7 @@ from utils.editing.records import read_record
 from utils.models.adapters import AdapterOptions, save_adapter
 
 PHOTOS = REPOSITORY / "assets/photos"
+NODE = shutil.which("node")
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason=INSTALL)
 
 
@@ -106,10 +107,12 @@ def test_message_without_a_toy_editor(capsys, monkeypatch, tmp_path):
 
 def test_all_mistakes_in_the_flags_in_one_message(capsys):
     flags = "--model=./nowhere --model=b --timeout=0 --max_upload_mb=nan --server_port=70000 --lora=./x --vae=./y"
+    flags += " --revision=main --single_file_config=./z"
     message = error_of(capsys, *flags.split(), "--lora_scale=11", "--offload=model", "--device=cpu")
     for word in ("./nowhere", "--timeout 0", "--max_upload_mb nan", "--server_port 70000", "--lora ./x", "--vae ./y"):
         assert word in message
-    for word in ("--lora is for one --model", "--lora_scale 11", "--offload model needs a GPU"):
+    one_model = [f"--{flag} is for one --model" for flag in ("lora", "revision", "single_file_config")]
+    for word in (*one_model, "--lora_scale 11", "--offload model needs a GPU"):
         assert word in message
 
 
@@ -184,6 +187,11 @@ def test_enter_key_and_gallery(visit, tiny_editor, tmp_path):
     assert_repeats(downloaded, PHOTOS / "coffee.jpg", tiny_editor)
     visitor.edit("make it foggy")  # again, with another seed
     assert visitor.number("seed") != seed
+    edited = visitor.bytes_of(visitor.compared_images[1])
+    visitor.forget_status()
+    visitor.page.click("#again")
+    visitor.wait_for_status("The edit is the image now", "it is not the image")
+    assert visitor.bytes_of(visitor.page.locator("#image img").first.get_attribute("src")) == edited
 
 
 @in_chromium
@@ -279,6 +287,8 @@ def test_link_restores_the_edit(visit):
     visitor.upload(PHOTOS / "raccoon.jpg")
     visitor.page.check("#new_guidance input")
     visitor.page.check("#keep_size input")
+    visitor.page.get_by_text("More settings").click()
+    visitor.set("resolution", 96)
     visitor.choose("scheduler", "euler_a")
     visitor.set("steps", 3)
     visitor.edit("give it a sepia tone & more")
@@ -288,7 +298,9 @@ def test_link_restores_the_edit(visit):
 
     other = visit("?" + visitor.page.url.split("?", 1)[1])
     assert other.instruction.input_value() == "give it a sepia tone & more"
-    names = ("seed", "steps", "images", "cfg_text", "cfg_image")
+    other.page.get_by_text("More settings").click()
+    names = ("seed", "steps", "images", "cfg_text", "cfg_image", "resolution")
+    assert "resolution=96" in visitor.page.url
     assert [other.number(name) for name in names] == [visitor.number(name) for name in names]
     assert not other.page.is_checked("#new_seed input") and other.page.is_checked("#keep_size input")
     assert other.page.locator("#scheduler input").input_value() == "euler_a"
@@ -367,8 +379,8 @@ def test_tab_key_reaches_everything(visit):
         visitor.page.keyboard.press("Tab")
         reached.append(
             visitor.page.evaluate(
-                "['run', 'stop', 'example', 'reset', 'comparison', 'gallery', 'link', 'images', 'steps', 'cfg_text',"
-                " 'cfg_image', 'seed', 'new_seed', 'new_guidance', 'scheduler', 'keep_size']"
+                "['run', 'stop', 'example', 'reset', 'comparison', 'gallery', 'again', 'link', 'images', 'steps',"
+                " 'cfg_text', 'cfg_image', 'seed', 'new_seed', 'new_guidance', 'scheduler', 'keep_size']"
                 ".find(id => document.getElementById(id)?.contains(document.activeElement))"
             )
         )
@@ -376,6 +388,7 @@ def test_tab_key_reaches_everything(visit):
     assert order[:4] == ["run", "example", "reset", "comparison"]  # the stop button is disabled
     assert order[4:] == [
         "gallery",
+        "again",
         "link",
         "images",
         "steps",
@@ -407,13 +420,16 @@ def test_no_horizontal_scrolling(visit):
 
 
 def test_api_examples_of_the_docs(server, tmp_path):
-    """The Python and curl code of docs/app.md, with another port; it does not know the last two values."""
+    """The Python, curl and JavaScript code of docs/app.md, with another port; curl does not know the last values."""
     blocks = dict(
-        re.findall(r"```(python|bash)\n((?:from|api=).*?)```", (REPOSITORY / "docs/app.md").read_text(), re.S)
+        re.findall(r"```(python|bash|js)\n((?:from|api=|import).*?)```", (REPOSITORY / "docs/app.md").read_text(), re.S)
     )
     shutil.copy(PHOTOS / "raccoon.jpg", tmp_path / "photo.jpg")
     printed = {}
-    for language, command in (("python", [app.sys.executable, "-c"]), ("bash", ["bash", "-c"])):
+    commands = {"python": [app.sys.executable, "-c"], "bash": ["bash", "-c"]}
+    if NODE:
+        commands["js"] = [NODE, "--input-type=module", "-e"]
+    for language, command in commands.items():
         code = blocks[language].replace("http://127.0.0.1:7860", server.url.rstrip("/"))
         ended = subprocess.run([*command, code], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE / 1000)
         assert ended.returncode == 0, ended.stderr
@@ -421,6 +437,10 @@ def test_api_examples_of_the_docs(server, tmp_path):
     assert printed["python"].count(".png") == 2
     assert "'seed': 3" in printed["python"] and "'seed': 4" in printed["python"]
     assert "event: complete" in printed["bash"]
+    if NODE:
+        url, seeds = printed["js"].split(maxsplit=1)
+        assert url.startswith(server.url) and Image.open(io.BytesIO(httpx.get(url).content)).format == "PNG"
+        assert json.loads(seeds) == [3, 4]
     edits, facts = json.loads(printed["bash"].rsplit("data: ", 1)[1])
     assert facts["edits"][0]["seed"] == 3 and edits[0]["image"]["url"].startswith(server.url)
 
@@ -462,6 +482,53 @@ def test_addresses_in_place_of_uploads_are_not_fetched(server):
         answer = httpx.post(f"{server.url}gradio_api/run/predict", json=body)
         assert "fetches no addresses" in answer.text, event
     assert server.log.read_text() == log
+
+
+def test_passwords_are_not_repeated(capsys, tmp_path, monkeypatch):
+    """A message about --auth never has what was given."""
+    (tmp_path / "logins").write_text("anna:first\nsecret-without-name\n")
+    assert "line 2" in (message := error_of(capsys, "--model=a", f"--auth={tmp_path / 'logins'}"))
+    assert "secret-without-name" not in message
+    assert "put it into a file" in (message := error_of(capsys, "--model=a", "--auth=anna:s3cret"))
+    assert "s3cret" not in message
+    monkeypatch.setenv("EDITOR_AUTH", "s3cret")
+    assert "EDITOR_AUTH" in (message := error_of(capsys, "--model=a")) and "s3cret" not in message
+    assert "--root_path editor" in error_of(capsys, "--model=a", "--root_path=editor")
+
+
+def test_login(guarded, chromium):
+    """Without one nothing can be read, uploaded or edited, and the page works with it."""
+    address = guarded.url.rstrip("/")
+    for path in ("config", "gradio_api/info", "gradio_api/queue/data?session_hash=x"):
+        assert httpx.get(f"{address}/{path}").status_code == 401
+    assert "Not authenticated" in upload(guarded, PHOTOS / "rocket.jpg")
+    assert httpx.post(f"{address}/login", data={"username": "anna", "password": "wrong"}).status_code == 400
+    client = Client(guarded.url, auth=("anna", "pass:word"), verbose=False)
+    photo = handle_file(PHOTOS / "rocket.jpg")
+    assert client.predict(photo, instruction="snow", steps=1, api_name="/edit")[0]
+    assert "pass:word" not in guarded.log.read_text()
+    command = Path(f"/proc/{guarded.process.pid}/cmdline")
+    assert not command.exists() or b"pass:word" not in command.read_bytes()
+
+
+def test_root_path(guarded):
+    """The addresses that the server gives to clients are those of the proxy before it."""
+    with httpx.Client() as client:
+        login = client.post(f"{guarded.url}login", data={"username": "anna", "password": "pass:word"})
+        assert login.status_code == 200
+        config = client.get(f"{guarded.url}config").json()
+    assert config["root"].endswith("/editor")
+
+
+@pytest.fixture(scope="module")
+def guarded(tiny_editor, tmp_path_factory):
+    """A server with a login, behind a path of another server, with room for few files."""
+    folder = tmp_path_factory.mktemp("guarded")
+    (folder / "logins").write_text("# who may edit\nanna:pass:word\n")
+    flags = (f"--auth={folder / 'logins'}", "--root_path=/editor")
+    server = Server(folder / "log", f"--model={tiny_editor}", *flags)
+    yield server
+    assert server.end() == 0, server.log.read_text()
 
 
 def test_stored_files_have_a_total_limit(tiny_editor, tmp_path):

@@ -196,7 +196,7 @@ def test_limits_of_every_number():
     names = dict(images="num_images", cfg_text="guidance_scale", cfg_image="image_guidance_scale")
     for name, (smallest, largest) in PAGE_LIMITS.items():
         bounds = LIMITS[names.get(name, name)]
-        assert bounds[0] <= smallest < largest <= bounds[1]
+        assert (bounds[0] <= smallest or name == "resolution") and smallest < largest <= bounds[1]
         for value in (smallest, largest):
             assert getattr(check_request(EditRequest("snow", "a", **{name: value}), ["a"]), name) == value
         with pytest.raises(InputError, match=name):
@@ -353,6 +353,37 @@ def test_client_of_the_api_that_leaves_frees_the_device(tiny_editor, photo):
         PageHandlers(runner, [photo]).call(str(photo), request, gr.Progress(), lambda: len(calls) < 3)
     assert len(calls) < 100  # of 1600: it leaves at the third step, and the handler may be some steps late
     hook.remove()
+
+
+def test_resolution_of_a_request(tiny_editor, tmp_path, photo):
+    """That of the request, else of the server, else the recommended one, else the model's own."""
+    (tmp_path / "adapted").mkdir()
+    runner = make_runner([tiny_editor, recommend(tmp_path / "adapted", FEW_STEPS | {"resolution": 96})])
+    handlers = PageHandlers(runner, [photo])
+    assert handlers.choose_model("adapted")["resolution"] == 96 and handlers.choose_model("editor")["resolution"] == 0
+    assert handlers.default_request().resolution == 0
+    sizes = {}
+    for resolution in (0, 128):
+        event = run(runner, photo, EditRequest("snow", "editor", steps=1, resolution=resolution))[-1]
+        sizes[resolution] = max(event.result.image.size)
+        assert event.result.record["settings"]["resolution"] == (resolution or None)
+    assert sizes[0] < sizes[128] < 192
+    runner.resolution = 192
+    assert handlers.choose_model("adapted")["resolution"] == 192
+    assert runner.settings_for(EditRequest("snow", "adapted", "editor"), "editor").resolution == 192
+
+
+def test_an_edit_is_edited_again(tiny_editor, photo):
+    """It is still there when the next edit has removed the files of the one before."""
+    handlers = PageHandlers(make_runner([tiny_editor]), [photo])
+    request, image, gallery = EditRequest("make it snowy", "editor", steps=1), str(photo), []
+    for _ in range(3):
+        updates = list(handlers.edit(image, request, False, False, gallery, "visitor"))
+        assert updates[-1]["status"].count("Done") == 1
+        gallery = [update["items"] for update in updates if "items" in update][-1]
+        image = handlers.edit_again(gallery[0].edited)["image"]
+    assert Image.open(image).tobytes() == Image.open(gallery[0].edited).tobytes()
+    assert "make one first" in handlers.edit_again("")["status"]
 
 
 def test_settings_of_the_second_model(tiny_editor, tmp_path):

@@ -30,8 +30,9 @@ PAGE_LIMITS = {
     "cfg_text": _narrow("guidance_scale", 20),
     "cfg_image": _narrow("image_guidance_scale", 5),
     "guidance_rescale": _narrow("guidance_rescale", 1),
+    "resolution": (0, 2048),  # 0: the model's own
 }
-WHOLE_NUMBERS = ("steps", "seed", "images")
+WHOLE_NUMBERS = ("steps", "seed", "images", "resolution")
 SWITCHES = ("keep_size", "karras_sigmas")
 
 
@@ -52,6 +53,7 @@ class EditRequest:
     negative_prompt: str = ""
     guidance_rescale: float = DEFAULT_SETTINGS["guidance_rescale"]
     karras_sigmas: bool = False
+    resolution: int = 0  # longer side of an edit, approximately; 0 for the model's own
 
     @property
     def models(self) -> list[str]:
@@ -132,13 +134,16 @@ class PageEdit:
 
 
 class RequestRunner:
-    """Runs requests: the models, the queue, and the limits of uploads."""
+    """Runs requests: the models, the queue, and the limits of uploads.
+
+    resolution: of edits that do not set one, instead of the one that the model recommends.
+    """
 
     def __init__(
         self, models: ModelCache, requests: RequestQueue, *, resolution: int | None, max_pixels: int, max_bytes: int
     ) -> None:
         self.models, self.requests = models, requests
-        self._resolution, self._max_pixels, self._max_bytes = resolution, max_pixels, max_bytes
+        self.resolution, self._max_pixels, self._max_bytes = resolution, max_pixels, max_bytes
 
     def check_upload(self, path: str | None) -> tuple[int, int]:
         """The upright size (h, w) of an upload. Raises InputError if it is missing, no image or too large."""
@@ -165,7 +170,7 @@ class RequestRunner:
         """
         shared = dict(keep_size=request.keep_size, negative_prompt=request.negative_prompt or None)
         if model != request.model and any(map(self.models.has_recommended, request.models)):
-            settings = self.models.settings(model) | ({"resolution": self._resolution} if self._resolution else {})
+            settings = self.models.settings(model) | ({"resolution": self.resolution} if self.resolution else {})
             return EditSettings(**settings, **shared)
         scales = dict(guidance_scale=request.cfg_text, image_guidance_scale=request.cfg_image)
         return EditSettings(
@@ -173,7 +178,7 @@ class RequestRunner:
             scheduler=request.scheduler or None,
             guidance_rescale=request.guidance_rescale,
             karras_sigmas=request.karras_sigmas,
-            resolution=self._resolution,
+            resolution=request.resolution or self.resolution,
             **scales,
             **shared,
         )
