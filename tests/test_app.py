@@ -263,11 +263,12 @@ def test_stop(visit, by_key):
     visitor.wait_for_status(r"^Step \d+ of 200 · images \d+ to \d+ of 16", "no progress")
     assert visitor.page.locator("#run").is_disabled()
     if by_key:  # what is open is closed first, and the edit goes on
-        menu = visitor.page.locator("#scheduler input")
-        menu.click()
+        visitor.page.locator("#scheduler input").click()
+        visitor.page.wait_for_selector("#scheduler input[aria-expanded=true]")
         visitor.page.keyboard.press("Escape")
-        assert menu.get_attribute("aria-expanded") == "false"
+        visitor.page.wait_for_selector("#scheduler input[aria-expanded=false]")
         visitor.page.locator("#image button[aria-label=Fullscreen]").click()
+        visitor.page.wait_for_selector(".block.fullscreen")
         visitor.page.keyboard.press("Escape")
         visitor.page.wait_for_selector(".fullscreen", state="detached")
         visitor.forget_status()
@@ -482,6 +483,14 @@ def test_addresses_in_place_of_uploads_are_not_fetched(server):
         answer = httpx.post(f"{server.url}gradio_api/run/predict", json=body)
         assert "fetches no addresses" in answer.text, event
     assert server.log.read_text() == log
+
+
+def test_clients_that_leave_or_cancel_free_the_device(tiny_editor):
+    """Of benchmarks/soak.py: four of ten clients ask for 3200 steps and are gone at once; the others are served."""
+    command = [app.sys.executable, "benchmarks/soak.py", "--clients=10", "--at_once=8", f"--model={tiny_editor}"]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE / 1000)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "| edit | edited | 5 |" in ended.stdout and " 0 requests lost" in ended.stdout
 
 
 def test_passwords_are_not_repeated(capsys, tmp_path, monkeypatch):

@@ -19,11 +19,16 @@ def make_connection_check(blocks: gr.Blocks) -> Callable[[], bool]:
 
     Gradio notices that the connection was closed, or that the event was cancelled, but it lets the handler run on.
     """
-    events, event_id = blocks._queue.event_ids_to_events, LocalContext.event_id.get(None)
+    queue, event_id = blocks._queue, LocalContext.event_id.get(None)
 
     def is_connected() -> bool:
-        event = events.get(event_id)
-        return event is not None and event.alive
+        event = queue.event_ids_to_events.get(event_id)
+        # A cancelled event may still be alive, but nothing is sent to its client any more.
+        return (
+            event is not None
+            and event.alive
+            and event_id in queue.pending_event_ids_session.get(event.session_hash, ())
+        )
 
     return is_connected
 
