@@ -19,6 +19,7 @@ import demo
 import infer
 from tests.adapters import load_trained
 from tests.browser import CHROMIUM, INSTALL, PATIENCE, Server, Visitor, running_chromium
+from tests.original_names import write_single_file
 from tests.runs import REPOSITORY
 from utils.editing.edit_images import SamplingSettings, edit_images, fit_to_model
 from utils.editing.loading import load_editor
@@ -505,6 +506,12 @@ def test_passwords_are_not_repeated(capsys, tmp_path, monkeypatch):
     assert "--root_path editor" in error_of(capsys, "--model=a", "--root_path=editor")
 
 
+def test_flags_without_effect_on_a_local_folder(capsys, tiny_editor):
+    message = error_of(capsys, f"--model={tiny_editor}", "--revision=main", "--single_file_config=owner/name")
+    assert "--revision is for a --model on the Hub" in message
+    assert "--single_file_config is for a --model in one file" in message
+
+
 def test_login(guarded, chromium):
     """Without one nothing can be read, uploaded or edited, and the page works with it."""
     address = guarded.url.rstrip("/")
@@ -541,8 +548,10 @@ def guarded(tiny_editor, tmp_path_factory):
 
 
 def test_stored_files_have_a_total_limit(tiny_editor, tmp_path):
-    """Refused before they are read; the other requests go on."""
-    server = Server(tmp_path / "log", f"--model={tiny_editor}", "--max_stored_mb=0.5")
+    """Refused before they are read; the other requests go on. The editor is one file."""
+    model = write_single_file(load_editor(tiny_editor), tmp_path / "editor.safetensors")
+    flags = (f"--model={model}", f"--single_file_config={tiny_editor}")
+    server = Server(tmp_path / "log", *flags, "--max_stored_mb=0.5")
     try:
         assert upload(server, PHOTOS / "raccoon.jpg").startswith("[")
         (tmp_path / "large.png").write_bytes(bytes(600_000))
