@@ -23,7 +23,9 @@ from utils.cli import FlagParser, pick
 from utils.editing import settings
 from utils.editing.flags import OFFLOADS, EditorOptions, find_missing_path, find_offload_problems, find_scale_problems
 from utils.errors import InputError, exit_on_input_error
+from utils.hub_names import is_hub_id
 from utils.quiet import hide_progress_bars, quiet_libraries
+from utils.web.logins import read_logins
 
 REPOSITORY = Path(__file__).resolve().parent
 TOY = REPOSITORY / "demo-output/editor"
@@ -38,6 +40,7 @@ LIMITS = {
     "resolution": settings.LIMITS["resolution"],
     "server_port": (1, 65_535),
     "max_upload_mb": (0.01, 10_000),
+    "max_stored_mb": (0.01, 10_000_000),
     "max_megapixels": (0.001, 178),
     "timeout": (1, 86_400),
     "max_waiting": (0, 30),
@@ -54,6 +57,11 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     strength = "strength of each adapter (default 1)"
     add("--lora_scale", nargs="+", action="extend", type=float, metavar="S", help=strength)
     add("--vae", help="another autoencoder for all models: a file, a folder or a Hub id (default: their own)")
+    config = (
+        "for a --model in one file: a pipeline of its family for configuration and tokenizers (default: from the Hub)"
+    )
+    add("--single_file_config", metavar="PIPELINE", help=config)
+    add("--revision", help="branch, tag or commit of a --model on the Hub; one --model only")
     add("--variant", help="variant of the weight files, such as fp16")
     add("--no_safety_checker", action="store_true", help="do not download, load or run safety checkers")
     add("--keep_models", type=int, default=2, metavar="N", help="models to keep in memory (default 2)")
@@ -70,8 +78,14 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--server_name", default="127.0.0.1", metavar="ADDRESS", help=address)
     add("--server_port", type=int, metavar="PORT", help="port to listen on (default: the first free one from 7860)")
     add("--share", action="store_true", help="create a public address through Gradio's servers")
+    login = "file with lines USER:PASSWORD (or set EDITOR_AUTH=USER:PASSWORD): only these may use the page and the API"
+    add("--auth", metavar="FILE", help=login)
+    path = "path under which another server passes requests on to this one, such as /editor"
+    add("--root_path", metavar="PATH", help=path)
     add = parser.add_argument_group("limits").add_argument
     add("--max_upload_mb", type=float, default=20, metavar="MB", help="largest upload (default 20)")
+    stored = "uploads and edits of all visitors together; further uploads are refused (default 4000)"
+    add("--max_stored_mb", type=float, default=4000, metavar="MB", help=stored)
     add("--max_megapixels", type=float, default=50, metavar="M", help="largest image to decode (default 50)")
     add("--timeout", type=float, default=600, metavar="SECONDS", help="longest time for one request (default 600)")
     add("--max_waiting", type=int, default=20, metavar="N", help="requests that may wait while one runs (default 20)")
@@ -87,18 +101,37 @@ def check_flags(args: argparse.Namespace) -> None:
             "id of an editor, or run `make demo` (10 minutes) to train the toy editor"
         )
     paths = [("model", model) for model in args.model or []] + [("lora", lora) for lora in args.lora or []]
-    for flag, path in [*paths, ("vae", args.vae)]:
+    for flag, path in [*paths, ("vae", args.vae), ("single_file_config", args.single_file_config)]:
         problems += find_missing_path(flag, path)
-    if args.lora and len(args.model or [TOY]) > 1:
-        problems.append(f"--lora is for one --model, and there are {len(args.model)}: start the page for each of them")
+    for flag in ("lora", "revision", "single_file_config"):
+        if getattr(args, flag) and len(args.model or [TOY]) > 1:
+            count = len(args.model)
+            problems.append(f"--{flag} is for one --model, and there are {count}: start the page for each of them")
+    problems += _find_ineffective(args)
     problems += find_scale_problems(args.lora, args.lora_scale)
     problems += find_offload_problems(args.offload, args.device)
+    if args.root_path and not args.root_path.startswith(("/", "http://", "https://")):
+        problems.append(f"--root_path {args.root_path}: must begin with / (or be an http(s) address)")
     for flag, (smallest, largest) in LIMITS.items():
         value = getattr(args, flag)
         if value is not None and not smallest <= value <= largest:  # also refuses NaN
             problems.append(f"--{flag} {value}: must be from {smallest} to {largest}")
+    try:
+        read_logins(args.auth)
+    except InputError as error:
+        problems.append(str(error))
     if problems:
         raise InputError.from_problems(problems)
+
+
+def _find_ineffective(args: argparse.Namespace) -> list[str]:
+    """A line for each flag that does nothing for this --model."""
+    problems, model = [], (args.model or [str(TOY)])[0]
+    if args.revision and not is_hub_id(model):
+        problems.append(f"--revision is for a --model on the Hub, and {model} is on this machine: remove it")
+    if args.single_file_config and (Path(model).is_dir() or is_hub_id(model)):
+        problems.append(f"--single_file_config is for a --model in one file, and {model} is not one: remove it")
+    return problems
 
 
 def make_page(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -121,7 +154,7 @@ def make_page(args: argparse.Namespace) -> tuple[Any, Any]:
         options = replace(pick(args, EditorOptions), model=model)
         return EditService(open_editor(options), batch_size, logging.getLogger(__name__).warning)
 
-    models = ModelCache(args.model or [str(TOY)], load, args.keep_models, defaults)
+    models = ModelCache(args.model or [str(TOY)], load, args.keep_models, defaults, args.revision)
     requests = RequestQueue(args.timeout, args.max_waiting)
     limits = dict(max_pixels=int(args.max_megapixels * 1e6), max_bytes=int(args.max_upload_mb * 2**20))
     runner = RequestRunner(models, requests, resolution=args.resolution, **limits)
@@ -131,20 +164,28 @@ def make_page(args: argparse.Namespace) -> tuple[Any, Any]:
 def serve(args: argparse.Namespace) -> None:
     """Open the page, and keep it open until Ctrl-C or SIGTERM."""
     blocks, requests = make_page(args)
-    from utils.web.page import APPEARANCE
+    from starlette.middleware import Middleware
 
+    from utils.web.page import APPEARANCE
+    from utils.web.upload_limit import UploadLimit
+
+    folder, stored_bytes = Path(tempfile.gettempdir()), int(args.max_stored_mb * 2**20)
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
     try:
-        _, local, public = blocks.queue(default_concurrency_limit=None).launch(
+        # Without the queue Gradio would not notice that a client has left.
+        _, local, public = blocks.queue(default_concurrency_limit=None, api_open=False).launch(
             server_name=args.server_name,
             server_port=args.server_port,
             share=args.share,
+            auth=read_logins(args.auth) or None,
+            root_path=args.root_path,
             quiet=True,
             prevent_thread_lock=True,
             max_threads=40,
             max_file_size=int(args.max_upload_mb * 2**20),
+            app_kwargs={"middleware": [Middleware(UploadLimit, folder=folder, max_bytes=stored_bytes)]},
             **APPEARANCE,
         )
     except OSError as error:
@@ -161,8 +202,9 @@ def run(args: argparse.Namespace) -> int:
     quiet_libraries()
     warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
     with tempfile.TemporaryDirectory(prefix="editor-") as folder:  # uploads and edits, deleted with the server
-        # Set before Gradio is imported: no telemetry, and its files in this folder.
-        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
+        # Set before Gradio and Pillow are imported: no telemetry, files in this folder, and blocks of a size whose
+        # memory the system gets back at once (with Pillow's 16 MB, eight large uploads in turn kept 1.2 GB).
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder, "PILLOW_BLOCK_SIZE": "64m"}
         tempfile.tempdir = folder
         serve(args)
     return 0

@@ -7,8 +7,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
+from gradio_client import Client, handle_file
+from gradio_client.exceptions import AppError
 from PIL import Image
 
 import app
@@ -16,6 +19,7 @@ import demo
 import infer
 from tests.adapters import load_trained
 from tests.browser import CHROMIUM, INSTALL, PATIENCE, Server, Visitor, running_chromium
+from tests.original_names import write_single_file
 from tests.runs import REPOSITORY
 from utils.editing.edit_images import SamplingSettings, edit_images, fit_to_model
 from utils.editing.loading import load_editor
@@ -23,6 +27,7 @@ from utils.editing.records import read_record
 from utils.models.adapters import AdapterOptions, save_adapter
 
 PHOTOS = REPOSITORY / "assets/photos"
+NODE = shutil.which("node")
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason=INSTALL)
 
 
@@ -31,6 +36,12 @@ def error_of(capsys: pytest.CaptureFixture, *flags: str) -> str:
         app.main(list(flags))
     assert stopped.value.code == 2
     return capsys.readouterr().err
+
+
+def upload(server: Server, path: Path, *options: str) -> str:
+    """What the server answers to an upload by curl."""
+    command = ["curl", "-s", *options, "-F", f"files=@{path}", f"{server.url}gradio_api/upload"]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE / 1000).stdout
 
 
 def assert_repeats(downloaded: Path, original: Path, model: Path, *options: str) -> None:
@@ -97,10 +108,12 @@ def test_message_without_a_toy_editor(capsys, monkeypatch, tmp_path):
 
 def test_all_mistakes_in_the_flags_in_one_message(capsys):
     flags = "--model=./nowhere --model=b --timeout=0 --max_upload_mb=nan --server_port=70000 --lora=./x --vae=./y"
+    flags += " --revision=main --single_file_config=./z"
     message = error_of(capsys, *flags.split(), "--lora_scale=11", "--offload=model", "--device=cpu")
     for word in ("./nowhere", "--timeout 0", "--max_upload_mb nan", "--server_port 70000", "--lora ./x", "--vae ./y"):
         assert word in message
-    for word in ("--lora is for one --model", "--lora_scale 11", "--offload model needs a GPU"):
+    one_model = [f"--{flag} is for one --model" for flag in ("lora", "revision", "single_file_config")]
+    for word in (*one_model, "--lora_scale 11", "--offload model needs a GPU"):
         assert word in message
 
 
@@ -175,6 +188,11 @@ def test_enter_key_and_gallery(visit, tiny_editor, tmp_path):
     assert_repeats(downloaded, PHOTOS / "coffee.jpg", tiny_editor)
     visitor.edit("make it foggy")  # again, with another seed
     assert visitor.number("seed") != seed
+    edited = visitor.bytes_of(visitor.compared_images[1])
+    visitor.forget_status()
+    visitor.page.click("#again")
+    visitor.wait_for_status("The edit is the image now", "it is not the image")
+    assert visitor.bytes_of(visitor.page.locator("#image img").first.get_attribute("src")) == edited
 
 
 @in_chromium
@@ -182,7 +200,7 @@ def test_bad_files(visit, bad_files):
     """Each gets a message, and the next file is edited."""
     visitor = visit()
     visitor.set("steps", 2)
-    problems = {"text.png": "not an image", "empty.png": "0 bytes", "cut.jpg": "truncated", "wide.png": "2000x2000"}
+    problems = {"text.png": "not an image", "empty.png": "0 bytes", "wide.png": "2000x2000"}
     for name, problem in problems.items():
         visitor.upload(bad_files / name)
         assert problem in visitor.status() and "cannot be used" in visitor.status()
@@ -245,6 +263,17 @@ def test_stop(visit, by_key):
     visitor.page.click("#run")
     visitor.wait_for_status(r"^Step \d+ of 200 · images \d+ to \d+ of 16", "no progress")
     assert visitor.page.locator("#run").is_disabled()
+    if by_key:  # what is open is closed first, and the edit goes on
+        visitor.page.locator("#scheduler input").click()
+        visitor.page.wait_for_selector("#scheduler input[aria-expanded=true]")
+        visitor.page.keyboard.press("Escape")
+        visitor.page.wait_for_selector("#scheduler input[aria-expanded=false]")
+        visitor.page.locator("#image button[aria-label=Fullscreen]").click()
+        visitor.page.wait_for_selector(".block.fullscreen")
+        visitor.page.keyboard.press("Escape")
+        visitor.page.wait_for_selector(".fullscreen", state="detached")
+        visitor.forget_status()
+        visitor.wait_for_status(r"^Step \d+ of 200", "it was stopped")
     visitor.page.keyboard.press("Escape") if by_key else visitor.page.click("#stop")
     status = visitor.wait_for_status("^Stopped", "it does not stop")
     assert int(re.search(r"(\d+) of 16 images", status)[1]) < 16
@@ -260,6 +289,8 @@ def test_link_restores_the_edit(visit):
     visitor.upload(PHOTOS / "raccoon.jpg")
     visitor.page.check("#new_guidance input")
     visitor.page.check("#keep_size input")
+    visitor.page.get_by_text("More settings").click()
+    visitor.set("resolution", 96)
     visitor.choose("scheduler", "euler_a")
     visitor.set("steps", 3)
     visitor.edit("give it a sepia tone & more")
@@ -269,7 +300,9 @@ def test_link_restores_the_edit(visit):
 
     other = visit("?" + visitor.page.url.split("?", 1)[1])
     assert other.instruction.input_value() == "give it a sepia tone & more"
-    names = ("seed", "steps", "images", "cfg_text", "cfg_image")
+    other.page.get_by_text("More settings").click()
+    names = ("seed", "steps", "images", "cfg_text", "cfg_image", "resolution")
+    assert "resolution=96" in visitor.page.url
     assert [other.number(name) for name in names] == [visitor.number(name) for name in names]
     assert not other.page.is_checked("#new_seed input") and other.page.is_checked("#keep_size input")
     assert other.page.locator("#scheduler input").input_value() == "euler_a"
@@ -348,8 +381,8 @@ def test_tab_key_reaches_everything(visit):
         visitor.page.keyboard.press("Tab")
         reached.append(
             visitor.page.evaluate(
-                "['run', 'stop', 'example', 'reset', 'comparison', 'gallery', 'link', 'images', 'steps', 'cfg_text',"
-                " 'cfg_image', 'seed', 'new_seed', 'new_guidance', 'scheduler', 'keep_size']"
+                "['run', 'stop', 'example', 'reset', 'comparison', 'gallery', 'again', 'link', 'images', 'steps',"
+                " 'cfg_text', 'cfg_image', 'seed', 'new_seed', 'new_guidance', 'scheduler', 'keep_size']"
                 ".find(id => document.getElementById(id)?.contains(document.activeElement))"
             )
         )
@@ -357,6 +390,7 @@ def test_tab_key_reaches_everything(visit):
     assert order[:4] == ["run", "example", "reset", "comparison"]  # the stop button is disabled
     assert order[4:] == [
         "gallery",
+        "again",
         "link",
         "images",
         "steps",
@@ -388,13 +422,16 @@ def test_no_horizontal_scrolling(visit):
 
 
 def test_api_examples_of_the_docs(server, tmp_path):
-    """The Python and curl code of docs/app.md, with another port; it does not know the last two values."""
+    """The Python, curl and JavaScript code of docs/app.md, with another port; curl does not know the last values."""
     blocks = dict(
-        re.findall(r"```(python|bash)\n((?:from|api=).*?)```", (REPOSITORY / "docs/app.md").read_text(), re.S)
+        re.findall(r"```(python|bash|js)\n((?:from|api=|import).*?)```", (REPOSITORY / "docs/app.md").read_text(), re.S)
     )
     shutil.copy(PHOTOS / "raccoon.jpg", tmp_path / "photo.jpg")
     printed = {}
-    for language, command in (("python", [app.sys.executable, "-c"]), ("bash", ["bash", "-c"])):
+    commands = {"python": [app.sys.executable, "-c"], "bash": ["bash", "-c"]}
+    if NODE:
+        commands["js"] = [NODE, "--input-type=module", "-e"]
+    for language, command in commands.items():
         code = blocks[language].replace("http://127.0.0.1:7860", server.url.rstrip("/"))
         ended = subprocess.run([*command, code], cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE / 1000)
         assert ended.returncode == 0, ended.stderr
@@ -402,14 +439,15 @@ def test_api_examples_of_the_docs(server, tmp_path):
     assert printed["python"].count(".png") == 2
     assert "'seed': 3" in printed["python"] and "'seed': 4" in printed["python"]
     assert "event: complete" in printed["bash"]
+    if NODE:
+        url, seeds = printed["js"].split(maxsplit=1)
+        assert url.startswith(server.url) and Image.open(io.BytesIO(httpx.get(url).content)).format == "PNG"
+        assert json.loads(seeds) == [3, 4]
     edits, facts = json.loads(printed["bash"].rsplit("data: ", 1)[1])
     assert facts["edits"][0]["seed"] == 3 and edits[0]["image"]["url"].startswith(server.url)
 
 
 def test_api_with_two_models_and_mistakes(server, bad_files, tiny_editor, tmp_path):
-    from gradio_client import Client, handle_file
-    from gradio_client.exceptions import AppError
-
     client = Client(server.url, verbose=False)
     settings = dict(instruction="make it snowy", model="editor", compare="twin", steps=2, seed=3, images=2)
     photo = handle_file(PHOTOS / "raccoon.jpg")
@@ -429,15 +467,106 @@ def test_api_with_two_models_and_mistakes(server, bad_files, tiny_editor, tmp_pa
             client.predict(photo, **(settings | changes), api_name="/edit")
     with pytest.raises(AppError, match="not an image"):
         client.predict(handle_file(bad_files / "text.png"), **settings, api_name="/edit")
-    upload = ["curl", "-s", "-F", f"files=@{bad_files / 'heavy.jpg'}", f"{server.url}gradio_api/upload"]
-    assert "exceeded" in subprocess.run(upload, capture_output=True, text=True).stdout
+    assert "exceeded" in upload(server, bad_files / "heavy.jpg")
     assert client.predict(photo, **settings, api_name="/edit")[1] == facts
+
+
+def test_addresses_in_place_of_uploads_are_not_fetched(server):
+    """Neither by the API nor by the events of the page. Gradio would fetch those of public servers."""
+    client, log = Client(server.url, verbose=False), server.log.read_text()
+    file = {"path": "http://127.0.0.1:1/private.png", "meta": {"_type": "gradio.FileData"}}
+    with pytest.raises(AppError, match="fetches no addresses"):
+        client.predict(file, instruction="make it snowy", api_name="/edit")
+    at_once = [event for event in client.config["dependencies"] if event["inputs"] and not event["queue"]]
+    assert len(at_once) >= 3
+    for event in at_once:
+        body = {"data": [[file]] * len(event["inputs"]), "fn_index": event["id"], "session_hash": "visitor"}
+        answer = httpx.post(f"{server.url}gradio_api/run/predict", json=body)
+        assert "fetches no addresses" in answer.text, event
+    assert server.log.read_text() == log
+
+
+def test_clients_that_leave_or_cancel_free_the_device(tiny_editor):
+    """Of benchmarks/soak.py: four of ten clients ask for 3200 steps and are gone at once; the others are served."""
+    command = [app.sys.executable, "benchmarks/soak.py", "--clients=10", "--at_once=8", f"--model={tiny_editor}"]
+    ended = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=PATIENCE / 1000)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "| edit | edited | 5 |" in ended.stdout and " 0 requests lost" in ended.stdout
+
+
+def test_passwords_are_not_repeated(capsys, tmp_path, monkeypatch):
+    """A message about --auth never has what was given."""
+    (tmp_path / "logins").write_text("anna:first\nsecret-without-name\n")
+    assert "line 2" in (message := error_of(capsys, "--model=a", f"--auth={tmp_path / 'logins'}"))
+    assert "secret-without-name" not in message
+    assert "put it into a file" in (message := error_of(capsys, "--model=a", "--auth=anna:s3cret"))
+    assert "s3cret" not in message
+    monkeypatch.setenv("EDITOR_AUTH", "s3cret")
+    assert "EDITOR_AUTH" in (message := error_of(capsys, "--model=a")) and "s3cret" not in message
+    assert "--root_path editor" in error_of(capsys, "--model=a", "--root_path=editor")
+
+
+def test_flags_without_effect_on_a_local_folder(capsys, tiny_editor):
+    message = error_of(capsys, f"--model={tiny_editor}", "--revision=main", "--single_file_config=owner/name")
+    assert "--revision is for a --model on the Hub" in message
+    assert "--single_file_config is for a --model in one file" in message
+
+
+def test_login(guarded, chromium):
+    """Without one nothing can be read, uploaded or edited, and the page works with it."""
+    address = guarded.url.rstrip("/")
+    for path in ("config", "gradio_api/info", "gradio_api/queue/data?session_hash=x"):
+        assert httpx.get(f"{address}/{path}").status_code == 401
+    assert "Not authenticated" in upload(guarded, PHOTOS / "rocket.jpg")
+    assert httpx.post(f"{address}/login", data={"username": "anna", "password": "wrong"}).status_code == 400
+    client = Client(guarded.url, auth=("anna", "pass:word"), verbose=False)
+    photo = handle_file(PHOTOS / "rocket.jpg")
+    assert client.predict(photo, instruction="snow", steps=1, api_name="/edit")[0]
+    assert "pass:word" not in guarded.log.read_text()
+    command = Path(f"/proc/{guarded.process.pid}/cmdline")
+    assert not command.exists() or b"pass:word" not in command.read_bytes()
+
+
+def test_root_path(guarded):
+    """The addresses that the server gives to clients are those of the proxy before it."""
+    with httpx.Client() as client:
+        login = client.post(f"{guarded.url}login", data={"username": "anna", "password": "pass:word"})
+        assert login.status_code == 200
+        config = client.get(f"{guarded.url}config").json()
+    assert config["root"].endswith("/editor")
+
+
+@pytest.fixture(scope="module")
+def guarded(tiny_editor, tmp_path_factory):
+    """A server with a login, behind a path of another server, with room for few files."""
+    folder = tmp_path_factory.mktemp("guarded")
+    (folder / "logins").write_text("# who may edit\nanna:pass:word\n")
+    flags = (f"--auth={folder / 'logins'}", "--root_path=/editor")
+    server = Server(folder / "log", f"--model={tiny_editor}", *flags)
+    yield server
+    assert server.end() == 0, server.log.read_text()
+
+
+def test_stored_files_have_a_total_limit(tiny_editor, tmp_path):
+    """Refused before they are read; the other requests go on. The editor is one file."""
+    model = write_single_file(load_editor(tiny_editor), tmp_path / "editor.safetensors")
+    flags = (f"--model={model}", f"--single_file_config={tiny_editor}")
+    server = Server(tmp_path / "log", *flags, "--max_stored_mb=0.5")
+    try:
+        assert upload(server, PHOTOS / "raccoon.jpg").startswith("[")
+        (tmp_path / "large.png").write_bytes(bytes(600_000))
+        assert "0.5 MB together, and there is no room" in upload(server, tmp_path / "large.png")
+        assert "needs a Content-Length" in upload(server, PHOTOS / "rocket.jpg", "-H", "Transfer-Encoding: chunked")
+        client, photo = Client(server.url, verbose=False), handle_file(PHOTOS / "raccoon.jpg")
+        assert client.predict(photo, instruction="snow", steps=1, api_name="/edit")[0]
+        several = [option for _ in range(20) for option in ("-F", f"files=@{PHOTOS / 'rocket.jpg'}")]
+        assert "there is no room" in upload(server, PHOTOS / "rocket.jpg", *several)
+    finally:
+        assert server.end() == 0, server.log.read_text()
 
 
 def test_adapter_and_vae_of_the_page(tiny_base, tiny_editor, tmp_path):
     """An adapter turns a text-to-image model into the editor; `infer.py --repeat` with the same flags agrees."""
-    from gradio_client import Client, handle_file
-
     save_adapter(tmp_path / "adapter", load_trained(tiny_base, AdapterOptions(lora_rank=2)).unet)
     options = [f"--lora={tmp_path / 'adapter'}", f"--vae={tiny_editor / 'vae'}"]
     server = Server(tmp_path / "log", f"--model={tiny_base}", *options, "--lora_scale=0.5", "--no_safety_checker")

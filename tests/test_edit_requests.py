@@ -3,11 +3,14 @@
 import json
 import shutil
 import threading
+import time
 from functools import partial
 from pathlib import Path
 from urllib.parse import parse_qsl
 
+import gradio as gr
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -38,9 +41,13 @@ def load_service(model: str) -> EditService:
     return EditService(open_editor(EditorOptions(model, device="cpu")), batch_size=2)
 
 
-def make_runner(models: list[Path], *, timeout: float = 600, load=load_service) -> RequestRunner:
+def make_runner(
+    models: list[Path], *, timeout: float = 600, load=load_service, max_pixels: int = 10**6, clock=time.monotonic
+) -> RequestRunner:
     cache = ModelCache([str(model) for model in models], load, capacity=2)
-    return RequestRunner(cache, RequestQueue(timeout, 5), resolution=None, max_pixels=10**6, max_bytes=10**6)
+    return RequestRunner(
+        cache, RequestQueue(timeout, 5, clock), resolution=None, max_pixels=max_pixels, max_bytes=10**6
+    )
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +196,7 @@ def test_limits_of_every_number():
     names = dict(images="num_images", cfg_text="guidance_scale", cfg_image="image_guidance_scale")
     for name, (smallest, largest) in PAGE_LIMITS.items():
         bounds = LIMITS[names.get(name, name)]
-        assert bounds[0] <= smallest < largest <= bounds[1]
+        assert (bounds[0] <= smallest or name == "resolution") and smallest < largest <= bounds[1]
         for value in (smallest, largest):
             assert getattr(check_request(EditRequest("snow", "a", **{name: value}), ["a"]), name) == value
         with pytest.raises(InputError, match=name):
@@ -270,6 +277,29 @@ def test_waiting_request_can_be_stopped(tiny_editor, photo):
     runner.requests.leave(before)
 
 
+def test_waiting_requests_hold_no_pixels(tiny_editor, tmp_path):
+    """Five images of 49 megapixels would be 1 GB while they wait; nor is one kept after its edit."""
+    Image.new("RGB", (7000, 7000)).save(tmp_path / "huge.png")
+    runner, slots, process = make_runner([tiny_editor], max_pixels=50 * 10**6), [], psutil.Process()
+    request = EditRequest("snow", "editor", steps=1)
+    before, used = runner.requests.join(), process.memory_info().rss
+    waiting = [runner.run(str(tmp_path / "huge.png"), request, slots.append) for _ in range(5)]
+    assert all(isinstance(next(events), RequestProgress) for events in waiting)
+    assert process.memory_info().rss - used < 300e6
+    runner.requests.leave(before)
+    assert all(isinstance(list(events)[-1], PageEdit) for events in waiting)
+    assert process.memory_info().rss - used < 300e6
+
+
+def test_damage_behind_the_header_is_reported_when_the_image_is_edited(tiny_editor, tmp_path):
+    make_noise((400, 440)).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:9000])
+    runner = make_runner([tiny_editor])
+    assert runner.check_upload(str(tmp_path / "cut.jpg")) == (400, 440)
+    with pytest.raises(InputError, match="cannot be edited: cannot be decoded: .*truncated"):
+        run(runner, tmp_path / "cut.jpg", EditRequest("snow", "editor", steps=1))
+
+
 def test_abandoned_request_is_stopped(tiny_editor, photo):
     runner, slots = make_runner([tiny_editor]), []
     events = runner.run(str(photo), EditRequest("snow", "editor", steps=200, images=16), slots.append)
@@ -302,6 +332,58 @@ def test_timeout(tiny_editor, photo):
     runner = make_runner([tiny_editor], timeout=0)
     with pytest.raises(Stopped, match="the longest time for one request"):
         run(runner, photo, EditRequest("snow", "editor", steps=200))
+
+
+def test_loading_a_model_does_not_count_as_time(tiny_editor, photo):
+    now = [0.0]
+
+    def load_slowly(model: str) -> EditService:
+        now[0] += 1000
+        return load_service(model)
+
+    runner = make_runner([tiny_editor], timeout=10, load=load_slowly, clock=lambda: now[0])
+    assert isinstance(run(runner, photo, EditRequest("snow", "editor", steps=2))[-1], PageEdit)
+
+
+def test_client_of_the_api_that_leaves_frees_the_device(tiny_editor, photo):
+    runner, calls = make_runner([tiny_editor]), []
+    hook = runner.models.get("editor").pipeline.unet.register_forward_hook(lambda *_: calls.append(1))
+    request = EditRequest("snow", "editor", steps=200, images=16)
+    with pytest.raises(gr.Error, match="Stopped"):
+        PageHandlers(runner, [photo]).call(str(photo), request, gr.Progress(), lambda: len(calls) < 3)
+    assert len(calls) < 100  # of 1600: it leaves at the third step, and the handler may be some steps late
+    hook.remove()
+
+
+def test_resolution_of_a_request(tiny_editor, tmp_path, photo):
+    """That of the request, else of the server, else the recommended one, else the model's own."""
+    (tmp_path / "adapted").mkdir()
+    runner = make_runner([tiny_editor, recommend(tmp_path / "adapted", FEW_STEPS | {"resolution": 96})])
+    handlers = PageHandlers(runner, [photo])
+    assert handlers.choose_model("adapted")["resolution"] == 96 and handlers.choose_model("editor")["resolution"] == 0
+    assert handlers.default_request().resolution == 0
+    sizes = {}
+    for resolution in (0, 128):
+        event = run(runner, photo, EditRequest("snow", "editor", steps=1, resolution=resolution))[-1]
+        sizes[resolution] = max(event.result.image.size)
+        assert event.result.record["settings"]["resolution"] == (resolution or None)
+    assert sizes[0] < sizes[128] < 192
+    runner.resolution = 192
+    assert handlers.choose_model("adapted")["resolution"] == 192
+    assert runner.settings_for(EditRequest("snow", "adapted", "editor"), "editor").resolution == 192
+
+
+def test_an_edit_is_edited_again(tiny_editor, photo):
+    """It is still there when the next edit has removed the files of the one before."""
+    handlers = PageHandlers(make_runner([tiny_editor]), [photo])
+    request, image, gallery = EditRequest("make it snowy", "editor", steps=1), str(photo), []
+    for _ in range(3):
+        updates = list(handlers.edit(image, request, False, False, gallery, "visitor"))
+        assert updates[-1]["status"].count("Done") == 1
+        gallery = [update["items"] for update in updates if "items" in update][-1]
+        image = handlers.edit_again(gallery[0].edited)["image"]
+    assert Image.open(image).tobytes() == Image.open(gallery[0].edited).tobytes()
+    assert "make one first" in handlers.edit_again("")["status"]
 
 
 def test_settings_of_the_second_model(tiny_editor, tmp_path):

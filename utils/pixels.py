@@ -150,15 +150,15 @@ def _damage_is_a_bad_row() -> Iterator[None]:
         raise BadRow(f"cannot be decoded: {str(error) or type(error).__name__}") from error
 
 
-def peek_size(value: object) -> tuple[int, int]:
-    """The upright size (h, w) of a stored image, read from its header. Raises BadRow."""
+def peek_size(value: object, *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """The upright size (h, w) of a stored image, read from its header. Raises BadRow, also above `max_pixels`."""
     path = unpack_image_value(value)
     if isinstance(path, (str, Path)) and Path(path).is_file():
         with Path(path).open("rb") as file:  # does not read the whole file, unlike `read_image_file`
-            return peek_size(file)
+            return peek_size(file, max_pixels=max_pixels)
     with _damage_is_a_bad_row():
         image = open_image(value)
-        _check_size(image, MAX_PIXELS)
+        _check_size(image, max_pixels)
         # A TIFF's size is already upright; for a PNG, `getexif` would decode all pixels to find EXIF after them.
         has_no_exif = image.format == "PNG" and not {"exif", "Raw profile type exif"} & set(image.info)
         if image.format == "TIFF" or has_no_exif:
@@ -176,13 +176,13 @@ def open_image(value: object) -> Image.Image:
     if isinstance(value, (str, Path)):
         value = decode_base64(str(value)) or read_image_file(str(value))
     if isinstance(value, (bytes, bytearray, memoryview)):
-        if len(value) == 0:
-            raise BadRow("empty file (0 bytes)")
         value = io.BytesIO(value)
     elif not hasattr(value, "read"):
         raise BadRow(f"not an image but {type(value).__name__}")
     start = value.read(SNIFFED_BYTES)
     value.seek(0)
+    if not start:
+        raise BadRow("empty file (0 bytes)")
     if is_heif(start) and not register_heif():
         raise BadRow(PILLOW_HEIF_MISSING)
     try:

@@ -4,7 +4,7 @@ import secrets
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from PIL import Image
@@ -23,11 +23,25 @@ WITHOUT_ALPHA = (".jpg", ".jpeg", ".bmp")
 
 
 @dataclass(frozen=True)
+class FittedInput:
+    """An input as the model sees it: the decoded image, which may have hundreds of megabytes, is not kept.
+
+    frames: (image, alpha) of each, the alpha of the size of the saved edit; size: (width, height) of the input;
+    animation: its durations and, of the size of the saved edit, alphas, but no frames.
+    """
+
+    frames: tuple[tuple[Image.Image, Image.Image | None], ...]
+    size: tuple[int, int]
+    animation: Animation
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class PreparedJob:
     """A job with every choice made. image: as the model sees it; size: (width, height) of the input;
     alpha: of the size of the saved edit.
 
-    frames: of an animation, (image, alpha) each; source: the decoded input.
+    frames: of an animation, (image, alpha) each; source: the input's alphas, durations and loop, without its frames.
     """
 
     job: Job
@@ -58,7 +72,10 @@ class JobPreparer:
     def __init__(self, pipeline: Editor, origin: dict, recommended: dict[str, Any], keep_metadata: bool) -> None:
         self.pipeline, self.origin, self.recommended = pipeline, origin, recommended
         self.keep_metadata = keep_metadata
-        self._last_input: tuple[Any, bytes, dict[tuple, Animation]] = (None, b"", {})
+        self._forget_input()
+
+    def _forget_input(self) -> None:
+        self._last_input: tuple[Any, bytes, dict[tuple, FittedInput]] = (None, b"", {})
 
     def prepare_ahead(
         self, jobs: list[Job], seed: int, num_ahead: int
@@ -86,6 +103,7 @@ class JobPreparer:
                     yield first, future.result()
             finally:
                 thread.shutdown(cancel_futures=True)
+                self._forget_input()  # a server may wait long for the next one
 
     def choose_seed(self, jobs: list[Job]) -> int:
         """The seed of a former run of these jobs, found in one of its outputs, so that it is resumed; else random."""
@@ -123,25 +141,35 @@ class JobPreparer:
             self._last_input = (job.read, job.read(), {})
         return self._last_input[1]
 
-    def _decode(self, job: Job) -> tuple[Animation, tuple[str, ...]]:
-        """(the input, of one frame if it is not an animation; what the user may not expect)."""
-        _, content, decoded = self._last_input
-        background = job.settings.background
-        if (key := (background, job.settings.first_frame)) not in decoded:
-            decoded[key] = _decode_input(content, background, job.settings.first_frame)
-        source, notes = decoded[key], ()
-        if len(source.frames) > 1 and job.output and job.output.suffix.lower() not in ANIMATED:
-            raise BadRow(
-                f"{job.output.name} cannot hold its {len(source.frames)} frames: name it {', '.join(ANIMATED)}, or "
-                "edit the first with --first_frame"
-            )
-        if source.alphas[0] is not None and background is None:
-            is_opaque = job.output is not None and job.output.suffix.lower() in WITHOUT_ALPHA
-            kept = f"{job.output.suffix} has none, so it is white" if is_opaque else "kept (--background fills it)"
-            notes = (f"{job.name} is partly transparent: {kept}",)
-        if job.settings.first_frame and (count := num_frames(content)) > 1:
-            notes += (f"{job.name} has {count} frames or pages: only the first is edited",)
-        return source, notes
+    def _fit_input(self, job: Job, resolution: int | None) -> FittedInput:
+        """The job's input for the model; that of the last input with the same settings is kept."""
+        _, content, fitted = self._last_input
+        settings = job.settings
+        key = (
+            settings.background,
+            settings.first_frame,
+            settings.keep_size,
+            resolution,
+            job.output and job.output.suffix,
+        )
+        if key not in fitted:
+            fitted[key] = self._decode_and_fit(job, content, resolution)
+        return fitted[key]
+
+    def _decode_and_fit(self, job: Job, content: bytes, resolution: int | None) -> FittedInput:
+        settings = job.settings
+        source = _decode_input(content, settings.background, settings.first_frame)
+        notes = _find_notes(job, source, content)
+
+        def fit(image: Image.Image | None) -> Image.Image | None:
+            size = dict(resolution=resolution, crop=not settings.keep_size)
+            return None if image is None else fit_to_model(image, self.pipeline, **size)
+
+        alphas = source.alphas if settings.background is None else [None] * len(source.alphas)
+        alphas = alphas if settings.keep_size else map(fit, alphas)
+        frames = tuple(zip(map(fit, source.frames), alphas, strict=True))
+        animation = replace(source, frames=[], alphas=[alpha for _, alpha in frames])
+        return FittedInput(frames, source.frames[0].size, animation, notes)
 
     def _prepare(self, job: Job, run_seed: int) -> PreparedJob | None:
         """None if the job's output already has this edit. Raises BadRow or InputError for a bad image."""
@@ -153,24 +181,15 @@ class JobPreparer:
                 return None
             replaced = "; ".join(differences)
         settings = self.resolve(job.settings, record["seed"])
-        source, notes = self._decode(job)
-
-        def fit(image: Image.Image | None) -> Image.Image | None:
-            size = dict(resolution=settings["resolution"], crop=not settings["keep_size"])
-            return None if image is None else fit_to_model(image, self.pipeline, **size)
-
-        is_kept = job.settings.background is None
-        alphas = source.alphas if is_kept else [None] * len(source.alphas)
-        alphas = alphas if settings["keep_size"] else map(fit, alphas)
-        frames = tuple(zip(map(fit, source.frames), alphas, strict=True))
-        image, alpha = frames[0]
-        metadata = kept_metadata(self._read(job)) if self.keep_metadata else None
+        fitted = self._fit_input(job, settings["resolution"])
+        image, alpha = fitted.frames[0]
+        notes, metadata = fitted.notes, kept_metadata(self._read(job)) if self.keep_metadata else None
         if self.keep_metadata and metadata is None:
             notes += (f"{job.name} has no date or place to keep",)
         notes += _find_ineffective(settings)
-        several = frames if len(frames) > 1 else ()
-        shared = (record, settings, image, source.frames[0].size, replaced, alpha, several, source, notes, metadata)
-        return PreparedJob(job, *shared)
+        frames = fitted.frames if len(fitted.frames) > 1 else ()
+        shared = (settings, image, fitted.size, replaced, alpha, frames, fitted.animation, notes, metadata)
+        return PreparedJob(job, record, *shared)
 
 
 def _decode_input(content: bytes, background: str | None, first_frame: bool) -> Animation:
@@ -178,6 +197,26 @@ def _decode_input(content: bytes, background: str | None, first_frame: bool) -> 
         decoded = decode(content, background=background or "white")
         return Animation([decoded.rgb], [decoded.alpha], [0], None)
     return decode_animation(content, background=background or "white")
+
+
+def _find_notes(job: Job, source: Animation, content: bytes) -> tuple[str, ...]:
+    """What the user may not expect of the input. Raises BadRow where the output cannot hold its frames."""
+    suffix, notes = job.output.suffix.lower() if job.output else "", ()
+    if len(source.frames) > 1 and job.output and suffix not in ANIMATED:
+        raise BadRow(
+            f"{job.output.name} cannot hold its {len(source.frames)} frames: name it {', '.join(ANIMATED)}, or "
+            "edit the first with --first_frame"
+        )
+    if source.alphas[0] is not None and job.settings.background is None:
+        kept = (
+            f"{job.output.suffix} has none, so it is white"
+            if suffix in WITHOUT_ALPHA
+            else "kept (--background fills it)"
+        )
+        notes = (f"{job.name} is partly transparent: {kept}",)
+    if job.settings.first_frame and (count := num_frames(content)) > 1:
+        notes += (f"{job.name} has {count} frames or pages: only the first is edited",)
+    return notes
 
 
 def _find_ineffective(settings: dict[str, Any]) -> tuple[str, ...]:

@@ -13,9 +13,9 @@ from utils.editing.schedulers import SCHEDULERS
 from utils.editing.service import EditResult
 from utils.editing.settings import DEFAULT_SETTINGS, LIMITS, MAX_PROMPT, EditSettings
 from utils.errors import InputError
-from utils.pixels import BadRow, decode_image, num_frames
 from utils.web.model_cache import ModelCache
 from utils.web.request_queue import QueueSlot, RequestProgress, RequestQueue
+from utils.web.uploads import Upload, check_upload
 
 
 def _narrow(name: str, largest: float) -> tuple[float, float]:
@@ -30,8 +30,9 @@ PAGE_LIMITS = {
     "cfg_text": _narrow("guidance_scale", 20),
     "cfg_image": _narrow("image_guidance_scale", 5),
     "guidance_rescale": _narrow("guidance_rescale", 1),
+    "resolution": (0, 2048),  # 0: the model's own
 }
-WHOLE_NUMBERS = ("steps", "seed", "images")
+WHOLE_NUMBERS = ("steps", "seed", "images", "resolution")
 SWITCHES = ("keep_size", "karras_sigmas")
 
 
@@ -52,6 +53,7 @@ class EditRequest:
     negative_prompt: str = ""
     guidance_rescale: float = DEFAULT_SETTINGS["guidance_rescale"]
     karras_sigmas: bool = False
+    resolution: int = 0  # longer side of an edit, approximately; 0 for the model's own
 
     @property
     def models(self) -> list[str]:
@@ -123,15 +125,6 @@ def from_query(query: Mapping[str, str], default: EditRequest, models: list[str]
 
 
 @dataclass(frozen=True)
-class Upload:
-    """A visitor's image: the file's name and bytes, and the decoded image, upright and RGB."""
-
-    name: str
-    content: bytes
-    image: Image.Image
-
-
-@dataclass(frozen=True)
 class PageEdit:
     """One edit of a request. original: what to compare it with."""
 
@@ -141,25 +134,20 @@ class PageEdit:
 
 
 class RequestRunner:
-    """Runs requests: the models, the queue, and the limits of uploads."""
+    """Runs requests: the models, the queue, and the limits of uploads.
+
+    resolution: of edits that do not set one, instead of the one that the model recommends.
+    """
 
     def __init__(
         self, models: ModelCache, requests: RequestQueue, *, resolution: int | None, max_pixels: int, max_bytes: int
     ) -> None:
         self.models, self.requests = models, requests
-        self._resolution, self._max_pixels, self._max_bytes = resolution, max_pixels, max_bytes
+        self.resolution, self._max_pixels, self._max_bytes = resolution, max_pixels, max_bytes
 
-    def load_upload(self, path: str | None) -> Upload:
-        """Read and decode an upload. Raises InputError with a message for the visitor."""
-        if not path or not Path(path).is_file():
-            raise InputError("The image is missing: choose one first.")
-        try:
-            if (size := Path(path).stat().st_size) > self._max_bytes:
-                raise BadRow(f"too large: {size / 2**20:.1f} MB, at most {self._max_bytes / 2**20:g} MB are allowed")
-            content = Path(path).read_bytes()
-            return Upload(Path(path).name, content, decode_image(content, max_pixels=self._max_pixels))
-        except BadRow as error:
-            raise InputError(f"The image cannot be used: {error.reason}. Choose another one.") from error
+    def check_upload(self, path: str | None) -> tuple[int, int]:
+        """The upright size (h, w) of an upload. Raises InputError if it is missing, no image or too large."""
+        return check_upload(path, max_pixels=self._max_pixels, max_bytes=self._max_bytes)
 
     def run(
         self, path: str | None, request: EditRequest, on_slot: Callable[[QueueSlot], None]
@@ -169,10 +157,10 @@ class RequestRunner:
         Raises InputError and `Stopped`. Closing the iterator stops the request.
         """
         request = check_request(request, self.models.names)
-        upload = self.load_upload(path)
+        self.check_upload(path)
         slot = self.requests.join()
         on_slot(slot)
-        return self.requests.run(slot, lambda report: self._edit(request, upload, slot, report))
+        return self.requests.run(slot, lambda report: self._edit(request, Path(path), slot, report))
 
     def settings_for(self, request: EditRequest, model: str) -> EditSettings:
         """The settings of one model of a request.
@@ -182,7 +170,7 @@ class RequestRunner:
         """
         shared = dict(keep_size=request.keep_size, negative_prompt=request.negative_prompt or None)
         if model != request.model and any(map(self.models.has_recommended, request.models)):
-            settings = self.models.settings(model) | ({"resolution": self._resolution} if self._resolution else {})
+            settings = self.models.settings(model) | ({"resolution": self.resolution} if self.resolution else {})
             return EditSettings(**settings, **shared)
         scales = dict(guidance_scale=request.cfg_text, image_guidance_scale=request.cfg_image)
         return EditSettings(
@@ -190,20 +178,16 @@ class RequestRunner:
             scheduler=request.scheduler or None,
             guidance_rescale=request.guidance_rescale,
             karras_sigmas=request.karras_sigmas,
-            resolution=self._resolution,
+            resolution=request.resolution or self.resolution,
             **scales,
             **shared,
         )
 
     def _edit(
-        self,
-        request: EditRequest,
-        upload: Upload,
-        slot: QueueSlot,
-        report: Callable[[RequestProgress | PageEdit], None],
+        self, request: EditRequest, path: Path, slot: QueueSlot, report: Callable[[RequestProgress | PageEdit], None]
     ) -> None:
-        """Make all edits of a request; runs in a thread."""
-        done = 0
+        """Make all edits of a request; runs in a thread. Nothing of the image was kept while the request waited."""
+        done, upload = 0, Upload(path)
 
         def show_step(step: int, steps: int, images: int) -> None:
             first = done % request.images + 1
@@ -218,13 +202,15 @@ class RequestRunner:
             slot.check()
             if not self.models.is_loaded(model):
                 report(RequestProgress(f"Loading {model}", done / request.num_edits))
-            service, settings = self.models.get(model), self.settings_for(request, model)
+            with slot.not_counting():
+                service = self.models.get(model)
+            settings = self.settings_for(request, model)
             seeds = range(request.seed, request.seed + request.images)
             # The page compares single images: infer.py edits whole animations.
-            settings = replace(settings, first_frame=num_frames(upload.content) > 1)
-            template = Job(upload.name, lambda: upload.content, request.instruction, settings)
+            settings = replace(settings, first_frame=upload.is_animated)
+            template = Job(path.name, upload.read, request.instruction, settings)
             for result in service.edit([replace(template, seed=seed) for seed in seeds], on_step=show_step):
                 if result.image is None:
-                    raise InputError(f"The edit failed: {result.problem}.")
+                    raise InputError(f"The image cannot be edited: {result.problem}.")
                 report(PageEdit(model, result, upload.image if request.keep_size else result.original))
                 done += 1

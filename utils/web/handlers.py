@@ -4,7 +4,7 @@ import logging
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -90,12 +90,18 @@ class PageHandlers:
         return {"run": gr.update(interactive=True), "stop": gr.update(interactive=False)}
 
     def call(
-        self, image: str | None, request: EditRequest, progress: gr.Progress
+        self, image: str | None, request: EditRequest, progress: gr.Progress, is_connected: Callable[[], bool]
     ) -> tuple[list[tuple], dict[str, Any]]:
-        """For the API: all edits with their captions, and their settings. Raises gr.Error."""
+        """For the API: all edits with their captions, and their settings. Raises gr.Error.
+
+        is_connected: asked after each step; a client that has left frees the device.
+        """
         edits, facts = [], []
+        slots: list[QueueSlot] = []
         try:
-            for event in self._runner.run(image, request, lambda slot: None):
+            for event in self._runner.run(image, request, slots.append):
+                if not is_connected():
+                    slots[0].stop()
                 if isinstance(event, RequestProgress):
                     progress(event.fraction, desc=event.text)
                     continue
@@ -122,7 +128,7 @@ class PageHandlers:
     def check_image(self, image: str | None) -> dict[str, Any]:
         """Report what is wrong with an upload at once, and remove it from the page."""
         try:
-            width, height = self._runner.load_upload(image).image.size
+            height, width = self._runner.check_upload(image)
             return {"status": status_html(f"{width} x {height} pixels.")}
         except InputError as error:
             return {"status": error_html(str(error)), "image": None}
@@ -131,7 +137,10 @@ class PageHandlers:
         """Set the sliders to the settings that a model recommends."""
         settings = self._models.settings(model)
         scales = dict(cfg_text=settings[SCALES[0]], cfg_image=settings[SCALES[1]])
-        return dict(steps=settings["steps"], guidance_rescale=settings["guidance_rescale"], **scales)
+        resolution = self._runner.resolution or settings["resolution"] or 0
+        return dict(
+            steps=settings["steps"], guidance_rescale=settings["guidance_rescale"], resolution=resolution, **scales
+        )
 
     def select(self, edited: str, gallery: list[GalleryItem], against: str) -> dict[str, Any]:
         """Compare one edit of the gallery with its image, or with the other model's edit of the same seed."""
@@ -145,6 +154,14 @@ class PageHandlers:
             files, names = (chosen.original, chosen.edited), ("image", chosen.caption)
         return {"selected": edited, "comparison": gr.update(value=tuple(files), label=" | ".join(names))}
 
+    def edit_again(self, edited: str) -> dict[str, Any]:
+        """Make the selected edit the next image; a copy, because the next edit removes the files of this one."""
+        if not Path(edited).is_file():
+            return {"status": error_html("There is no edit to edit again: make one first.")}
+        copy = Path(tempfile.mkdtemp(prefix="again-"), Path(edited).name)
+        shutil.copy(edited, copy)
+        return {"image": str(copy), "status": status_html("The edit is the image now: describe the next change.")}
+
     def load_example(self) -> dict[str, Any]:
         return {"image": str(secrets.choice(self._examples)), "instruction": secrets.choice(EASY_INSTRUCTIONS)}
 
@@ -156,6 +173,7 @@ class PageHandlers:
         """The page as it opens without a link."""
         empty = dict(image=None, items=[], selected="", gallery=[], query="", status=status_html(WELCOME))
         empty |= dict(comparison=gr.update(value=None, label=COMPARISON), against=gr.update(visible=False))
+        empty["again"] = gr.update(interactive=False)
         return asdict(self.default_request()) | empty | self.ready() | dict(new_seed=True, new_guidance=False)
 
     def restore(self, query: dict[str, str]) -> dict[str, Any]:
@@ -183,6 +201,7 @@ class PageHandlers:
         if not is_first:  # the visitor may have selected one already
             return updates
         used = dict(seed=request.seed, cfg_text=request.cfg_text, cfg_image=request.cfg_image, query=to_query(request))
+        updates["again"] = gr.update(interactive=True)
         updates["against"] = gr.update(visible=len(request.models) > 1, value=IMAGE_AND_EDIT)
         return updates | used | self.select(gallery[0].edited, gallery, IMAGE_AND_EDIT)
 

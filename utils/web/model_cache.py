@@ -18,7 +18,7 @@ from utils.hub_names import public_name
 class ModelCache:
     """Editors by name. `load` opens a folder, file or Hub id; `capacity` of them stay in memory.
 
-    defaults: of the settings that an editor does not recommend.
+    defaults: of the settings that an editor does not recommend; revision: of the recommendations of models on the Hub.
     """
 
     def __init__(
@@ -27,12 +27,13 @@ class ModelCache:
         load: Callable[[str], EditService],
         capacity: int,
         defaults: dict[str, Any] = DEFAULT_SETTINGS,
+        revision: str | None = None,
     ) -> None:
         self._models = name_models(models)
         self._load, self._capacity, self._defaults = load, capacity, defaults
         self._loaded: OrderedDict[str, EditService] = OrderedDict()  # the last used one is the last
         self._lock = threading.Lock()
-        self._recommended = {name: read_recommended(model) for name, model in self._models.items()}
+        self._recommended = {name: read_recommended(model, revision) for name, model in self._models.items()}
 
     @property
     def names(self) -> list[str]:

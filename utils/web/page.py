@@ -7,6 +7,7 @@ from typing import Any
 import gradio as gr
 
 from utils.editing.schedulers import SCHEDULERS
+from utils.web import gradio_events
 from utils.web.edit_requests import PAGE_LIMITS, EditRequest
 from utils.web.handlers import COMPARISON, IMAGE_AND_EDIT, TWO_MODELS, PageHandlers, remove_files
 from utils.web.page_text import CSS, HEAD, INTRODUCTION, SHOW_LINK, TIPS, TITLE
@@ -56,7 +57,7 @@ class Page:
     def _add_request(self) -> None:
         upload = dict(type="filepath", image_mode=None, sources=["upload", "clipboard"], buttons=["fullscreen"])
         image = self._add("image", gr.Image, label="Image", height=320, **upload)
-        # Gradio would decode the file itself; `load_upload` has limits and better messages.
+        # Gradio would decode the file itself; `check_upload` has limits and better messages.
         image.preprocess = lambda payload: payload.path if payload else None
         one_line = dict(lines=1, max_lines=1)
         self._add("instruction", gr.Textbox, label="Instruction", placeholder="make it a pencil drawing", **one_line)
@@ -92,6 +93,10 @@ class Page:
         with gr.Accordion("More settings", open=False):
             shown = dict(lines=1, max_lines=2, placeholder="blurry, text")
             self._add("negative_prompt", gr.Textbox, "", label="Negative prompt", info="what not to show", **shown)
+            own = dict(
+                precision=0, minimum=0, maximum=PAGE_LIMITS["resolution"][1], info="longer side, 0: the model's own"
+            )
+            self._add("resolution", gr.Number, default.resolution, label="Resolution", **own)
             self._add_slider("guidance_rescale", 0.05, "Guidance rescale", "against overexposure by guidance")
             noise = "noise levels of euler, heun, dpm++ and unipc"
             self._add("karras_sigmas", gr.Checkbox, False, label="Karras sigmas", info=noise)
@@ -111,6 +116,7 @@ class Page:
         layout = dict(columns=4, fit_columns=False, height="auto", object_fit="contain", allow_preview=False)
         saving = dict(buttons=["download", "download_all"])
         self._add("gallery", gr.Gallery, label="Edits: choose one to compare it above", **shown, **layout, **saving)
+        self._add("again", gr.Button, "Edit this result again", min_width=80, size="sm", interactive=False)
         link = "Link to this edit, without the image"
         self._add("link", gr.Textbox, label=link, interactive=False, buttons=["copy"], max_lines=1)
 
@@ -133,7 +139,9 @@ class Page:
         return lambda *values: self._update(handler(*values))
 
     def _connect_edits(self) -> None:
-        progress = self._named("status", "run", "stop", "items", "selected", "gallery", "against", "comparison")
+        progress = self._named(
+            "status", "run", "stop", "items", "selected", "gallery", "against", "comparison", "again"
+        )
         used = self._named("seed", "cfg_text", "cfg_image", "query")
 
         def run(session: gr.Request, image: str | None, *values: Any) -> Iterator[dict]:
@@ -184,7 +192,10 @@ class Page:
         parts["image"].upload(
             self._updating(handlers.check_image), parts["image"], self._named("status", "image"), **AT_ONCE
         )
-        sliders = self._named("steps", "cfg_text", "cfg_image", "guidance_rescale")
+        parts["again"].click(
+            self._updating(handlers.edit_again), parts["selected"], self._named("image", "status"), **AT_ONCE
+        )
+        sliders = self._named("steps", "cfg_text", "cfg_image", "guidance_rescale", "resolution")
         parts["model"].input(self._updating(handlers.choose_model), parts["model"], sliders, **AT_ONCE)
         parts["query"].change(None, parts["query"], parts["link"], js=SHOW_LINK)
         self.blocks.load(restore, None, self._named("status", "new_seed", *REQUEST), **AT_ONCE)
@@ -205,25 +216,20 @@ class Page:
             negative_prompt: str = "",
             guidance_rescale: float = 0.0,
             karras_sigmas: bool = False,
+            resolution: int = 0,
             progress: gr.Progress = gr.Progress(),  # noqa: B008
         ) -> tuple[list[tuple], dict]:
             """Edit an image by an instruction: the edits, and the settings of each."""
             values = [instruction, model, compare, steps, seed, images, cfg_text, cfg_image, scheduler, keep_size]
-            values += [negative_prompt, guidance_rescale, karras_sigmas]
-            return self._handlers.call(image, _make_request(values), progress)
+            values += [negative_prompt, guidance_rescale, karras_sigmas, resolution]
+            return self._handlers.call(
+                image, _make_request(values), progress, gradio_events.make_connection_check(self.blocks)
+            )
 
         inputs, outputs = self._named("image", *REQUEST), self._named("api_edits", "api_facts")
         options = dict(api_name="edit", concurrency_limit=None, show_progress="hidden")
         self.parts["api_run"].click(edit, inputs, outputs, **options)
-        validate = self.blocks.validate_inputs
-
-        def validate_inputs(block_fn: Any, values: list[Any]) -> None:
-            """Gradio refuses a list of values that ends early, as of a client that does not know the last ones."""
-            if block_fn.api_name == "edit" and len(values) > 2:
-                values += [part.value for part in block_fn.inputs[len(values) :]]
-            validate(block_fn, values)
-
-        self.blocks.validate_inputs = validate_inputs
+        gradio_events.check_inputs_early(self.blocks, accepts_fewer="edit")
 
 
 def _make_request(values: list[Any]) -> EditRequest:

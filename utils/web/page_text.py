@@ -11,7 +11,7 @@ Choose an image, describe the change, press **Enter**. **Escape** stops an edit.
 TIPS = (_FOLDER / "tips.md").read_text("utf-8")
 CSS = (_FOLDER / "page.css").read_text("utf-8")
 SHOW_LINK = (_FOLDER / "show_link.js").read_text("utf-8").strip()  # the settings of the last edit, in the address bar
-HEAD = f"<script>\n{(_FOLDER / 'comparison.js').read_text('utf-8')}</script>"
+HEAD = f"<script>\n{(_FOLDER / 'keys.js').read_text('utf-8')}</script>"
 
 
 def status_html(text: str, fraction: float | None = None) -> str:

@@ -5,6 +5,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +29,8 @@ class RequestProgress:
 class QueueSlot:
     """One request's place in the queue. `stop` may be called from any thread, at any time, more than once."""
 
-    def __init__(self, timeout: float) -> None:
-        self._timeout, self._deadline = timeout, float("inf")
+    def __init__(self, timeout: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._timeout, self._deadline, self._clock = timeout, float("inf"), clock
         self._stopped = threading.Event()
 
     def stop(self) -> None:
@@ -37,13 +38,20 @@ class QueueSlot:
 
     def start_clock(self) -> None:
         """The timeout starts when the request starts to run: waiting does not count."""
-        self._deadline = time.monotonic() + self._timeout
+        self._deadline = self._clock() + self._timeout
+
+    @contextmanager
+    def not_counting(self) -> Iterator[None]:
+        """The time inside does not count: loading a model can take longer than any edit."""
+        start = self._clock()
+        yield
+        self._deadline += self._clock() - start
 
     def check(self) -> None:
         """Raise `Stopped` if the request was stopped or its time is over."""
         if self._stopped.is_set():
             raise Stopped("Stopped.")
-        if time.monotonic() > self._deadline:
+        if self._clock() > self._deadline:
             raise Stopped(
                 f"Stopped after {self._timeout:g} seconds, the longest time for one request: "
                 "ask for fewer steps or fewer images."
@@ -51,10 +59,13 @@ class QueueSlot:
 
 
 class RequestQueue:
-    """The queue of one device. A full queue refuses new requests."""
+    """The queue of one device. A full queue refuses new requests.
 
-    def __init__(self, timeout: float, max_waiting: int) -> None:
-        self._timeout, self._max_waiting = timeout, max_waiting
+    timeout: seconds for one request, as `clock` counts them.
+    """
+
+    def __init__(self, timeout: float, max_waiting: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._timeout, self._max_waiting, self._clock = timeout, max_waiting, clock
         self._slots: deque[QueueSlot] = deque()  # the first one runs
         self._moved = threading.Condition()
 
@@ -63,7 +74,7 @@ class RequestQueue:
         with self._moved:
             if len(self._slots) > self._max_waiting:
                 raise InputError(f"{len(self._slots)} requests are waiting already: try again later")
-            self._slots.append(QueueSlot(self._timeout))
+            self._slots.append(QueueSlot(self._timeout, self._clock))
             return self._slots[-1]
 
     def wait(self, slot: QueueSlot, seconds: float) -> int:

@@ -24,9 +24,16 @@ function moveHandle(handle, share) {
 }
 
 document.addEventListener("keydown", (event) => {
-  const stop = document.querySelector("#stop"), handle = findHandle();
-  if (event.key === "Escape" && stop && !stop.disabled) stop.click();
+  const handle = findHandle();
   if (event.target !== handle || !["ArrowLeft", "ArrowRight"].includes(event.key)) return;
   event.preventDefault();
   moveHandle(handle, event.key === "ArrowLeft" ? -0.05 : 0.05);
 });
+
+// Escape stops the edit, unless it closes something. In the capture phase, before Gradio has closed it.
+const closedByEscape = '[role="combobox"][aria-expanded="true"], .block.fullscreen, .api-docs';
+document.addEventListener("keydown", (event) => {
+  if (event.key !== "Escape" || document.fullscreenElement || document.querySelector(closedByEscape)) return;
+  const stop = document.querySelector("#stop");
+  if (stop && !stop.disabled) stop.click();
+}, true);
