@@ -462,4 +462,44 @@ def test_images_that_were_moved_are_reported_once(tmp_path: Path, caplog: pytest
     paths_of_another_machine(tmp_path)
     for row in open_source(dataset_name=str(tmp_path), streaming=True).rows:
         assert decode_image(row["source"])
-    assert caplog.text.count("does not exist: the images are taken from") <= 2  # once for each column
+    assert caplog.text.count("does not exist: the images are taken from") == 1
+
+
+def write_moved(folder: Path, places: list[str]) -> None:
+    """A table of another machine (/m/in, /m/out) and where its images are now."""
+    rows = [dict(source=f"/m/in/{i}.png", target=f"/m/out/{i}.png", instruction=p) for i, p in enumerate(PROMPTS)]
+    for place in places:
+        write_files(folder, *place.split())
+    write_lines(folder / "pairs.jsonl", rows)
+
+
+def test_images_that_moved_below_a_subfolder_or_from_several_places(tmp_path: Path) -> None:
+    write_moved(tmp_path, ["train/in/{}.png train/out/{}.png"])
+    rows = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    rows[2]["source"] = "/another/depth/of/in/2.png"
+    (tmp_path / "train/of").mkdir()
+    shutil.move(tmp_path / "train/in/2.png", tmp_path / "train/of/2.png")
+    (tmp_path / "train/of/in").mkdir()
+    shutil.move(tmp_path / "train/of/2.png", tmp_path / "train/of/in/2.png")
+    write_lines(tmp_path / "pairs.jsonl", rows)
+    check_pairs(list(map(tuple, ([row[c] for c in ("source", "instruction", "target")] for row in read(tmp_path)))))
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        (["{}.png unused/{}.png"], "/m/out/0.png does not exist, and the only file .* is also another image"),
+        (["in/{}.png out/{}.png", "train/in/{}.png train/out/{}.png"], "could be .*/in/0.png and .*/train/in/0.png"),
+    ],
+)
+def test_moved_images_that_could_be_others_are_refused(places: list[str], message: str, tmp_path: Path) -> None:
+    write_moved(tmp_path / "data", places)
+    shutil.rmtree(tmp_path / "data/unused", ignore_errors=True)
+    with pytest.raises(InputError, match=message):
+        read(tmp_path / "data")
+    with pytest.raises(SystemExit):
+        import_pairs.main(["--source", str(tmp_path / "data/pairs.jsonl"), "--data_root", str(tmp_path / "p")])
+
+
+def read(folder: Path) -> datasets.Dataset:
+    return open_source(dataset_name=str(folder)).rows

@@ -16,7 +16,7 @@ from data_preparation.importing.dataset_pairs import ProvenanceMap, map_provenan
 from data_preparation.importing.source_pairs import PairOrError, ReadPairs, SourcePair, digest_json, read_each
 from utils.archives import is_member_path, read_member
 from utils.data.columns import ROLES, Columns, resolve_columns
-from utils.data.image_paths import find_images_by_path
+from utils.data.image_paths import ImageFinder
 from utils.data.tables import TABLE_SUFFIXES, image_column_name, names_images, read_columns
 from utils.errors import InputError
 from utils.image_sources import download
@@ -57,10 +57,11 @@ class TableSource:
     def open(self) -> ReadPairs:
         table = read_table(self.path)
         used = {self.columns.original, self.columns.prompt, self.columns.edited, *self.provenance.columns}
+        finder = ImageFinder([Path(self.image_root), self.path.parent, Path.cwd()])
 
         def read(items: Sequence[int]) -> Iterator[tuple[int, PairOrError]]:
             rows = {item: {name: table[name][item] for name in used} for item in items}
-            images = self._fetch_images(list(rows.values()))
+            images = self._fetch_images(list(rows.values()), finder)
             return read_each(items, lambda item: [self._pair_of(rows[item], images)])
 
         return read
@@ -87,7 +88,7 @@ class TableSource:
         provenance["source"] = provenance.get("source") or (Path(name).name if is_private else name)
         return SourcePair(*pair, row[self.columns.prompt], provenance)
 
-    def _fetch_images(self, rows: list[dict[str, Any]]) -> dict[str, Path | bytes | BadRow]:
+    def _fetch_images(self, rows: list[dict[str, Any]], finder: ImageFinder) -> dict[str, Path | bytes | BadRow]:
         """By name in the table: a path, the content behind a URL, or why there is none.
 
         Raises InputError if no server answers at all.
@@ -96,8 +97,7 @@ class TableSource:
         names = dict.fromkeys(name for row in rows for column in columns for name in _image_names(row[column])[:1])
         images = {name: locate(name, self.image_root) for name in names}
         local = [name for name in names if isinstance(images[name], Path)]
-        find = find_images_by_path(local, [Path(self.image_root), self.path.parent, Path.cwd()])
-        images |= {name: _open_local(find(name)) for name in local}
+        images |= {name: _open_local(place) for name, place in zip(local, finder.find(local), strict=True)}
         urls = [name for name in names if _is_url(images[name])]
         with ThreadPoolExecutor(self.limits.threads) as threads:
             contents = threads.map(lambda name: fetch(images[name], self.limits), urls)

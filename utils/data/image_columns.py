@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from utils.archives import is_member_path
+from utils.data.image_paths import ImageFinder
 from utils.data.tables import locate_images, names_images
 
 Rows = datasets.Dataset | datasets.IterableDataset
@@ -20,7 +21,7 @@ def unify_image_columns(rows: Rows, folder: Path) -> Rows:
     folder: of the dataset; relative paths of images start from it, or from the folder of one of its files. Columns of
     other values stay. The images are not copied.
     """
-    bases = _list_bases(folder)
+    finder = ImageFinder(_list_bases(folder)) if folder.is_dir() else None
     for name, feature in dict(rows.features).items():
         if _holds_bytes(feature):
             rows = rows.cast_column(name, datasets.Image())
@@ -29,8 +30,8 @@ def unify_image_columns(rows: Rows, folder: Path) -> Rows:
         inner = _item_of(feature)
         if inner is not None and (isinstance(inner, datasets.Image) or _holds_bytes(inner)):
             rows = _first_items(rows, name)
-        elif _is_text(feature) or (inner is not None and _is_text(inner)):
-            rows = _open_paths(rows, name, bases)
+        elif finder and (_is_text(feature) or (inner is not None and _is_text(inner))):
+            rows = _open_paths(rows, name, finder)
     return rows
 
 
@@ -122,24 +123,20 @@ def _exists(image: str | dict | None) -> bool:
 
 def _list_bases(folder: Path) -> list[Path]:
     """The folders that paths of images may start from: the dataset's, those of its parquet files, and where we are."""
-    if not folder.is_dir():
-        return []
     of_files = dict.fromkeys(path.parent for path in sorted(folder.rglob("*.parquet")))
     return [folder, *list(of_files)[:MAX_BASES], Path.cwd()]
 
 
-def _open_paths(rows: Rows, name: str, bases: list[Path]) -> Rows:
+def _open_paths(rows: Rows, name: str, finder: ImageFinder) -> Rows:
     """A column of text that names existing images -> images by absolute path; any other column stays."""
-    if not bases:
-        return rows
     probe = [row[name] for row in rows.select_columns([name]).take(PROBED_ROWS)]
     named = next((value for value in probe if value), None)
-    if not names_images(name, probe) or not _exists(locate_images(name, [named], bases)[0]):
+    if not names_images(name, probe) or not _exists(locate_images(name, [named], finder)[0]):
         return rows  # such as the file name that a pair was made from
     if isinstance(rows, datasets.Dataset):
-        paths = locate_images(name, rows.data.column(name).to_pylist(), bases)
+        paths = locate_images(name, rows.data.column(name).to_pylist(), finder)
         rows = rows.remove_columns(name).add_column(name, paths)
     else:
         features = datasets.Features({**rows.features, name: datasets.Value("string")})
-        rows = rows.map(lambda batch: {name: locate_images(name, batch[name], bases)}, batched=True, features=features)
+        rows = rows.map(lambda batch: {name: locate_images(name, batch[name], finder)}, batched=True, features=features)
     return rows.cast_column(name, datasets.Image(decode=False))

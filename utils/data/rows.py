@@ -11,6 +11,7 @@ from utils.archives import is_member_path
 from utils.data.dataset_cache import announce_copy
 from utils.data.folder_pairs import find_folders, match_files, read_captions
 from utils.data.image_columns import unify_image_columns
+from utils.data.image_paths import ImageFinder
 from utils.data.seed_folders import has_seed_folders, read_pairs
 from utils.data.suffix_pairs import find_suffix_pairs
 from utils.data.tables import TEXT_SUFFIXES, image_column_name, locate_images, names_images, read_columns
@@ -118,28 +119,30 @@ def _open_files(folder: Path, split: str) -> datasets.Dataset | None:
     if path := _find_metadata(folder, split):
         return open_table(path, folder)
     place = folder / split if (folder / split).is_dir() else folder if split == "train" else None
-    table = _find_table(place, split) if place and not any(folder.rglob("*.parquet")) else None
+    table = None if any(folder.rglob("*.parquet")) else _find_table(folder, split)
     if tars := find_tars(folder, split):
         rows = _open_if_pairs(table, folder)
         return _make_rows(folder, read_samples(tars), [tars[0].parent]) if rows is None else rows
-    if place is None:
-        return None
-    if has_seed_folders(place):
+    if place and has_seed_folders(place):
         return _make_rows(place, read_pairs(place), [place])
-    if found := find_folders(place):
+    if place and (found := find_folders(place)):
         return _open_folder_pairs(place, *found)
     if table:
         return open_table(table, folder)
-    if pairs := find_suffix_pairs(place):
+    if place and (pairs := find_suffix_pairs(place)):
         return _open_pairs(place, place, place, pairs)
     return None
 
 
-def _find_table(place: Path, split: str) -> Path | None:
-    """The only table in a folder, or the one that is named as the split."""
-    tables = [path for path in sorted(place.iterdir()) if path.suffix.lower() in TEXT_SUFFIXES]
-    named = [path for path in tables if path.stem == split] or tables
-    return named[0] if len(named) == 1 else None
+def _find_table(folder: Path, split: str) -> Path | None:
+    """The table of a split: in the folder of its name or beside that; named as the split, or the only one."""
+    for place in (folder / split, folder):
+        tables = [path for path in sorted(place.glob("*")) if path.suffix.lower() in TEXT_SUFFIXES]
+        named = [path for path in tables if path.stem == split]
+        is_whole = place != folder or split == "train"
+        if len(found := named or (tables if is_whole else [])) == 1:
+            return found[0]
+    return None
 
 
 def _open_if_pairs(table: Path | None, folder: Path) -> datasets.Dataset | None:
@@ -165,11 +168,12 @@ def open_table(path: Path, folder: Path | None = None) -> datasets.Dataset:
 
 def _make_rows(source: Path, columns: dict[str, list], bases: list[Path]) -> datasets.Dataset:
     image_columns, other_columns = {}, {}
+    finder = ImageFinder(bases)
     for name, values in columns.items():
         if all(isinstance(value, str) and is_member_path(value) for value in values):
             image_columns[name] = values
         elif names_images(name, values):
-            image_columns[image_column_name(name)] = locate_images(name, values, bases)
+            image_columns[image_column_name(name)] = locate_images(name, values, finder)
         else:
             other_columns[name] = _with_one_type(source, name, values)
     try:

@@ -4,14 +4,13 @@ import codecs
 import csv
 import json
 import logging
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from utils.data.image_paths import find_images_by_path
+from utils.data.image_paths import ImageFinder
 from utils.errors import InputError
 from utils.image_formats import has_image_suffix
 from utils.json_lines import read_json_lines
@@ -98,10 +97,10 @@ def image_column_name(name: str) -> str:
     return name.removesuffix(f"_{FILE_NAME}")
 
 
-def locate_images(name: str, values: list, bases: Sequence[Path]) -> list[str | dict | None]:
+def locate_images(name: str, values: list, finder: ImageFinder) -> list[str | dict | None]:
     """The absolute path of each image of a column, None if there is none or the value lists several.
 
-    Base64 text becomes {"bytes", "path"}. bases: see `find_images_by_path`.
+    Base64 text becomes {"bytes", "path"}. finder: one for all columns of a table.
     """
     several = sum(isinstance(value, list) and len(value) > 1 for value in values)
     if several:
@@ -109,8 +108,8 @@ def locate_images(name: str, values: list, bases: Sequence[Path]) -> list[str | 
     names = [_only(value) for value in values]
     if any(value and is_base64(value) for value in names):
         return [{"bytes": decode_base64(value) if value else None, "path": None} for value in names]
-    find = find_images_by_path([value for value in names if value], bases)
-    return [find(value) if value else None for value in names]
+    found = iter(finder.find([value for value in names if value]))
+    return [next(found) if value else None for value in names]
 
 
 def _only(value: object) -> str | None:
