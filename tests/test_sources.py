@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -360,6 +361,23 @@ def test_digest_of_a_moved_folder(tmp_path: Path) -> None:
     before = sources_digest([open_source(str(tmp_path / "a"))])
     (tmp_path / "a").rename(tmp_path / "b")
     assert sources_digest([open_source(str(tmp_path / "b"))]) == before
+
+
+def test_digest_of_many_files_changes_with_each_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where seeds.json lists other images of the same folders, between those whose sizes are looked at."""
+    monkeypatch.setattr("utils.data.sources.MAX_SIZED_FILES", 3)
+    monkeypatch.setattr("utils.data.sources.DIGESTED_ROWS", 2)
+    names = write_image_folder(tmp_path, 9)
+    write_metadata(tmp_path, names, "jsonl")
+    before = sources_digest([open_source(str(tmp_path))])
+    other = tmp_path / "another.png"
+    metadata = tmp_path / "metadata.jsonl"
+    rows = [json.loads(line) for line in metadata.read_text().splitlines()]
+    column = next(name for name, value in rows[4].items() if str(value).endswith(".png"))
+    shutil.copy(tmp_path / rows[4][column], other)
+    rows[4][column] = other.name
+    metadata.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert sources_digest([open_source(str(tmp_path))]) != before
 
 
 def test_digest_changes_with_the_rows() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -119,7 +120,7 @@ def open_mix(
 
 
 def sources_digest(sources: list[Source]) -> str:
-    """A hex digest of columns, weights, row numbers, all prompts, all file sizes, and the files of some rows.
+    """A hex digest of columns, weights, row numbers, all prompts, sizes or names of files, and the files of some rows.
 
     The same in all processes and runs, unlike datasets' own fingerprint, which depends on the folder's path and the
     library version. Of a stream, only the first rows are digested.
@@ -156,7 +157,8 @@ def _file_sizes(rows: datasets.Dataset, column: str) -> np.ndarray:
     """The file size of each image of the whole table, selected or not, as int64; -1 if there is none.
 
     Of more than `MAX_SIZED_FILES` files on disk only every nth is asked for: a size takes a millisecond on a network
-    disk, and the original's dataset has 900,000 files.
+    disk, and the original's dataset has 900,000 files. The others have a checksum of their names, below -1, so that
+    another choice among the same files (a new seeds.json) is another dataset.
     """
     images = rows.data.column(column)
     sizes = [np.empty(0, dtype="<i8")]
@@ -171,9 +173,14 @@ def _file_sizes(rows: datasets.Dataset, column: str) -> np.ndarray:
             paths = pc.struct_field(chunk, "path").filter(is_on_disk).to_pylist()
             every = -(-len(paths) // MAX_SIZED_FILES)
             sizes[-1][is_on_disk.to_numpy(zero_copy_only=False)] = [
-                _file_size(path) if index % every == 0 else -2 for index, path in enumerate(paths)
+                _file_size(path) if index % every == 0 else _name_checksum(path) for index, path in enumerate(paths)
             ]
     return np.concatenate(sizes)
+
+
+def _name_checksum(path: str | None) -> int:
+    """Of the last part alone: the folder may be another one after the dataset was moved."""
+    return -2 - zlib.crc32((path or "").partition("::")[0].rpartition("/")[2].encode("utf-8", "surrogateescape"))
 
 
 def _file_size(path: str | None) -> int:
