@@ -439,12 +439,39 @@ def test_files_of_one_name_in_two_archives_are_told_apart(tmp_path: Path) -> Non
             archive.writestr("b.png", two)
     rows = [dict(source="a.png", target="b.png", instruction="x")]
     write_lines(tmp_path / "pairs.jsonl", rows)
-    with pytest.raises(InputError, match="a.png is in several archives: rename it in the table to ARCHIVE/a.png"):
+    message = r"a.png is in several archives \(first.zip, second.zip\): write first/a.png or second/a.png in the"
+    with pytest.raises(InputError, match=message):
         open_source(dataset_name=str(tmp_path))
     named = [dict(source=f"{name}/a.png", target=f"{name}/b.png", instruction="x") for name in ("first", "second")]
     write_lines(tmp_path / "pairs.jsonl", named)
     for index, row in enumerate(open_source(dataset_name=str(tmp_path)).rows):
         np.testing.assert_array_equal(np.asarray(decode_image(row["source"])), np.asarray(make_image(index)))
+
+
+def test_a_file_of_two_tars_is_refused_too(tmp_path: Path) -> None:
+    for name, pair in (("first", IMAGES[0]), ("second", IMAGES[1])):
+        write_tar(tmp_path / f"{name}.tar", dict(zip(("a.png", "b.png"), pair, strict=True)))
+    write_lines(tmp_path / "pairs.jsonl", [dict(source="a.png", target="b.png", instruction="x")])
+    with pytest.raises(InputError, match=r"a.png is in several archives \(first.tar, second.tar\)"):
+        open_source(dataset_name=str(tmp_path))
+
+
+@pytest.mark.parametrize("has_bytes", [True, False], ids=["images", "paths in the tar"])
+@pytest.mark.parametrize("name", ["train.parquet", "data/train-0.parquet"])
+def test_parquet_of_pairs_decides_over_a_tar_beside_it(name: str, has_bytes: bool, tmp_path: Path) -> None:
+    members = {f"{side}/{index}.png": pair[side] for index, pair in enumerate(IMAGES) for side in (0, 1)}
+    write_tar(tmp_path / "images.tar", members)
+    columns = {
+        column: [
+            {"bytes": pair[side], "path": None} if has_bytes else f"{side}/{i}.png" for i, pair in enumerate(IMAGES)
+        ]
+        for side, column in enumerate(("source", "target"))
+    }
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns | {"instruction": PROMPTS}), tmp_path / name)
+    for streaming in (False, True):
+        rows = open_source(dataset_name=str(tmp_path), streaming=streaming, cache_dir=str(tmp_path / "cache")).rows
+        check_pairs([(row["source"], row["instruction"], row["target"]) for row in rows])
 
 
 def test_damage_inside_an_archive_is_a_bad_row(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def archive_members(bases: tuple[Path, ...]) -> dict[str, str]:
     """The path of each file in the archives of some folders, by its name in the archive. Raises InputError.
 
     The name may also omit a folder that holds everything in the archive, or begin with the archive's own name. A name
-    that two archives have is "" here: only the one with the archive's name tells them apart.
+    that several archives have has all their paths, one a line: only one with the archive's name tells them apart.
     """
     members: dict[str, str] = {}
     archives = [path for base in bases for path in sorted(base.iterdir()) if path.suffix.lower() in ARCHIVE_SUFFIXES]
@@ -107,7 +107,8 @@ def archive_members(bases: tuple[Path, ...]) -> dict[str, str]:
         for name in names:
             path = member_path(archive, name)
             for alias in {name, name.removeprefix(top), f"{archive.stem}/{name}"}:
-                members[alias] = path if members.get(alias, path) == path else ""
+                known = members.get(alias, path).split("\n")
+                members[alias] = "\n".join(known if path in known else [*known, path])
     return members
 
 
@@ -123,12 +124,14 @@ def _in_archive(members: dict[str, str], path: str) -> Find | None:
 
 def _member(members: dict[str, str], path: str, dropped: int) -> str | None:
     name = "/".join(PurePosixPath(_with_slashes(path)).parts[dropped:])
-    if members.get(name) == "":
+    places = list(filter(None, members.get(name, "").split("\n")))
+    if len(places) > 1:
+        archives = [Path(place.rpartition("::")[2]) for place in places]
         raise InputError(
-            f"{name} is in several archives: rename it in the table to ARCHIVE/{name}, with the name of its archive "
-            "without .zip or .tar"
+            f"{name} is in several archives ({', '.join(archive.name for archive in archives)}): write "
+            f"{' or '.join(f'{archive.stem}/{name}' for archive in archives[:2])} in the table"
         )
-    return members.get(name)
+    return places[0] if places else None
 
 
 def _count(find: Find, probe: Sequence[str]) -> int:

@@ -12,6 +12,7 @@ from utils.data.dataset_cache import announce_copy
 from utils.data.folder_pairs import find_folders, match_files, read_captions
 from utils.data.image_columns import unify_image_columns
 from utils.data.image_paths import ImageFinder
+from utils.data.parquet_files import has_parquet_pairs, list_parquet_files
 from utils.data.seed_folders import has_seed_folders, read_pairs
 from utils.data.suffix_pairs import find_suffix_pairs
 from utils.data.tables import TEXT_SUFFIXES, image_column_name, locate_images, names_images, read_columns
@@ -52,7 +53,9 @@ def open_rows(
     elif is_folder or looks_like_path(name):
         raise InputError(f"there is no folder {name}; give an existing folder, or for --dataset_name a Hub id")
     try:
-        builder = datasets.load_dataset_builder(name, config, cache_dir=cache_dir, revision=revision)
+        files = list_parquet_files(path) if path.is_dir() and any(path.rglob("*.tar")) else None
+        of_files = {"path": "parquet", "data_files": files} if files else {"path": name, "name": config}
+        builder = datasets.load_dataset_builder(**of_files, cache_dir=cache_dir, revision=revision)
         _check_split(name, split, builder)
         if streaming:
             rows = builder.as_streaming_dataset(split=split)
@@ -114,15 +117,14 @@ def _open_saved(folder: Path, split: str) -> datasets.Dataset | None:
 def _open_files(folder: Path, split: str) -> datasets.Dataset | None:
     """The rows of a metadata file, a table, tars, seeds.json or pairs of image files; None for what datasets opens.
 
-    A table decides over the tars beside it, which may hold its images.
+    A table of pairs decides over the tars beside it, which may hold its images.
     """
     if path := _find_metadata(folder, split):
         return open_table(path, folder)
     place = folder / split if (folder / split).is_dir() else folder if split == "train" else None
     table = None if any(folder.rglob("*.parquet")) else _find_table(folder, split)
     if tars := find_tars(folder, split):
-        rows = _open_if_pairs(table, folder)
-        return _make_rows(folder, read_samples(tars), [tars[0].parent]) if rows is None else rows
+        return None if has_parquet_pairs(folder) else _open_tars(folder, tars, table)
     if place and has_seed_folders(place):
         return _make_rows(place, read_pairs(place), [place])
     if place and (found := find_folders(place)):
@@ -145,15 +147,22 @@ def _find_table(folder: Path, split: str) -> Path | None:
     return None
 
 
-def _open_if_pairs(table: Path | None, folder: Path) -> datasets.Dataset | None:
-    """The rows of a table beside tars if it has two columns of images; it may as well be an index of the tars."""
-    if table is None:
-        return None
+def _open_tars(folder: Path, tars: list[Path], table: Path | None) -> datasets.Dataset:
+    """The samples of tars, or the rows of a table beside them if it has two columns of images and is no index."""
+    problem = None
     try:
-        rows = open_table(table, folder)
-    except InputError:
-        return None
-    return rows if sum(isinstance(feature, datasets.Image) for feature in rows.features.values()) >= 2 else None
+        if table and _count_image_columns(rows := open_table(table, folder)) >= 2:
+            return rows
+    except InputError as error:  # of an index, it does not matter
+        problem = error
+    rows = _make_rows(folder, read_samples(tars), [tars[0].parent])
+    if problem and _count_image_columns(rows) < 2:
+        raise problem
+    return rows
+
+
+def _count_image_columns(rows: datasets.Dataset) -> int:
+    return sum(isinstance(feature, datasets.Image) for feature in rows.features.values())
 
 
 def open_table(path: Path, folder: Path | None = None) -> datasets.Dataset:
