@@ -32,10 +32,12 @@ def list_photographs(folder: Path, split: str = "all") -> list[Path]:
 
 def find_photographs(folder: Path, split: str = "all") -> tuple[list[Path], Skipped]:
     """`list_photographs`, and what else is in the folder."""
+    images, skipped = find_images(folder, recursive=True)
     rows = read_metadata(folder) if split != "all" else []
     if any("split" in row for row in rows):
-        return sorted(folder / row["file_name"] for row in rows if row.get("split") == split), {}
-    images, skipped = find_images(folder, recursive=True)
+        listed = {folder / row["file_name"]: row.get("split") for row in rows}
+        skipped["without a split in metadata.jsonl"] = [path for path in images if listed.get(path) is None]
+        images = sorted(path for path, its_split in listed.items() if its_split == split)
     others = {reason: [path for path in paths if path.name not in DESCRIPTIONS] for reason, paths in skipped.items()}
     return images, {reason: paths for reason, paths in others.items() if paths}
 

@@ -206,6 +206,28 @@ def csv_of_a_spreadsheet(folder: Path) -> None:
     (folder / "metadata.csv").write_bytes(text.encode("utf-16"))
 
 
+def csv_of_another_spreadsheet(folder: Path) -> None:
+    """Quoted names with commas, and UTF-16 without its mark."""
+    write_files(folder, "in/{}.png", "out/{}.png")
+    lines = [f'"in/{i}.png";"{prompt}";"out/{i}.png"' for i, prompt in enumerate(PROMPTS)]
+    text = "\n".join(['"source_image";"instruction";"target_image"', *lines])
+    (folder / "pairs.csv").write_bytes(text.encode("utf-16-le"))
+
+
+def numbered_folders(folder: Path) -> None:
+    """Names of the images in both folders end in their side; the captions' folder is written with a capital."""
+    write_files(folder, "control_1/{}_start.png", "target/{}_end.png")
+    (folder / "Captions").mkdir()
+    for index, prompt in enumerate(PROMPTS):
+        (folder / f"Captions/{index}.txt").write_text(prompt)
+
+
+def table_beside_the_split(folder: Path) -> None:
+    write_files(folder, "train/{}_a.png", "train/{}_b.png")
+    rows = [dict(source=f"train/{i}_a.png", target=f"train/{i}_b.png", instruction=p) for i, p in enumerate(PROMPTS)]
+    write_lines(folder / "train.jsonl", rows)
+
+
 def tab_separated(folder: Path) -> None:
     write_files(folder, "in/{}.png", "out/{}.png")
     lines = [f"in/{i}.png\tout/{i}.png\t{prompt}\n" for i, prompt in enumerate(PROMPTS)]
@@ -270,6 +292,9 @@ LAYOUTS = {
     "my_control": my_control,
     "captions beside the folders": captions_beside_the_folders,
     "a spreadsheet's CSV": csv_of_a_spreadsheet,
+    "another spreadsheet's CSV": csv_of_another_spreadsheet,
+    "numbered folders": numbered_folders,
+    "a table beside its split": table_beside_the_split,
     "TSV": tab_separated,
     "long fields": long_fields,
     "numbered control paths": numbered_control_paths,
@@ -340,6 +365,12 @@ def test_a_run_on_control_and_target(tiny_base: Path, tmp_path: Path, caplog: py
     assert "train[2]: no prompt" in caplog.text
 
 
+def pack(data: Path) -> None:
+    shutil.move(shutil.make_archive(str(data.parent / "packed"), "zip", data), data / "images.zip")
+    shutil.rmtree(data / "control")
+    shutil.rmtree(data / "target")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -347,13 +378,15 @@ def test_a_run_on_control_and_target(tiny_base: Path, tmp_path: Path, caplog: py
         (lambda data: [path.rename(f"{path}x") for path in data.glob("target/*.png")], "no image of control has"),
         (lambda data: shutil.copytree(data / "control", data / "source"), "several pairs .*control or source, and"),
         (lambda data: (data / "target/0.txt").write_bytes(b"\xff\xfe\x00"), "0.txt cannot be read as UTF-8"),
+        (pack, "images.zip holds the folders control/ and target/: unpack it .unzip 'images.zip'"),
     ],
 )
 def test_incomplete_folders_are_refused(change: Callable[[Path], object], message: str, tmp_path: Path) -> None:
-    control_and_target(tmp_path)
-    change(tmp_path)
+    data = tmp_path / "data"
+    control_and_target(data)
+    change(data)
     with pytest.raises(InputError, match=message):
-        open_source(dataset_name=str(tmp_path))
+        open_source(dataset_name=str(data))
 
 
 def test_lists_of_several_images_are_bad_rows_with_a_reason(tmp_path: Path) -> None:

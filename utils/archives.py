@@ -18,6 +18,8 @@ LOCAL_HEADER = struct.Struct("<26xHH")  # of a zip's member: the lengths of the 
 # (process, archive) -> its descriptor, the last used one at the end
 _open_files: OrderedDict[tuple[int, str], int] = OrderedDict()
 _lock = threading.Lock()  # a descriptor must not be closed while another thread reads from it
+if hasattr(os, "register_at_fork"):  # where another thread held it, a forked worker would wait forever
+    os.register_at_fork(after_in_child=lambda: globals().update(_lock=threading.Lock()))
 
 
 class _Member(NamedTuple):

@@ -12,7 +12,8 @@ from typing import Any
 from data_preparation.importing.dataset_pairs import CARTOONS
 from data_preparation.importing.source_pairs import ReadPairs, SourcePair, clean_prompts, digest_json, read_each
 from utils.data.column_words import ORIGINAL_WORDS, image_word
-from utils.data.folder_pairs import ENDING, list_files, match_files, read_captions, without_suffix
+from utils.data.folder_pairs import list_files, match_files, read_captions, without_suffix
+from utils.data.suffix_pairs import ENDING
 from utils.data.tables import read_columns
 from utils.errors import InputError
 from utils.image_formats import has_image_suffix

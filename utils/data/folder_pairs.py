@@ -5,7 +5,8 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 
-from utils.data.suffix_pairs import caption_stem
+from utils.archives import ARCHIVE_SUFFIXES, list_members
+from utils.data.suffix_pairs import ENDING, caption_stem
 from utils.errors import InputError
 from utils.image_formats import has_image_suffix
 
@@ -27,12 +28,6 @@ SUBFOLDERS = {name: _AFTER for name in _BEFORE} | {
     "rainy": ("clean", "gt"),
     "hazy": ("clean", "clear", "gt"),
 }
-# What the names of the two images of a pair may end in, such as cat.jpg and cat_edited.png.
-ENDING = re.compile(
-    r"(?<=.)[_-](original|edited|edit|input|output|source|target|src|tgt|before|after|in|out|a|b|gt|cartoon|cartoonized"
-    r"|result|control|reference|ref)\Z",
-    re.IGNORECASE | re.DOTALL,
-)
 CAPTION_SUFFIXES = (".txt", ".caption")
 CAPTION_FOLDERS = ("captions", "caption", "prompts", "prompt", "instructions", "txt", "text", "texts")
 MAX_LISTED = 8
@@ -42,9 +37,11 @@ def find_folders(source: Path) -> tuple[Path, Path] | None:
     """(folder of original images, folder of edited images): two subfolders of `SUBFOLDERS`. Raises InputError."""
     folders = [path for path in sorted(source.iterdir()) if path.is_dir() and not path.name.startswith(".")]
     found = {path.name.casefold(): path for path in folders}
-    last_words = [(re.split(r"[\s._-]", path.name.casefold())[-1], path) for path in folders]
+    last_words = [
+        (re.split(r"[\s._-]", re.sub(r"[\s._-]?\d+\Z", "", path.name.casefold()))[-1], path) for path in folders
+    ]
     counts = Counter(word for word, _ in last_words)
-    # my_control and my_target, where no folder has the plain name.
+    # my_control and my_target or control_1, where no folder has the plain name.
     found |= {word: path for word, path in last_words if word not in found and counts[word] == 1}
     pairs = [(found[a], found[b]) for a in SUBFOLDERS if a in found for b in SUBFOLDERS[a] if b in found]
     pairs = list(dict.fromkeys(pair for pair in pairs if pair[0] != pair[1]))
@@ -57,11 +54,28 @@ def find_folders(source: Path) -> tuple[Path, Path] | None:
     return pairs[0] if pairs else None
 
 
+def refuse_packed_folders(folder: Path) -> None:
+    """Raise InputError for an archive that holds the two folders of the images of pairs."""
+    for archive in sorted(path for path in folder.glob("*") if path.suffix.lower() in ARCHIVE_SUFFIXES):
+        try:
+            members = [member for member in list_members(archive) if has_image_suffix(member)]
+        except (OSError, ValueError):
+            continue  # is reported by what reads it
+        inside = {part for member in members for part in member.casefold().split("/")[:-1]}
+        names = next(((a, b) for a in SUBFOLDERS for b in SUBFOLDERS[a] if {a, b} <= inside), None)
+        if names:
+            unpack = "unzip" if archive.suffix.lower() == ".zip" else "tar xf"
+            raise InputError(
+                f"{archive} holds the folders {names[0]}/ and {names[1]}/: unpack it ({unpack} '{archive.name}') and "
+                "give the folder in which they are, or write a table of its images' names beside it"
+            )
+
+
 def match_files(originals: Path, edited: Path) -> tuple[list[tuple[str, str]], list[str]]:
     """(paths of each pair below the two folders, sorted; one line for each kind of file that is not used).
 
-    The images of a pair have the same path without suffix, else the same path without `ENDING`. Files of a
-    folder that differ only in their suffix are not used, because either could be meant.
+    The images of a pair have the same path without suffix, else without an end such as "_after". Files of a folder
+    that differ only in their suffix are not used, because either could be meant.
     """
     lefts, left_duplicates = _files_by_name(originals, edited)
     rights, right_duplicates = _files_by_name(edited, originals)
@@ -90,7 +104,7 @@ def read_captions(
     may be missing in its name. The lines of a file are one instruction. Raises InputError.
     """
     captions = []
-    others = [source / name for name in CAPTION_FOLDERS if (source / name).is_dir()] + [source] if source else []
+    others = _caption_folders(source) if source else []
     for original, changed in pairs:
         places = [(edited, changed), (originals, original)]
         places += [(other, name) for other in others for name in (changed, original)]
@@ -104,6 +118,11 @@ def read_captions(
             raise InputError(f"{file} cannot be read as UTF-8 text: {error}") from None
         captions.append(" ".join(text.split()) or None)
     return captions
+
+
+def _caption_folders(source: Path) -> list[Path]:
+    inside = {path.name.casefold(): path for path in sorted(source.iterdir()) if path.is_dir()}
+    return [inside[name] for name in CAPTION_FOLDERS if name in inside] + [source]
 
 
 def list_files(what: str, place: Path, names: list[str]) -> list[str]:

@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from utils.archives import is_member_path
 from utils.data.dataset_cache import announce_copy
-from utils.data.folder_pairs import find_folders, match_files, read_captions
+from utils.data.folder_pairs import find_folders, match_files, read_captions, refuse_packed_folders
 from utils.data.image_columns import unify_image_columns
 from utils.data.image_paths import ImageFinder
 from utils.data.parquet_files import has_parquet_pairs, list_parquet_files
@@ -133,6 +133,7 @@ def _open_files(folder: Path, split: str) -> datasets.Dataset | None:
         return open_table(table, folder)
     if place and (pairs := find_suffix_pairs(place)):
         return _open_pairs(place, place, place, pairs)
+    refuse_packed_folders(place or folder)
     return None
 
 

@@ -31,15 +31,13 @@ FILE_NAME = (
 def read_columns(path: Path) -> dict[str, list]:
     """The columns of a .jsonl, .json, .csv, .tsv or .parquet file; missing values are None. Raises InputError.
 
-    Text is UTF-8, or UTF-16 with its mark. Fields of a CSV may be separated by commas, semicolons or tabs.
+    Text is UTF-8 or UTF-16. Fields of a CSV may be separated by commas, semicolons or tabs.
     """
     kind = path.suffix.lower()
     try:
         if kind == ".parquet":
             return pq.read_table(path).to_pydict()
-        with path.open("rb") as file:
-            is_utf16 = file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        with path.open(encoding="utf-16" if is_utf16 else "utf-8-sig", newline="") as file:
+        with path.open(encoding=_find_encoding(path), newline="") as file:
             if kind in CSV_SUFFIXES:
                 rows = list(_read_csv(file))
             elif kind == ".json":
@@ -58,12 +56,22 @@ def read_columns(path: Path) -> dict[str, list]:
     return {name: [row.get(name) for row in rows] for name in names}
 
 
+def _find_encoding(path: Path) -> str:
+    """UTF-16 by its mark or, without one, by the zero byte of the first character; else UTF-8."""
+    with path.open("rb") as file:
+        start = file.read(2)
+    if start in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+        return "utf-16"
+    return {(True, False): "utf-16-be", (False, True): "utf-16-le"}.get(tuple(not b for b in start), "utf-8-sig")
+
+
 def _read_csv(file: TextIO) -> csv.DictReader:
-    """The rows of a CSV; the separator is the one that its first line has most of."""
+    """The rows of a CSV; the separator is the one that gives its header the most columns."""
+    csv.field_size_limit(MAX_FIELD)  # images as base64 text are longer than csv's own limit
     header = file.readline()
     file.seek(0)
-    csv.field_size_limit(MAX_FIELD)  # images as base64 text are longer than csv's own limit
-    return csv.DictReader(file, delimiter=max(SEPARATORS, key=header.count))
+    num_columns = {separator: len(next(csv.reader([header], delimiter=separator), [])) for separator in SEPARATORS}
+    return csv.DictReader(file, delimiter=max(num_columns, key=num_columns.get))
 
 
 def _rows_of_json(path: Path, content: object) -> list[dict]:
