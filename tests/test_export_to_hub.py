@@ -17,6 +17,7 @@ import yaml
 from PIL import Image
 
 from data_preparation.export_to_hub import main
+from data_preparation.exporting import exports
 from data_preparation.exporting.export_shards import DROPPED, RowKeys, assign_splits
 from data_preparation.exporting.licensing import choose_licence
 from data_preparation.exporting.reading import scrub, scrub_json, scrub_text
@@ -321,6 +322,10 @@ def test_another_export_is_replaced_only_with_overwrite(pairs: Path, capsys):
         ("cc-by-nc-4.0", "cc-by-nc-nd-4.0", False),
         ("mit", "creativeml-openrail-m", False),
         ("openrail", "creativeml-openrail-m", True),
+        ("openrail++", "llama2", False),
+        ("llama3.1", "llama3.1", True),
+        ("gpl-2.0", "apache-2.0", False),
+        ("gpl-3.0", "apache-2.0", True),
         ("cc-by-4.0", "some research licence", False),
         ("cc-by-nc-4.0", "some research licence", True),
         ("mit", "nobody knows", True),
@@ -370,6 +375,8 @@ def test_order_of_strictness():
         (["mit", "cc-by-4.0"], {"license": "cc-by-4.0"}),
         (["creativeml-openrail-m"] * 2, {"license": "creativeml-openrail-m"}),
         (["openrail++", "cc-by-nc-4.0"], {"license": "other", "license_name": "see-the-sources"}),
+        (["openrail++", "llama2"], {"license": "other", "license_name": "see-the-sources"}),
+        (["apache-2.0", "gpl-2.0"], {"license": "other", "license_name": "see-the-sources"}),
         (["mit", ""], {"license": "other", "license_name": "see-the-sources"}),
         (["sai-nc-community"], {"license": "other", "license_name": "sai-nc-community"}),
         (["mit", "CC BY-NC 2.5"], {"license": "other", "license_name": "cc-by-nc-2.5"}),
@@ -387,7 +394,7 @@ def test_names_of_licences():
     assert terms_of("other") is None and terms_of(None) is None and terms_of("cc0-1.0") == frozenset()
     assert terms_of("sai-nc-community") == {"notice", "attribution", "non-commercial"}
     assert terms_of("cc-by-nc-2.5") == terms_of("cc-by-nc-4.0") and not is_hub_licence("cc-by-nc-2.5")
-    assert all(is_hub_licence(name) for name in ("cc-by-nc-sa-2.0", "llama2", "unknown", "openrail++"))
+    assert all(is_hub_licence(name) for name in ("cc-by-nc-sa-2.0", "llama3.1", "unknown", "openrail++"))
     assert not any(is_hub_licence(name) for name in ("cc-by-1.0", "cc-by-nc-nd-2.5", "sai-nc-community", "proprietary"))
     assert restrictions_of("cc-by-nc-nd-4.0") == ("non-commercial", "no derivatives")
 
@@ -658,6 +665,13 @@ def test_missing_right_to_push_is_reported_first(token, repo_id, flags, words, c
     assert not pairs.with_name("pairs-export").exists()
     client.stop()
     assert "cannot be reached" in refused(capsys, pairs, "--hub_token=write-token")
+
+
+def test_card_that_the_hub_refuses_is_reported_before_anything_is_sent(client: Hub, pairs: Path, capsys, monkeypatch):
+    monkeypatch.setattr(exports, "make_card", lambda *_: "---\nlicense: nonsense\n---\n")
+    assert '"license" must be one of the ids' in refused(capsys, pairs, "--hub_token=write-token")
+    assert client.repos["datasets/user/my-pairs"].messages == ["initial commit"]
+    assert not any(request.method == "PUT" for request in client.requests)
 
 
 def test_upload_resumes_after_the_network_fails(client: Hub, pairs: Path, capsys):

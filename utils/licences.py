@@ -40,6 +40,9 @@ _ALIASES = dict.fromkeys(("public domain", "publicdomain", "pd", "cc0", "cc-zero
     "apache": "apache-2.0",
     "mit license": "mit",
 }
+# The use restrictions of these are the same; those of any other licence must be passed on under its own name.
+_SAME_RESTRICTIONS = ("openrail", "creativeml-openrail-m", "openrail++")
+_NOT_TOGETHER = {("gpl-2.0", "apache-2.0"), ("lgpl-2.1", "apache-2.0")}  # the patent clause; the FSF's list
 LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -155,6 +158,10 @@ def licence_conflicts(licence: str, sources: Sequence[Licence]) -> list[str]:
             problems.append(f"{source.source} is {source.name}, and {licence} drops its {dropped}")
         elif SHARE_ALIKE in required and not _may_follow(licence, source.name):
             problems.append(f"{source.source} is {source.name}, which requires the same licence for derived works")
+        elif USE_RESTRICTIONS in required and not _keeps_restrictions(licence, source.name):
+            problems.append(f"{source.source} is {source.name}, which requires its own use restrictions")
+        elif (to_hub_licence(licence), to_hub_licence(source.name)) in _NOT_TOGETHER:
+            problems.append(f"{source.source} is {source.name}, whose patent clause {licence} does not allow")
     return problems
 
 
@@ -168,6 +175,11 @@ def _may_follow(licence: str, source: str) -> bool:
     if given == required or not (new and old):
         return given == required
     return new[1] == old[1] and old[2] != "1.0" and float(new[2]) >= float(old[2])
+
+
+def _keeps_restrictions(licence: str, source: str) -> bool:
+    names = (to_hub_licence(licence), to_hub_licence(source))
+    return names[0] == names[1] or all(name in _SAME_RESTRICTIONS for name in names)
 
 
 def strictest_licence(sources: Sequence[Licence]) -> str | None:

@@ -11,11 +11,12 @@ import logging
 import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, HfApi, get_token
 from huggingface_hub.utils import disable_progress_bars
 from tqdm import tqdm
 
@@ -167,6 +168,7 @@ def push(folder: Path, repo_id: str, token: str | None = None, waits: Sequence[f
     _quiet_client()
 
     def send() -> None:
+        _validate_card(folder / "README.md")
         # Commits in batches and skips files that are on the Hub already, so that the same call resumes.
         api.upload_folder(
             repo_id=repo_id,
@@ -181,6 +183,17 @@ def push(folder: Path, repo_id: str, token: str | None = None, waits: Sequence[f
     advice = f"The complete export is in {folder}. Run the same command again: it continues with the missing files"
     retry_upload(send, repo_id, login, waits, advice)
     return f"{api.endpoint}/datasets/{repo_id}"
+
+
+def _validate_card(path: Path) -> None:
+    """Ask the Hub before hours of uploading, because the card is sent last. Raises InputError."""
+    try:
+        DatasetCard.load(path).validate(repo_type="dataset")
+    except ValueError as error:
+        text = str(error)
+        with suppress(ValueError, KeyError, TypeError):
+            text = "; ".join(problem["message"] for problem in json.loads(text)["errors"])
+        raise InputError(f"the Hub refuses the front matter of {path}: {text}") from None
 
 
 def _push_card(api: HfApi, folder: Path, repo_id: str) -> None:
