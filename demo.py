@@ -84,8 +84,11 @@ def claim_folder(output: Path, args: argparse.Namespace) -> None:
         )
     if problems:
         raise InputError.from_problems(problems)
-    output.mkdir(parents=True, exist_ok=True)
-    (output / MARKER).touch()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        (output / MARKER).touch()
+    except OSError as error:
+        raise InputError(f"--output {output} cannot be written: {error.strerror}; name another folder") from None
 
 
 def run(*command: object) -> None:

@@ -40,7 +40,7 @@ from utils.editing.schedulers import choose_scheduler
 from utils.errors import InputError
 from utils.licences import restrictions_of
 from utils.merging import calibration
-from utils.merging.calibration import WeightScores, choose_weight
+from utils.merging.calibration import Calibration, WeightScores, choose_weight
 from utils.merging.merge import MergeOptions
 from utils.merging.presets import PRESETS, describe_presets
 from utils.merging.recipe import make_recipe
@@ -501,10 +501,14 @@ def test_calibrate_in_half_precision(overflowing_sdxl: Path, tmp_path: Path, mon
     assert sizes == {(4, torch.float32), (2, torch.float32)}
 
 
-def test_weights_that_overflow_are_not_chosen() -> None:
+def test_weights_that_overflow_are_not_chosen(tmp_path: Path) -> None:
     """Nor is the first one silently taken, as `min` does with NaN; the teacher's NaN ends the calibration."""
     good, nan = WeightScores(0.5, 1.0, 0.3, 0.9, 0.6), float("nan")
     assert choose_weight([WeightScores(0.3, nan, nan, nan, nan), good, WeightScores(1.0, nan, nan, 0.1, 1.0)]) == 0.5
+    files = Calibration([WeightScores(0.3, nan, nan, nan, nan), good], 0.5, Image.new("RGB", (8, 8))).files()
+    files["calibration.json"](tmp_path / "calibration.json")
+    content = json.loads((tmp_path / "calibration.json").read_text(), parse_constant=pytest.fail)
+    assert content["scores"][0]["pixel_distance"] is None and content["scores"][1]["pixel_distance"] == 0.3
     with pytest.raises(InputError, match="NaN values at every weight"):
         choose_weight([WeightScores(0.3, nan, nan, nan, nan)])
 

@@ -70,6 +70,9 @@ def test_the_demo_deletes_nothing_of_others(tmp_path: Path, capsys):
         demo.main([f"--output={tmp_path / 'editor/thesis.txt'}", "--steps=0"])
     message = capsys.readouterr().err
     assert "is a file: name a folder" in message and "--steps 0: must be at least 1" in message
+    with pytest.raises(SystemExit):
+        demo.main([f"--output={tmp_path / 'editor/thesis.txt/below/it'}"])
+    assert "cannot be written: Not a directory; name another folder" in capsys.readouterr().err
     assert (tmp_path / "editor/thesis.txt").read_text() == "years of work"
 
 

@@ -59,9 +59,14 @@ class Calibration:
 
     def files(self) -> dict[str, Callable[[Path], None]]:
         """The files for the editor's folder: name -> function that writes it."""
-        content = {"chosen": self.chosen, "teacher": TEACHER, "scores": [asdict(scores) for scores in self.scores]}
+        # JSON knows no NaN: a weight that overflows in half precision has no distances.
+        scores = [
+            {name: value if math.isfinite(value) else None for name, value in asdict(one).items()}
+            for one in self.scores
+        ]
+        content = {"chosen": self.chosen, "teacher": TEACHER, "scores": scores}
         return {
-            "calibration.json": lambda path: path.write_text(json.dumps(content, indent=1) + "\n"),
+            "calibration.json": lambda path: path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n"),
             "calibration.png": lambda path: _plot_scores(self.scores, self.chosen, path),
             "calibration_sheet.png": lambda path: self.sheet.save(path),
         }
