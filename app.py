@@ -3,6 +3,7 @@
     python app.py                                         # the toy editor that `make demo` trains
     python app.py --model my-editor --model my-editor-4-steps
     python app.py --model timbrooks/instruct-pix2pix --server_name 0.0.0.0 --server_port 8080
+    python app.py --model me/my-editor --publish_space my-editor-page      # as a Space on the Hub
 
 Only this machine can open the page, unless --server_name or --share says otherwise. docs/app.md describes the API.
 """
@@ -26,6 +27,7 @@ from utils.errors import InputError, exit_on_input_error
 from utils.hub_names import is_hub_id
 from utils.quiet import hide_progress_bars, quiet_libraries
 from utils.web.logins import read_logins
+from utils.web.space import SpaceOptions, publish_space
 
 REPOSITORY = Path(__file__).resolve().parent
 TOY = REPOSITORY / "demo-output/editor"
@@ -34,6 +36,18 @@ EXAMPLES = [
     REPOSITORY / "assets/photos" / f"{name}.jpg"  # the toy editor was not trained on these
     for name in ("coffee", "courtyard_1", "courtyard_2", "dandelion", "palace_1", "raccoon", "rocket")
 ]
+# Flags that a Space has as they are given here, and those of a server on this machine alone, which it cannot have.
+SPACE_SETTINGS = ("lora_scale", "revision", "variant", "no_safety_checker", "keep_models", "dtype", "offload")
+SPACE_SETTINGS += (
+    "batch_size",
+    "resolution",
+    "max_upload_mb",
+    "max_stored_mb",
+    "max_megapixels",
+    "timeout",
+    "max_waiting",
+)
+LOCAL_FLAGS = ("server_name", "server_port", "share", "root_path", "device", "auth")
 LIMITS = {
     "keep_models": (1, 100),
     "batch_size": settings.LIMITS["batch_size"],
@@ -82,6 +96,16 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--auth", metavar="FILE", help=login)
     path = "path under which another server passes requests on to this one, such as /editor"
     add("--root_path", metavar="PATH", help=path)
+    add = parser.add_argument_group("publish").add_argument
+    space = "publish this page with these models as a Space of this name on the Hugging Face Hub, instead of serving it"
+    add("--publish_space", metavar="NAME", help=space)
+    add("--private", action="store_true", help="create a private Space")
+    add(
+        "--space_hardware",
+        metavar="NAME",
+        help="hardware of the Space, such as t4-small (default: free, without a GPU)",
+    )
+    add("--hub_token", metavar="TOKEN", help="token with the right to write (default: HF_TOKEN, or `hf auth login`)")
     add = parser.add_argument_group("limits").add_argument
     add("--max_upload_mb", type=float, default=20, metavar="MB", help="largest upload (default 20)")
     stored = "uploads and edits of all visitors together; further uploads are refused (default 4000)"
@@ -110,6 +134,7 @@ def check_flags(args: argparse.Namespace) -> None:
     problems += _find_ineffective(args)
     problems += find_scale_problems(args.lora, args.lora_scale)
     problems += find_offload_problems(args.offload, args.device)
+    problems += _find_space_problems(args)
     if args.root_path and not args.root_path.startswith(("/", "http://", "https://")):
         problems.append(f"--root_path {args.root_path}: must begin with / (or be an http(s) address)")
     for flag, (smallest, largest) in LIMITS.items():
@@ -132,6 +157,43 @@ def _find_ineffective(args: argparse.Namespace) -> list[str]:
     if args.single_file_config and (Path(model).is_dir() or is_hub_id(model)):
         problems.append(f"--single_file_config is for a --model in one file, and {model} is not one: remove it")
     return problems
+
+
+def _find_space_problems(args: argparse.Namespace) -> list[str]:
+    """A line for each flag that a Space cannot have, or that needs --publish_space."""
+    if args.publish_space is None:
+        given = [name for name in ("private", "hub_token", "space_hardware") if getattr(args, name)]
+        return [f"--{name} is for --publish_space NAME: give both or neither" for name in given]
+    defaults = vars(parse_flags([]))
+    given = [name for name in LOCAL_FLAGS if getattr(args, name) != defaults[name]]
+    secret = ", and add the secret EDITOR_AUTH=USER:PASSWORD in the settings of the Space"
+    return [
+        f"--{name} is for a server on this machine, not for a Space: remove it{secret if name == 'auth' else ''}"
+        for name in given
+    ]
+
+
+def space_options(args: argparse.Namespace) -> SpaceOptions:
+    settings, defaults = [], vars(parse_flags([]))
+    for name in SPACE_SETTINGS:
+        value = getattr(args, name)
+        if isinstance(value, list):
+            settings += [f"--{name}", *map(str, value)]
+        elif value != defaults[name]:
+            settings.append(f"--{name}" if value is True else f"--{name}={value}")
+    return SpaceOptions(
+        args.publish_space,
+        models=args.model or (),
+        adapters=args.lora or (),
+        vae=args.vae,
+        single_file_config=args.single_file_config,
+        settings=settings,
+        toy=TOY,
+        examples=EXAMPLES,
+        private=args.private,
+        hardware=args.space_hardware,
+        token=args.hub_token,
+    )
 
 
 def make_page(args: argparse.Namespace) -> tuple[Any, Any]:
@@ -199,6 +261,9 @@ def serve(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     check_flags(args)
+    if args.publish_space:
+        print(f"published as {publish_space(space_options(args))}")
+        return 0
     quiet_libraries()
     warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
     with tempfile.TemporaryDirectory(prefix="editor-") as folder:  # uploads and edits, deleted with the server

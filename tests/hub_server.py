@@ -35,6 +35,9 @@ from utils.licences import is_hub_licence
 TOKENS = {"write-token": ("user", "write"), "read-token": ("user", "read"), "other-token": ("other", "write")}
 ORGANIZATIONS = {"user": ["team"], "other": []}
 LFS_SUFFIXES = (".safetensors", ".bin", ".pt", ".ckpt", ".png", ".jpg", ".parquet", ".arrow", ".zip", ".tar")
+SDKS = ("gradio", "docker", "static")
+COLOURS = ("red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray")
+HARDWARE = ("cpu-basic", "t4-small")  # that the test accounts may use
 XET_TOKEN = "storage-token"
 DATE = "2026-01-01T00:00:00.000Z"
 
@@ -204,6 +207,8 @@ def create(hub: Hub, call: Call) -> dict:
         message = f'You don\'t have the rights to create a model under the namespace "{namespace}"'
         raise Refused(403, message)
     kind, repo_id = call.json.get("type", "model") + "s", f"{namespace}/{call.json['name']}"
+    if kind == "spaces" and call.json.get("sdk") not in SDKS:
+        raise Refused(400, "Invalid sdk")
     url = f"{hub.url}/{'' if kind == 'models' else kind + '/'}{repo_id}"
     if f"{kind}/{repo_id}" in hub.repos:
         raise Refused(409, "You already created this repo", body={"url": url})
@@ -230,9 +235,34 @@ def validate_yaml(hub: Hub, call: Call) -> dict:
         for value in [values] if isinstance(values, str) else values:
             if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", value):
                 errors.append({"message": f'"{key}" with value "{value}" is not valid: it must be an id of the Hub'})
+    if call.json.get("repoType") == "space":
+        errors += [{"message": message} for message in space_errors(metadata)]
     if errors:
         raise Refused(400, "Invalid metadata", body={"errors": errors, "warnings": []})
     return {"errors": [], "warnings": [] if match else [{"message": "empty or missing yaml metadata"}]}
+
+
+def space_errors(metadata: dict) -> list[str]:
+    """What the Hub refuses in the front matter of a Space (its page spaces-config-reference)."""
+    checks = {
+        "title": lambda value: isinstance(value, str) and value,
+        "emoji": lambda value: isinstance(value, str) and 0 < len(value) <= 2 and not value.isascii(),
+        "colorFrom": COLOURS.__contains__,
+        "colorTo": COLOURS.__contains__,
+        "sdk": SDKS.__contains__,
+        "sdk_version": lambda value: isinstance(value, str) and re.fullmatch(r"\d+\.\d+\.\d+", value),
+        "python_version": lambda value: isinstance(value, str) and re.fullmatch(r"3\.\d+(\.\d+)?", value),
+        "app_file": lambda value: isinstance(value, str) and value,
+        "short_description": lambda value: isinstance(value, str) and len(value) <= 60,
+    }
+    return [f'"{key}" is not valid' for key, is_valid in checks.items() if not is_valid(metadata.get(key))]
+
+
+def set_hardware(hub: Hub, call: Call, repo_id: str) -> dict:
+    hub.find("spaces", repo_id, call.token, write=True)
+    if call.json["flavor"] not in HARDWARE:
+        raise Refused(402, "Add a payment method to your account")
+    return {"stage": "BUILDING", "hardware": {"current": None, "requested": call.json["flavor"]}, "storage": None}
 
 
 def auth_check(hub: Hub, call: Call, kind: str, repo_id: str, write: str | None) -> dict:
@@ -370,11 +400,12 @@ def refs(hub: Hub, call: Call, kind: str, repo_id: str) -> dict:
     return {"branches": [branch], "tags": [], "converts": []}
 
 
-REPO = r"(models|datasets)/((?:[\w.-]+/)?[\w.-]+?)"
+REPO = r"(models|datasets|spaces)/((?:[\w.-]+/)?[\w.-]+?)"
 ENDPOINTS = [
     ("GET", r"/api/whoami-v2", whoami),
     ("POST", r"/api/repos/create", create),
     ("POST", r"/api/validate-yaml", validate_yaml),
+    ("POST", r"/api/spaces/((?:[\w.-]+/)?[\w.-]+?)/hardware", set_hardware),
     ("GET", rf"/api/{REPO}/auth-check(/write)?", auth_check),
     ("POST", rf"/api/{REPO}/preupload/(.+)", preupload),
     ("POST", rf"/api/{REPO}/commit/(.+)", commit),
@@ -382,14 +413,14 @@ ENDPOINTS = [
     ("GET", rf"/api/{REPO}/tree/([^/]+)(/.*)?", tree),
     ("GET", rf"/api/{REPO}/refs", refs),
     ("GET", rf"/api/{REPO}(?:/revision/(.+))?", info),
-    ("POST", r"/(?:(datasets)/)?([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", lfs_batch),
+    ("POST", r"/(?:(datasets|spaces)/)?([\w.-]+/[\w.-]+)\.git/info/lfs/objects/batch", lfs_batch),
     ("PUT", r"/lfs/([0-9a-f]{64})", lfs_put),
     ("GET", rf"/api/{REPO}/xet-(write|read)-token/(.+)", xet_token),
     ("POST", r"/xet/v1/xorbs/default/([0-9a-f]{64})", xet_xorb),
     ("POST", r"/xet/v1/shards", xet_shard),
     ("POST", r"/lfs-verify", lfs_verify),
 ]
-RESOLVE = re.compile(r"/(?:(datasets)/)?([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)")
+RESOLVE = re.compile(r"/(?:(datasets|spaces)/)?([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)")
 
 
 class Handler(BaseHTTPRequestHandler):

@@ -57,7 +57,8 @@ MODEL_FLAGS = PushFlags(
     "--push_to_hub", "--hub_model_id", "--hub_private_repo", "drop --push_to_hub and run `hf upload` after training"
 )
 DATASET_FLAGS = PushFlags("--repo_id", "--repo_id", "--private", "use --no_push now and run this again later")
-PUSH_FLAGS = {"model": MODEL_FLAGS, "dataset": DATASET_FLAGS}
+SPACE_FLAGS = PushFlags("--publish_space", "--publish_space", "--private", "publish it later")
+PUSH_FLAGS = {"model": MODEL_FLAGS, "dataset": DATASET_FLAGS, "space": SPACE_FLAGS}
 
 # `--hub_t…`: argparse accepts abbreviated flags.
 _TOKEN_FLAG = re.compile(r"(--hub[_-]t\w*(?:=|\s+))(\"[^\"]*\"|'[^']*'|\S+)")
@@ -90,7 +91,7 @@ def check_push_rights(
     create: bool = True,
     repo_type: str = "model",
 ) -> str:
-    """Check that a model or dataset can be pushed, and return the full id of its repository.
+    """Check that a model, a dataset or a Space can be pushed, and return the full id of its repository.
 
     Creates the repository if `create` is set (not for a dry run). Raises InputError that says which right is missing.
     """
@@ -185,7 +186,8 @@ def _full_id(repo_id: str | None, output_dir: str | Path, user: str, flags: Push
 def _try_to_write(api: HfApi, repo_id: str, account: dict, private: bool, create: bool, repo_type: str) -> None:
     """Ask the Hub whether this token may write; raises the client's error if not."""
     if create:
-        api.create_repo(repo_id, private=private or None, exist_ok=True, repo_type=repo_type)
+        sdk = "gradio" if repo_type == "space" else None
+        api.create_repo(repo_id, private=private or None, exist_ok=True, repo_type=repo_type, space_sdk=sdk)
     try:
         # `create_repo` succeeds for any existing repository that the token can read.
         api.auth_check(repo_id, write=True, repo_type=repo_type)
