@@ -1,11 +1,15 @@
-"""Many clients of the page at once: how much memory the server needs, and whether a request is lost.
+"""Many clients of the page at once, and scripts that are killed: whether a request or a byte is lost.
 
-    python benchmarks/soak.py                               # 200 clients, the toy editor of `make demo`
-    python benchmarks/soak.py --clients 20 --model my-editor
+    python benchmarks/soak.py                               # both; the toy editor of `make demo`
+    python benchmarks/soak.py --only page --clients 20 --model my-editor
+    python benchmarks/soak.py --only kills --kills 100      # of training, latent cache, generation and export
+
+The second part (kills.py) needs no editor.
 
 Starts app.py. Each client uploads a photograph and then edits it, cancels the edit, leaves while it waits or runs, or
 leaves at once. A request is lost if its client stayed and got neither an edit nor a message. Afterwards one more client
-must be served at once, which shows that clients that left hold nothing. Exit code 1 if a request was lost.
+must be served at once, which shows that clients that left hold nothing. Exit code 1 if a request was lost, or if a
+killed run ended with other bytes than one that was not.
 """
 
 import argparse
@@ -21,6 +25,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks.kills import run_kills  # noqa: E402
 from tests.browser import Server  # noqa: E402
 from utils.cli import FlagParser  # noqa: E402
 
@@ -31,12 +36,21 @@ POLL_SECONDS = 0.2
 
 def main() -> int:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", choices=("page", "kills"), help="one of the two parts (default: both)")
+    parser.add_argument("--kills", type=int, default=100, metavar="N", help="kills in all four scripts (default 100)")
     parser.add_argument("--clients", type=int, default=200, metavar="N", help="clients in all (default 200)")
     parser.add_argument("--at_once", type=int, default=16, metavar="N", help="clients at the same time (default 16)")
     parser.add_argument("--steps", type=int, default=2, metavar="N", help="steps of an edit (default 2)")
     parser.add_argument("--seconds", type=float, default=600, help="longest time for all clients (default 600)")
     parser.add_argument("--model", default=str(REPOSITORY / "demo-output/editor"), help="the editor (default: the toy)")
     args = parser.parse_args()
+    is_kept = True if args.only == "kills" else soak_page(args)
+    is_equal = True if args.only == "page" else run_kills(-(-args.kills // 4))
+    return int(not (is_kept and is_equal))
+
+
+def soak_page(args: argparse.Namespace) -> bool:
+    """Print what happened to the clients, and return whether no request was lost."""
     with tempfile.TemporaryDirectory(prefix="soak-") as folder:
         server = Server(Path(folder, "log"), f"--model={args.model}", "--max_waiting=30")
         try:
@@ -51,7 +65,7 @@ def main() -> int:
     first, peak, last = peaks
     print(f"\n{args.clients} clients in {seconds:.0f} s: {lost} requests lost, {errors} tracebacks in the server's log")
     print(f"memory of the server: {first:.2f} GB after the first edit, peak {peak:.2f} GB, {last:.2f} GB at the end")
-    return int(lost > 0 or errors > 0)
+    return not lost and not errors
 
 
 def visit(server: Server, args: argparse.Namespace) -> tuple[Counter, tuple[float, float, float], float]:

@@ -1,6 +1,6 @@
 """Kills a script with SIGKILL at random moments, runs it again until it finishes, and returns its output folders.
 
-    python -m tests.killing data_preparation.generate_dataset torch,diffusers 20 FOLDER -- --dataset_id photos ...
+    python -m tests.killing data_preparation.generate_dataset torch,diffusers 20 FOLDER --data_root -- --dataset_id ...
 
 The process imports everything once and forks a child for each run. A run then starts in milliseconds instead of
 seconds, so that many moments can be tried. FOLDER/uninterrupted is the output of a run that is not killed.
@@ -21,13 +21,19 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def kill_and_resume(
-    module: str, argv: Sequence[str | Path], folder: Path, kills: int = 20, imports: Sequence[str] = ()
+    module: str,
+    argv: Sequence[str | Path],
+    folder: Path,
+    kills: int = 20,
+    imports: Sequence[str] = (),
+    output: str = "--data_root",
 ) -> tuple[Path, list[Path]]:
-    """Run `module.main([*argv, "--data_root", ...])` in processes, `kills` of which are killed.
+    """Run `module.main([*argv, output, ...])` in processes, `kills` of which are killed.
 
-    imports: modules to import before the forks. Returns (uninterrupted output, outputs of runs that were killed).
+    imports: modules to import before the forks; output: the flag for the folder of the results.
+    Returns (uninterrupted output, outputs of runs that were killed).
     """
-    command = [sys.executable, "-m", "tests.killing", module, ",".join(imports), str(kills), str(folder), "--"]
+    command = [sys.executable, "-m", "tests.killing", module, ",".join(imports), str(kills), str(folder), output, "--"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     result = subprocess.run(
         [*command, *map(str, argv)], cwd=REPOSITORY, env=environment, capture_output=True, text=True
@@ -65,18 +71,18 @@ def _run(main: Callable, argv: list[str], seconds: float | None) -> int | None:
         time.sleep(0.001)
 
 
-def _main(module: str, imports: str, kills: str, folder: str, _: str, *argv: str) -> None:
+def _main(module: str, imports: str, kills: str, folder: str, flag: str, _: str, *argv: str) -> None:
     for name in filter(None, imports.split(",")):
         importlib.import_module(name)
     main, root = importlib.import_module(module).main, Path(folder)
     sys.stdout.flush()
     start = time.monotonic()
-    assert _run(main, [*argv, "--data_root", str(root / "uninterrupted")], None) == 0
+    assert _run(main, [*argv, flag, str(root / "uninterrupted")], None) == 0
     duration = time.monotonic() - start
     rng, remaining, outputs = random.Random(0), int(kills), [root / "killed-0"]
     while True:
         limit = rng.uniform(0, 0.4 * duration) if remaining else None
-        code = _run(main, [*argv, "--data_root", str(outputs[-1])], limit)
+        code = _run(main, [*argv, flag, str(outputs[-1])], limit)
         remaining -= code is None
         assert code in (0, None), code
         if code == 0 and not remaining:
