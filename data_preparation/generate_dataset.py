@@ -63,7 +63,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     names = f"{', '.join(available_tasks())}; a group ({', '.join(TASK_GROUPS)})"
     task_help = f"{names}; or a text file with one instruction per line. WEIGHT: share of the rows (default cartoonize)"
     add("--task", nargs="+", default=["cartoonize"], metavar="TASK[=WEIGHT]", help=task_help)
-    heldout_help = "last phrasings of each task to hold out from training (default 10; toy tasks 3)"
+    heldout_help = "phrasings of each task to hold out, of other patterns than the rest (default 10; toy tasks 3)"
     add("--heldout_phrasings", type=int, default=10, metavar="N", help=heldout_help)
     kind_help = "phrasings to use as instructions; heldout and both are for evaluation (default train)"
     add("--phrasings", choices=("train", "heldout", "both"), default="train", help=kind_help)

@@ -57,7 +57,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     prompts_help = "instructions by file name: .txt (name, tab, instruction), .csv or .jsonl (default: prompts.*)"
     add("--prompts", type=Path, metavar="FILE", help=prompts_help)
     add("--task", help=f"draw the instructions of this task or .txt file; tasks: {', '.join(available_tasks())}")
-    heldout_help = "the last N instructions of --task are not used (default 10)"
+    heldout_help = "N instructions of --task are not used, of other patterns than the rest (default 10)"
     add("--heldout_phrasings", type=int, default=10, metavar="N", help=heldout_help)
     add = parser.add_argument_group("original InstructPix2Pix's files").add_argument
     add(

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from data_preparation import check_dataset
-from data_preparation.checking.diagnosis import find_exchanged, group_similar, hash_distance, near_pairs
+from data_preparation.checking.diagnosis import find_exchanged
 from data_preparation.generation.pair_rows import make_pair, pair_features
 from data_preparation.tasks.degradations import DEGRADATIONS
 from data_preparation.toy_edits import EDITS
@@ -21,6 +21,7 @@ from tests.pairs import save_pairs
 from tests.runs import ENVIRONMENT, REPOSITORY, training_flags
 from tests.test_pair_checks import encoded, photograph
 from train_instruct_pix2pix import main as train
+from utils.checks.near_copies import group_similar, hash_distance, near_pairs
 
 NAMES = (
     "coffee",

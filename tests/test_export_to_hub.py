@@ -1,5 +1,6 @@
 """export_to_hub.py: splits, licences, the card, interruptions, and loading the dataset from the Hub again."""
 
+import io
 import json
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
 
 from data_preparation.export_to_hub import main
 from data_preparation.exporting import exports
@@ -39,6 +40,7 @@ from utils.licences import (
 )
 
 SCRIPT = str(Path(__file__).parent.parent / "data_preparation" / "export_to_hub.py")
+PHOTOS = Path(__file__).parent.parent / "assets/photos"
 SECRET = "hf_" + "q" * 34
 PROMPTS = {"negative": "invert | the colours", "darker": "make it darker"}
 
@@ -290,6 +292,46 @@ def test_another_export_is_replaced_only_with_overwrite(pairs: Path, capsys):
     assert files_of(export) != before and not export.with_name("pairs-export.old").exists()
     (export / "export.json").unlink()
     assert "is not an export" in refused(capsys, pairs, "--no_push", "--overwrite")
+
+
+def test_copies_of_a_photograph_are_in_one_split(tmp_path: Path, capsys):
+    """Resized, compressed, mirrored and brighter ones under other names; an image without contrast joins nothing."""
+    photographs = [Image.open(path).convert("RGB") for path in sorted(PHOTOS.glob("*.jpg"))[:12]]
+    variants = [
+        lambda image: image,
+        lambda image: image.resize((image.width // 2, image.height // 2)),
+        compress,
+        ImageOps.mirror,
+        lambda image: ImageEnhance.Brightness(image).enhance(1.1),
+        lambda image: Image.new("RGB", image.size, image.getpixel((0, 0))),
+    ]
+    rows = []
+    for number, photograph in enumerate(photographs):
+        for kind, change in enumerate(variants):
+            image = np.asarray(change(photograph))
+            rows.append(make_pair(image, "invert it", 255 - image, source=f"{kind}-{number}.png", task="negative"))
+    folder, features = tmp_path / "pairs", pair_features()
+    (folder / "data").mkdir(parents=True)
+    table = pa.table({name: [row[name] for row in rows] for name in features}, schema=features.arrow_schema)
+    pq.write_table(table, folder / "data/train-00000-of-00001.parquet", row_group_size=7)
+    write_manifest(folder, len(rows))
+    first = None
+    for seed, workers in ((0, 0), (1, 2), (2, 0)):
+        flags = ("--no_push", "--split=60,20,20", f"--seed={seed}", "--overwrite", f"--num_workers={workers}")
+        export = run(folder, *flags, "--license=mit", "--accept_unknown_license")
+        assert f"{4 * len(photographs)} source images are near copies of others" in capsys.readouterr().err
+        splits = {row["source"]: split for split, found in rows_of(export).items() for row in found}
+        assert len(set(splits.values())) == 3 and len(splits) == len(rows)
+        for number in range(len(photographs)):
+            assert len({splits[f"{kind}-{number}.png"] for kind in range(5)}) == 1, (seed, number)
+        assert splits != first
+        first = splits
+
+
+def compress(image: Image.Image) -> Image.Image:
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=35)
+    return Image.open(buffer).convert("RGB")
 
 
 # --- licences -------------------------------------------------------------------------------------------------------

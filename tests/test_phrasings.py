@@ -24,7 +24,8 @@ def test_number_and_format_of_phrasings(task):
     assert len(train + heldout) >= (15 if task in TOY else 50)
     text = (FOLDER / f"{task}.txt").read_text(encoding="utf-8")
     assert text.isascii()
-    assert text.splitlines() == train + heldout, "no empty lines, no surrounding whitespace"
+    assert text.splitlines() == read_phrasings(task, 0)[0], "no empty lines, no surrounding whitespace"
+    assert sorted(train + heldout) == sorted(text.splitlines())
     for phrasing in train + heldout:
         assert 1 <= len(phrasing.split()) <= 20
 
@@ -60,12 +61,26 @@ def test_similar_tasks_use_different_words():
         assert word not in text["derain"]
 
 
-def test_the_last_phrasings_are_held_out():
-    everything, none = read_phrasings("derain", 0)
-    train, heldout = read_phrasings("derain", 10)
-    assert none == []
-    assert train + heldout == everything
-    assert not set(train) & set(heldout)
+@pytest.mark.parametrize("task", TASKS)
+def test_held_out_phrasings_have_other_patterns(task):
+    """No training phrasing begins with the same word, or has as many words in common as two variants of a sentence."""
+    train, heldout = read_phrasings(task, 10)
+    assert len(heldout) == 10
+    for one in heldout:
+        words = set(_letters(one).split())
+        for other in train:
+            others = set(_letters(other).split())
+            assert _letters(one).split()[0] != _letters(other).split()[0], (one, other)
+            assert len(words & others) < 0.6 * len(words | others), (one, other)
+
+
+def test_a_file_of_one_pattern(tmp_path, caplog):
+    path = tmp_path / "snow.txt"
+    path.write_text("Make it snow\nMake it winter\nMake it white\nLet there be snow\n")
+    assert read_phrasings(str(path), 1) == (["Make it snow", "Make it winter", "Make it white"], ["Let there be snow"])
+    assert "too few patterns" not in caplog.text
+    assert read_phrasings(str(path), 2) == (["Make it snow", "Make it winter"], ["Make it white", "Let there be snow"])
+    assert "too few patterns" in caplog.text
 
 
 def test_file_of_the_user(tmp_path):

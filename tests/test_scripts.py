@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionInstructPix2PixPipeline, UNet2DConditionModel
@@ -17,8 +19,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import finetune_instruct_pix2pix
 import train_instruct_pix2pix
 from tests.hub_server import hub_server
-from tests.pairs import make_image, make_rows, save_pairs
-from tests.runs import ENVIRONMENT, REPOSITORY, WEIGHTS, losses_of, training_flags, weights_of
+from tests.pairs import make_dataset, make_image, make_rows, save_pairs
+from tests.runs import ENVIRONMENT, REPOSITORY, WEIGHTS, losses_of, run, training_flags, weights_of
 from utils.training.checkpoints import list_checkpoints
 from utils.training.flags import parse_training_flags
 from utils.training.objective import Objective
@@ -260,6 +262,17 @@ def test_a_stream_has_a_held_out_loss(tiny_base, pairs, tmp_path):
     flags = ("--streaming", "--validation_samples=2", "--validation_steps=2", "--save_best", "--report_to=none")
     assert TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", *flags)) == 0
     assert [loss for *_, loss in losses_of(tmp_path / "out") if loss is not None]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_process_ends_while_a_parquet_file_is_open(workers: int, tiny_base: Path, tmp_path: Path):
+    """A stream that is left in the middle must not hang or abort Python after the run (apache/arrow#45214)."""
+    (tmp_path / "data").mkdir()
+    rows = make_dataset(make_rows(8)).with_format("arrow")[:]
+    pq.write_table(pa.concat_tables([rows] * 400), tmp_path / "data/train.parquet", row_group_size=50)
+    flags = ("--streaming", f"--dataloader_num_workers={workers}", "--max_train_steps=2", "--report_to=none")
+    printed = run("train_instruct_pix2pix.py", training_flags(tiny_base, tmp_path / "data", tmp_path / "out", *flags))
+    assert "terminate called" not in printed and (tmp_path / "out/model_index.json").is_file()
 
 
 def test_trackers_get_metrics_and_images(tiny_base, pairs, image_file, tmp_path):

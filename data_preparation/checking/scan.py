@@ -11,13 +11,12 @@ import numpy as np
 from tqdm import tqdm
 
 from data_preparation.generation.processes import run_in_processes
-from utils.checks import image_measures as measures
 from utils.checks.findings import Findings
-from utils.checks.pair_inspection import WORKING_SIDE, Inspection, inspect_row
+from utils.checks.near_copies import hash_both_ways
+from utils.checks.pair_inspection import Inspection, inspect_row
 from utils.data.rows import open_rows
 from utils.data.sources import Source, open_source
 from utils.errors import InputError
-from utils.pixels import BadRow, decode_image
 
 ROWS_PER_JOB = 32
 IMAGE_FIELDS = ["height", "width", "bytes", "hash", "pixels", "brightness", "colourfulness"]
@@ -131,17 +130,9 @@ def open_hasher(dataset: DatasetToCheck, rank: int) -> Callable[[range], np.ndar
 
     def hash_rows(rows: range) -> np.ndarray:
         images = [source.rows[row] for row in rows]
-        return np.array([[_hash_both_ways(row[name]) for name in columns] for row in images], np.uint64)
+        return np.array([[hash_both_ways(row[name]) for name in columns] for row in images], np.uint64)
 
     return hash_rows
-
-
-def _hash_both_ways(value: object) -> tuple[int, int]:
-    try:
-        gray = measures.to_gray(np.asarray(decode_image(value, shorter_side=WORKING_SIDE // 2)))
-    except BadRow:
-        return 0, 0
-    return measures.perceptual_hash(gray), measures.perceptual_hash(np.ascontiguousarray(gray[:, ::-1]))
 
 
 def run_jobs(

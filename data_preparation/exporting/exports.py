@@ -21,6 +21,7 @@ from huggingface_hub.utils import disable_progress_bars
 from tqdm import tqdm
 
 from data_preparation.exporting.card import GRID, ExportFacts, gather_facts, make_card
+from data_preparation.exporting.copies import join_copies
 from data_preparation.exporting.export_shards import (
     DROPPED,
     RowKeys,
@@ -83,10 +84,13 @@ def _plan_export(options: ExportOptions) -> tuple[ExportInput, RowKeys, np.ndarr
     keys = read_keys(rows)
     sources, models = source_licences(keys.origins), model_licences(keys.models, options.hub_token)
     choice = choose_licence(sources, models, options.license, options.accept_unknown_license)
+    if sum(share > 0 for share in options.split) > 1:
+        keys = join_copies(rows, keys, options.num_workers)
     splits = assign_splits(keys, options.split, options.seed)
     if num_dropped := int((splits == DROPPED).sum()):
         print(f"dropped: {num_dropped} rows with held-out phrasings, whose source is in train", file=sys.stderr)
     plan = {"input": keys.digest, "split": list(options.split), "seed": options.seed, "bytes": options.max_shard_size}
+    plan["rows"] = hashlib.sha256(splits.tobytes()).hexdigest()
     return rows, keys, splits, choice, hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()[:32]
 
 

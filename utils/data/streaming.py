@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import count
 
@@ -57,8 +58,10 @@ class StreamedBatches(IterableDataset):
     def _batches(self) -> Iterator[dict]:
         if get_worker_info() is not None:
             fsspec.asyn.reset_lock()  # it was copied from the forked process
-        window, size = _Window(self._endless_rows()), self.batch_size * self.world_size
-        with ThreadPoolExecutor(max(self.num_threads, 1)) as threads:
+        size = self.batch_size * self.world_size
+        # A parquet file that is still being read when Python ends hangs or aborts the process (apache/arrow#45214).
+        with closing(self._endless_rows()) as rows, ThreadPoolExecutor(max(self.num_threads, 1)) as threads:
+            window = _Window(rows)
             for batch in count(self.start_batch):
                 window.drop_before(batch * size)
                 draws = range(batch * size, (batch + 1) * size)[self.rank :: self.world_size]
