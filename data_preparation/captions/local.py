@@ -103,7 +103,7 @@ class LocalBackend:
 
 
 class SeededSampler(LogitsProcessor):
-    """Samples with one generator per row: adds Gumbel noise, so that the argmax is a draw from the softmax.
+    """Samples with one generator per row, by inverting the cumulative distribution: the argmax is the drawn token.
 
     Unlike transformers' sampling, whose single generator makes each row depend on the other rows of the batch.
     """
@@ -113,7 +113,7 @@ class SeededSampler(LogitsProcessor):
         self._prompt_length, self._sampling = prompt_length, sampling
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """input_ids: (rows, tokens); scores: (rows, vocabulary) logits -> the same with noise."""
+        """input_ids: (rows, tokens); scores: (rows, vocabulary) logits -> 0 for the drawn token, -inf for others."""
         sampling, scores = self._sampling, scores.float()
         if sampling.frequency_penalty:
             answer = input_ids[:, self._prompt_length :]
@@ -121,15 +121,16 @@ class SeededSampler(LogitsProcessor):
             scores = scores - sampling.frequency_penalty * counts
         if sampling.temperature == 0:
             return scores
-        scores = scores / sampling.temperature
+        probs, order = (scores / sampling.temperature).softmax(-1).sort(dim=-1, descending=True)
+        mass = probs.cumsum(-1)
         if sampling.top_p < 1:
-            sorted_scores, order = scores.sort(dim=-1, descending=True)
-            probs = sorted_scores.softmax(-1)
-            removed = probs.cumsum(-1) - probs >= sampling.top_p  # the tokens before it suffice
-            scores = scores.masked_fill(removed.scatter(1, order, removed), -torch.inf)
-        # On the CPU, whose generators give the same numbers on every machine.
-        draws = torch.stack([torch.rand(scores.shape[1], generator=generator) for generator in self._generators])
-        return scores - torch.log(-torch.log(draws.clamp(1e-20, 1 - 1e-7))).to(scores.device)
+            kept = mass - probs < sampling.top_p  # the first tokens that together have this share
+            mass = torch.where(kept, mass, (probs * kept).sum(-1, keepdim=True))
+        # One number per row from the CPU, whose generators give the same ones on every machine; the rest on the device.
+        draws = torch.cat([torch.rand(1, generator=generator) for generator in self._generators])
+        places = torch.searchsorted(mass, draws[:, None].to(scores.device) * mass[:, -1:])  # the first that reaches it
+        chosen = order.gather(1, places)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen, 0.0)
 
 
 def load_language_model(options: LocalModelOptions, rank: int) -> tuple:

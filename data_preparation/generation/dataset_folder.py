@@ -12,9 +12,10 @@ Each file is renamed into place when it is complete, so that a run killed at any
 import io
 import json
 import os
+import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,7 @@ from utils.atomic_files import remove_path, remove_unfinished, write_atomically
 from utils.errors import InputError
 
 MANIFEST, DATA, SHARDS = "manifest.json", "data", ".making"
+SHARD_NAME = re.compile(r"shard-(\d+)\.parquet")
 FORMAT = 1
 REJECTED = b"rejected"  # key in the footer of a shard
 ROWS_PER_GROUP = 100  # a reader holds one row group in memory
@@ -114,10 +116,14 @@ class DatasetFolder:
         is_complete = manifest.get("complete") and (self.root / DATA).is_dir()
         return (manifest["rows"], Counter(manifest["rejected"])) if is_complete else None
 
-    def finished_shards(self) -> dict[int, ShardCounts]:
-        """Counts of the finished shards by index, without damaged files."""
-        paths = self._shards.glob("shard-*.parquet")
-        counts = {int(path.stem.removeprefix("shard-")): _read_counts(path) for path in paths}
+    def finished_shards(self, known: Mapping[int, ShardCounts] | None = None) -> dict[int, ShardCounts]:
+        """Counts of the finished shards by index, without damaged files. known: those that need not be read again."""
+        known = known or {}
+        counts = {}
+        for entry in os.scandir(self._shards):  # a listing alone; opening 200,000 files takes minutes on a network disk
+            if match := SHARD_NAME.fullmatch(entry.name):
+                index = int(match[1])
+                counts[index] = known.get(index) or _read_counts(Path(entry.path))
         return {index: counts[index] for index in sorted(counts) if counts[index] is not None}
 
     def add(self, index: int, content: bytes) -> ShardCounts:

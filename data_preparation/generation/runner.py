@@ -152,6 +152,35 @@ class Share:
         return self.has_enough(shards) or self.items.keys() <= shards.keys()
 
 
+class Tally:
+    """The finished shards of a share, with running totals: a further one costs the same after 200,000 others."""
+
+    def __init__(self, share: Share, shards: Mapping[int, ShardCounts]) -> None:
+        self._max_rows, self._ahead = share.max_rows, iter(share.items)
+        self.shards: dict[int, ShardCounts] = {}
+        self.rows = self.rejected = self._rows_in_order = 0
+        self._next = next(self._ahead, None)
+        for index in share.items:
+            if index in shards:
+                self.add(index, shards[index])
+
+    def add(self, index: int, counts: ShardCounts) -> None:
+        self.shards[index] = counts
+        self.rows += counts.rows
+        self.rejected += counts.rejected.total()
+        while self._next in self.shards:
+            self._rows_in_order += self.shards[self._next].rows
+            self._next = next(self._ahead, None)
+
+    @property
+    def has_enough(self) -> bool:
+        """As `Share.has_enough`."""
+        return self._max_rows is not None and self._rows_in_order >= self._max_rows
+
+    def describe(self, unit: str) -> str:
+        return f"{self.rows:,} {unit}s" + (f", {self.rejected:,} rejected" if self.rejected else "")
+
+
 def _plan_shares(
     num_items: int, items_per_shard: int, max_rows: int | None, num_partitions: int
 ) -> tuple[Share, list[Share]]:
@@ -190,10 +219,10 @@ def _generate_missing(
     shards = folder.finished_shards()
     if share.is_done(shards):
         return shards
-    own = {index: shards[index] for index in share.items if index in shards}
+    own = Tally(share, shards)
     jobs = {index: part for index, part in share.items.items() if index not in shards}
     # With max_rows the bar counts rows, because most of a million captions may never be needed.
-    total, done = share.max_rows, sum(counts.rows for counts in own.values())
+    total, done = share.max_rows, own.rows
     if share.max_rows is None:
         total = sum(map(len, share.items.values()))
         done = total - sum(map(len, jobs.values()))
@@ -201,14 +230,15 @@ def _generate_missing(
     try:
         with tqdm(total=total, initial=min(done, total), desc=f"{unit}s", unit=unit, smoothing=0.05) as bar:
             for index, content in running:
-                own[index] = folder.add(index, content)
-                bar.update(min(len(jobs[index]) if share.max_rows is None else own[index].rows, total - bar.n))
-                bar.set_postfix_str(_describe(own, unit) + (f", {note()}" if note else ""))
-                if share.has_enough(own):
+                counts = folder.add(index, content)
+                own.add(index, counts)
+                bar.update(min(len(jobs[index]) if share.max_rows is None else counts.rows, total - bar.n))
+                bar.set_postfix_str(own.describe(unit) + (f", {note()}" if note else ""), refresh=False)
+                if own.has_enough:
                     break
     finally:
         running.close()  # stops the workers
-    return folder.finished_shards()
+    return folder.finished_shards(shards | own.shards)  # also those of other partitions
 
 
 def _run_jobs(
@@ -230,9 +260,3 @@ def _open_shard_worker(generator: RowGenerator, rank: int) -> Callable[[range], 
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
     return lambda items: encode_shard(*generate(items), features)
-
-
-def _describe(shards: dict[int, ShardCounts], unit: str) -> str:
-    rows = sum(counts.rows for counts in shards.values())
-    rejected = sum(counts.rejected.total() for counts in shards.values())
-    return f"{rows:,} {unit}s" + (f", {rejected:,} rejected" if rejected else "")
