@@ -36,8 +36,14 @@ def to_gray(image: np.ndarray) -> np.ndarray:
 
 def psnr(one: np.ndarray, other: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of two images of one size; infinite if they are equal."""
-    error = float(np.mean((one.astype(np.float32) - other.astype(np.float32)) ** 2))
+    error = cv2.norm(one, other, cv2.NORM_L2SQR) / one.size
     return float("inf") if error == 0 else 10 * float(np.log10(255**2 / error))
+
+
+def mean_and_deviation(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of each channel, float64 (channels,). Ten times as fast as numpy's, which makes a copy for the deviation."""
+    mean, deviation = cv2.meanStdDev(image)
+    return mean[:, 0], deviation[:, 0]
 
 
 def largest_local_change(one: np.ndarray, other: np.ndarray, tiles: int = 16) -> float:
@@ -51,8 +57,9 @@ def edge_map(gray: np.ndarray) -> np.ndarray:
     drawing of it. Strong edges are clipped, so that a single one does not dominate."""
     smooth = cv2.GaussianBlur(gray, (0, 0), 1.0) - cv2.GaussianBlur(gray, (0, 0), 6.0)  # removes gradients of light
     strength = cv2.magnitude(cv2.Sobel(smooth, cv2.CV_32F, 1, 0), cv2.Sobel(smooth, cv2.CV_32F, 0, 1))
-    strength = np.minimum(np.sqrt(strength / (strength.mean() + 1e-6)), 2.5)
-    return (strength - strength.mean()) / (strength.std() + 1e-6)
+    strength = np.minimum(np.sqrt(strength / (cv2.mean(strength)[0] + 1e-6)), 2.5)
+    (mean,), (deviation,) = mean_and_deviation(strength)
+    return (strength - np.float32(mean)) / np.float32(deviation + 1e-6)
 
 
 def find_shift(original: np.ndarray, edited: np.ndarray) -> Shift:
@@ -94,8 +101,11 @@ def _overlap(one: np.ndarray, other: np.ndarray, x: int, y: int) -> tuple[np.nda
 def _correlation(one: np.ndarray, other: np.ndarray, x: int, y: int, part: tuple = np.s_[:, :]) -> float:
     """Correlation (-1 to 1) of two maps in a part of their overlap, after shifting the second back by (x, y) pixels."""
     first, second = (image[part] for image in _overlap(one, other, x, y))
-    first, second = first - first.mean(), second - second.mean()
-    return float((first * second).mean() / (first.std() * second.std() + 1e-6))
+    if not first.size:
+        return 0.0
+    ((mean,), (deviation,)), ((other_mean,), (other_deviation,)) = map(mean_and_deviation, (first, second))
+    covariance = float(np.vdot(first, second)) / first.size - mean * other_mean
+    return float(covariance / (deviation * other_deviation + 1e-6))
 
 
 def _phase_peak(one: np.ndarray, other: np.ndarray, factor: int) -> tuple[int, int]:
@@ -155,15 +165,18 @@ def veil(image: np.ndarray) -> float:
 
 def brightness(image: np.ndarray) -> float:
     """Mean luminance in 0-255."""
-    return float(to_gray(image).mean())
+    return cv2.mean(to_gray(image))[0]
 
 
 def colourfulness(image: np.ndarray) -> float:
     """Hasler and Süsstrunk's measure (2003): 0 for grey, about 30 for a photograph, above 100 for strong colours."""
-    red, green, blue = (image[..., channel].astype(np.float32) for channel in range(3))
-    first, second = red - green, (red + green) / 2 - blue
-    deviation = np.hypot(first.std(), second.std())
-    return float(deviation + 0.3 * np.hypot(first.mean(), second.mean()))
+    red, green, blue = cv2.split(image)
+    first = cv2.subtract(red, green, dtype=cv2.CV_16S)
+    second = cv2.subtract(
+        cv2.add(red, green, dtype=cv2.CV_16S), cv2.add(blue, blue, dtype=cv2.CV_16S)
+    )  # twice the paper's
+    ((mean,), (deviation,)), ((other_mean,), (other_deviation,)) = map(mean_and_deviation, (first, second))
+    return float(np.hypot(deviation, other_deviation / 2) + 0.3 * np.hypot(mean, other_mean / 2))
 
 
 def _lowest_frequencies() -> tuple[np.ndarray, np.ndarray]:
@@ -183,6 +196,6 @@ def perceptual_hash(gray: np.ndarray) -> int:
     contrast.
     """
     small = cv2.resize(gray, (HASH_SIDE, HASH_SIDE), interpolation=cv2.INTER_AREA)
-    if small.std() < MIN_CONTRAST:
+    if mean_and_deviation(small)[1][0] < MIN_CONTRAST:
         return 0
     return int(BITS[cv2.dct(small)[FREQUENCIES] > 0].sum(dtype=np.uint64))

@@ -90,6 +90,7 @@ def inspect_row(
     findings, num_tokens = check_prompts(prompts, count_tokens)
     task = task or (guess_task(prompts[0]) if prompts else None)
     decoded, summaries = [], []  # decoded: uint8 RGB (H, W, 3) and the stored size (h, w)
+    working: list[np.ndarray] = []  # the decoded images at working size, each at that of its own size
     for name, value in (("original", original), ("edited", edited)):
         try:
             shorter_side = None if task in RESTORATION_TASKS else WORKING_SIDE // 2
@@ -104,10 +105,12 @@ def inspect_row(
             findings.append(Finding("transparent", f"{name} image"))
         pixels = np.asarray(image.rgb)
         decoded.append((pixels, image.stored_size))
-        summaries.append(_summarize(pixels, image.stored_size, value))
+        working.append(_resize(pixels, _working_size(pixels)))
+        summaries.append(_summarize(working[-1], image.stored_size, value))
         findings += check_image(name, summaries[-1], pixels)
     if len(decoded) == 2 and not any(finding.kind == "blank" for finding in findings):
-        findings += check_pair(*decoded[0], *decoded[1], task)
+        is_aligned = working[0].shape == working[1].shape
+        findings += check_pair(*decoded[0], *decoded[1], task, tuple(working) if is_aligned else None)
     digest = _short_digest("\n".join(prompts).strip().casefold().encode())
     return Inspection(findings, task, num_tokens, digest, *summaries)
 
@@ -129,8 +132,9 @@ def check_prompts(prompts: list[str], count_tokens: CountTokens | None = None) -
 def check_image(name: str, summary: ImageSummary, pixels: np.ndarray) -> list[Finding]:
     """Findings on one image of a pair."""
     (height, width), findings = summary.size, []
-    if pixels.reshape(-1, 3).std(axis=0).max() < BLANK_DEVIATION:
-        colour = "#" + "".join(f"{round(value):02x}" for value in pixels.reshape(-1, 3).mean(axis=0))
+    mean, deviation = measures.mean_and_deviation(pixels)
+    if deviation.max() < BLANK_DEVIATION:
+        colour = "#" + "".join(f"{round(value):02x}" for value in mean)
         findings.append(Finding("blank", f"{name} image: only the colour {colour}"))
     if min(height, width) < TINY_SIDE:
         findings.append(Finding("tiny", f"{name} image: {width}x{height} pixels"))
@@ -141,9 +145,17 @@ def check_image(name: str, summary: ImageSummary, pixels: np.ndarray) -> list[Fi
 
 
 def check_pair(
-    original: np.ndarray, original_size: Size, edited: np.ndarray, edited_size: Size, task: str | None = None
+    original: np.ndarray,
+    original_size: Size,
+    edited: np.ndarray,
+    edited_size: Size,
+    task: str | None = None,
+    working: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> list[Finding]:
-    """Findings on two decoded images, uint8 RGB (H, W, 3), with their stored sizes (h, w)."""
+    """Findings on two decoded images, uint8 RGB (H, W, 3), with their stored sizes (h, w).
+
+    working: `working_pair` of them, where it is known.
+    """
     try:
         check_aspects(original_size, edited_size)
     except BadRow as error:
@@ -152,7 +164,7 @@ def check_pair(
     if original_size != edited_size:
         sizes = " and ".join(f"{width}x{height}" for height, width in (original_size, edited_size))
         findings.append(Finding("size_differs", f"{sizes}: training resizes the edited image to the original's size"))
-    one, other = working_pair(original, edited)
+    one, other = working or working_pair(original, edited)
     is_full_size = original.shape == edited.shape == (*original_size, 3)
     compared = (_crop(original), _crop(edited)) if is_full_size and task in RESTORATION_TASKS else (one, other)
     if unchanged := _check_change(*compared, task):
@@ -204,10 +216,15 @@ def _check_alignment(one: np.ndarray, other: np.ndarray, size: Size, task: str |
 
 def working_pair(original: np.ndarray, edited: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both images resized to one size, with a longer side of at most `WORKING_SIDE`."""
-    height, width = original.shape[:2]
-    scale = min(1.0, WORKING_SIDE / max(height, width))
-    size = max(8, round(width * scale)), max(8, round(height * scale))
+    size = _working_size(original)
     return _resize(original, size), _resize(edited, size)
+
+
+def _working_size(image: np.ndarray) -> tuple[int, int]:
+    """(width, height)."""
+    height, width = image.shape[:2]
+    scale = min(1.0, WORKING_SIDE / max(height, width))
+    return max(8, round(width * scale)), max(8, round(height * scale))
 
 
 def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -218,11 +235,10 @@ def _resize(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA if is_smaller else cv2.INTER_CUBIC)
 
 
-def _summarize(pixels: np.ndarray, size: Size, value: object) -> ImageSummary:
-    """pixels: uint8 RGB as decoded; size (h, w) and value as stored."""
+def _summarize(small: np.ndarray, size: Size, value: object) -> ImageSummary:
+    """small: uint8 RGB at working size; size (h, w) and value as stored."""
     content = value.get("bytes") if isinstance(value, dict) else value
     num_bytes = len(content) if isinstance(content, (bytes, bytearray)) else 0  # 0: a file of its own
-    small = working_pair(pixels, pixels)[0]
     image_hash = measures.perceptual_hash(measures.to_gray(small))
     colours = measures.brightness(small), measures.colourfulness(small)
     return ImageSummary(size, num_bytes, image_hash, _short_digest(small.tobytes()), *colours)
