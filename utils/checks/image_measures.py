@@ -12,6 +12,7 @@ HASH_SIDE = 32
 MIN_SIDE_FOR_SHIFT = 24
 SEARCH_RADIUS, MAX_SEARCH_STEPS = 2, 4  # around the peak of a phase correlation, in pixels
 NEIGHBOUR_DISTANCE = 4  # pixels
+ALIGNED = 0.95  # correlation of edges from which no shift could fit much better
 MIN_CONTRAST = 4.0  # standard deviation of a gray image below which it has no perceptual hash
 
 
@@ -70,12 +71,14 @@ def find_shift(original: np.ndarray, edited: np.ndarray) -> Shift:
     """
     edges = [edge_map(gray) for gray in (original, edited)]
     best = Shift(0, 0, _correlation(*edges, 0, 0))
-    if min(original.shape) < MIN_SIDE_FOR_SHIFT:
+    if min(original.shape) < MIN_SIDE_FOR_SHIFT or best.correlation >= ALIGNED:
         return best
-    for factor in (1, 2):  # half size ignores fine texture, which an edit may have replaced
-        for x, y in {_phase_peak(*edges, factor)} - {(0, 0)}:
-            candidate = _search_around(*edges, x, y)
-            best = candidate if candidate.correlation > best.correlation else best
+    for factor in (2, 1):  # half size ignores fine texture, which an edit may have replaced
+        peak = _phase_peak(*edges, factor)
+        if peak == (0, 0):  # its peak is exact to parts of a pixel: the full size, four times the work, finds the same
+            break
+        candidate = _search_around(*edges, *peak)
+        best = candidate if candidate.correlation > best.correlation else best
     return best if (best.x, best.y) == (0, 0) else _with_confidence(*edges, best)
 
 
@@ -109,7 +112,7 @@ def _correlation(one: np.ndarray, other: np.ndarray, x: int, y: int, part: tuple
 
 
 def _phase_peak(one: np.ndarray, other: np.ndarray, factor: int) -> tuple[int, int]:
-    """(x, y) in pixels, measured on images downscaled by `factor`."""
+    """(x, y) in pixels of the images, measured after downscaling them by `factor`."""
     if factor > 1:
         size = (one.shape[1] // factor, one.shape[0] // factor)
         one, other = (cv2.resize(image, size, interpolation=cv2.INTER_AREA) for image in (one, other))
