@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from data_preparation import check_dataset
+from data_preparation.checking import scan
 from data_preparation.checking.diagnosis import find_exchanged
 from data_preparation.generation.pair_rows import make_pair, pair_features
 from data_preparation.tasks.degradations import DEGRADATIONS
@@ -338,7 +339,31 @@ def test_script_runs_as_a_process(good_dataset):
     result = subprocess.run(command, cwd=REPOSITORY, env=ENVIRONMENT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert "20 rows with 20 different originals" in result.stdout and "Traceback" not in result.stderr
-    assert "rows/s" in result.stderr
+    assert "row/s" in result.stderr
+
+
+def test_a_check_that_was_killed_goes_on(good_dataset, tmp_path, monkeypatch, capsys):
+    """The second run inspects only what is missing, and its report has the same findings."""
+    flags = [str(good_dataset), f"--cache_dir={tmp_path / 'cache'}"]
+    check_dataset.main([*flags, f"--report_dir={tmp_path / 'whole'}"])
+    monkeypatch.setattr(scan, "ROWS_PER_JOB", 4)
+    inspected, inspect_row = [], scan.inspect_row
+
+    def inspect(*values):
+        inspected.append(values)
+        if len(inspected) == 15:
+            raise KeyboardInterrupt
+        return inspect_row(*values)
+
+    monkeypatch.setattr(scan, "inspect_row", inspect)
+    with pytest.raises(SystemExit):
+        check_dataset.main([*flags, f"--report_dir={tmp_path / 'again'}"])
+    assert "run the same command again to resume" in capsys.readouterr().err
+    check_dataset.main([*flags, f"--report_dir={tmp_path / 'again'}"])
+    assert len(inspected) == 15 + 20 - 12  # three shards of four rows were finished
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "again")]
+    assert [report.pop("seconds") for report in reports] and reports[0] == reports[1]
+    assert not list((tmp_path / "cache/checks").iterdir())
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason=INSTALL)

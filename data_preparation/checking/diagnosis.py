@@ -35,10 +35,10 @@ def diagnose(
     started = time.monotonic()
     source = dataset.open()
     others = [(other, other.open()) for other in against]  # before the scan, so that a wrong name fails at once
-    records, findings, tasks = scan_rows(dataset, len(source.rows), num_workers, tokenizer)
+    records, findings, tasks = scan_rows(dataset, source, num_workers, tokenizer)
     num_originals = compare_rows(records, findings, source)
     for other, opened in others:
-        hashes = scan_hashes(other, len(opened.rows), num_workers)
+        hashes = scan_hashes(other, opened, num_workers)
         find_overlap(records, findings, hashes, f"{other.dataset_name}, {opened.name}")
     compared_with = {other.dataset_name: len(opened.rows) for other, opened in others}
     seconds = time.monotonic() - started

@@ -1,24 +1,32 @@
-"""Inspect every row of a dataset, optionally in worker processes. Small records and findings come back, no images."""
+"""Inspect every row of a dataset by the runner of the generators. Small records and findings come back, no images."""
 
+import hashlib
+import json
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import cv2
+import datasets
 import numpy as np
-from tqdm import tqdm
+import pyarrow.parquet as pq
 
-from data_preparation.generation.processes import run_in_processes
+from data_preparation.generation.dataset_folder import FolderInUse
+from data_preparation.generation.runner import GeneratedRows, RowGenerator, WorkerSettings, run_generation
 from utils.checks.findings import Findings
 from utils.checks.near_copies import hash_both_ways
 from utils.checks.pair_inspection import Inspection, inspect_row
 from utils.data.rows import open_rows
-from utils.data.sources import Source, open_source
+from utils.data.sources import Source, open_source, sources_digest
 from utils.errors import InputError
 
-ROWS_PER_JOB = 32
+ROWS_PER_JOB = 128
+SCAN_VERSION = 2  # raise it when a check changes, so that no half of a scan is from another version
 IMAGE_FIELDS = ["height", "width", "bytes", "hash", "pixels", "brightness", "colourfulness"]
 IMAGE_RECORD = np.dtype({"names": IMAGE_FIELDS, "formats": ["i4", "i4", "i8", "u8", "u8", "f4", "f4"]})
 ROW_RECORD = np.dtype([("original", IMAGE_RECORD), ("edited", IMAGE_RECORD), ("tokens", "i4"), ("prompt", "u8")])
@@ -53,44 +61,114 @@ class DatasetToCheck:
 
 
 def scan_rows(
-    dataset: DatasetToCheck, num_rows: int, num_workers: int, tokenizer: str | None
+    dataset: DatasetToCheck, source: Source, num_workers: int, tokenizer: str | None
 ) -> tuple[np.ndarray, Findings, Counter]:
     """Inspect each row by itself. Returns `ROW_RECORD` (rows,), findings, and the number of rows of each task.
 
-    Images that cannot be read have records of zeros. Raises InputError.
+    source: the opened dataset. Images that cannot be read have records of zeros. Raises InputError.
     """
-    records, findings, tasks = np.zeros(num_rows, ROW_RECORD), Findings(), Counter()
-    open_worker = partial(open_inspector, dataset, tokenizer)
-    for rows, inspected in run_jobs(open_worker, num_rows, num_workers, "Checking"):
-        for row, (record, row_findings, task) in zip(rows, inspected, strict=True):
-            records[row] = record
-            tasks[task] += 1
-            for kind, detail in row_findings:
-                findings.add(kind, row, detail)
+    records, findings, tasks = np.zeros(len(source.rows), ROW_RECORD), Findings(), Counter()
+    generator = RowInspections(dataset, len(source.rows), tokenizer)
+    for row, values in enumerate(_scan(generator, source, {"tokenizer": tokenizer}, num_workers)):
+        records[row] = np.frombuffer(values["record"], ROW_RECORD)[0]
+        tasks[values["task"]] += 1
+        for kind, detail in json.loads(values["findings"]):
+            findings.add(kind, row, detail)
     return records, findings, tasks
 
 
-def open_inspector(dataset: DatasetToCheck, tokenizer: str | None, rank: int) -> Callable[[range], list[tuple]]:
-    """The function of a worker: range of rows -> (record, findings, task) of each row."""
-    cv2.setNumThreads(1)
-    source = dataset.open()
-    others = dataset.open_other_columns(source, TASK_COLUMNS)
-    count_tokens = load_token_counter(tokenizer) if tokenizer else None
-    columns = source.columns
+def scan_hashes(dataset: DatasetToCheck, source: Source, num_workers: int) -> np.ndarray:
+    """Perceptual hashes of every image: uint64 (rows, original and edited, as stored and mirrored)."""
+    hashes = np.zeros((len(source.rows), 2, 2), np.uint64)
+    for row, values in enumerate(_scan(RowHashes(dataset, len(source.rows)), source, {"hashes": True}, num_workers)):
+        hashes[row] = np.frombuffer(values["record"], np.uint64).reshape(2, 2)
+    return hashes
 
-    def inspect(rows: range) -> list[tuple]:
-        inspected = []
-        for row in rows:
+
+def _scan(generator: RowGenerator, source: Source, settings: dict[str, Any], num_workers: int) -> Iterator[dict]:
+    """The rows of a generator, one for each row of the dataset, in order.
+
+    They are kept in the cache of datasets until the scan is complete: the same command goes on after a kill. A second
+    check of the same data at the same time keeps its own.
+    """
+    if not generator.num_items:
+        return
+    settings = {"version": SCAN_VERSION, "data": sources_digest([source]), **settings}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+    folder = Path(generator.dataset.cache_dir or datasets.config.HF_DATASETS_CACHE) / "checks" / digest
+    run = partial(
+        run_generation,
+        generator,
+        settings=settings,
+        items_per_shard=ROWS_PER_JOB,
+        workers=WorkerSettings(num_workers),
+        unit="row",
+    )
+    try:
+        run(data_root=folder)
+    except FolderInUse:
+        folder = Path(tempfile.mkdtemp(prefix="check-"))
+        run(data_root=folder)
+    for path in sorted((folder / "data").glob("*.parquet")):
+        yield from pq.read_table(path).to_pylist()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class RowInspections:
+    """A `RowGenerator`: each row of a dataset -> its record, its task and its findings."""
+
+    dataset: DatasetToCheck
+    num_items: int
+    tokenizer: str | None = None
+
+    def features(self) -> datasets.Features:
+        text = datasets.Value("string")
+        return datasets.Features({"record": datasets.Value("binary"), "task": text, "findings": text})
+
+    def open(self, rank: int) -> Callable[[range], GeneratedRows]:
+        cv2.setNumThreads(1)
+        source = self.dataset.open()
+        others = self.dataset.open_other_columns(source, TASK_COLUMNS)
+        count_tokens = load_token_counter(self.tokenizer) if self.tokenizer else None
+        columns = source.columns
+
+        def inspect(row: int) -> dict[str, Any]:
             values = source.rows[row]
             task = next(filter(None, others[row].values()), None) if others is not None else None
-            task = None if task is None else str(task)
             inspection = inspect_row(
-                values[columns.original], values[columns.edited], values[columns.prompt], task, count_tokens
+                values[columns.original],
+                values[columns.edited],
+                values[columns.prompt],
+                None if task is None else str(task),
+                count_tokens,
             )
-            inspected.append((summarize_inspection(inspection), inspection.findings, task or ""))
-        return inspected
+            record = np.array([summarize_inspection(inspection)], ROW_RECORD).tobytes()
+            return {"record": record, "task": str(task or ""), "findings": json.dumps(inspection.findings)}
 
-    return inspect
+        return lambda rows: GeneratedRows([inspect(row) for row in rows])
+
+
+@dataclass(frozen=True)
+class RowHashes:
+    """A `RowGenerator`: each row of a dataset -> the hashes of its images."""
+
+    dataset: DatasetToCheck
+    num_items: int
+
+    def features(self) -> datasets.Features:
+        return datasets.Features({"record": datasets.Value("binary")})
+
+    def open(self, rank: int) -> Callable[[range], GeneratedRows]:
+        cv2.setNumThreads(1)
+        source = self.dataset.open()
+        columns = (source.columns.original, source.columns.edited)
+
+        def hash_row(row: int) -> dict[str, bytes]:
+            values = source.rows[row]
+            return {"record": np.array([hash_both_ways(values[name]) for name in columns], np.uint64).tobytes()}
+
+        return lambda rows: GeneratedRows([hash_row(row) for row in rows])
 
 
 def load_token_counter(folder: str) -> Callable[[str], int]:
@@ -113,39 +191,3 @@ def summarize_inspection(inspection: Inspection) -> tuple:
         for image in (inspection.original, inspection.edited)
     ]
     return (*images, inspection.num_tokens, inspection.prompt_digest)
-
-
-def scan_hashes(dataset: DatasetToCheck, num_rows: int, num_workers: int) -> np.ndarray:
-    """Perceptual hashes of every image: uint64 (rows, original and edited, as stored and mirrored)."""
-    label = f"Hashing {dataset.dataset_name}"
-    results = [result for _, result in run_jobs(partial(open_hasher, dataset), num_rows, num_workers, label)]
-    return np.concatenate(results) if results else np.zeros((0, 2, 2), np.uint64)
-
-
-def open_hasher(dataset: DatasetToCheck, rank: int) -> Callable[[range], np.ndarray]:
-    """The function of a worker: range of rows -> their hashes."""
-    cv2.setNumThreads(1)
-    source = dataset.open()
-    columns = (source.columns.original, source.columns.edited)
-
-    def hash_rows(rows: range) -> np.ndarray:
-        images = [source.rows[row] for row in rows]
-        return np.array([[hash_both_ways(row[name]) for name in columns] for row in images], np.uint64)
-
-    return hash_rows
-
-
-def run_jobs(
-    open_worker: Callable[[int], Callable[[range], Any]], num_rows: int, num_workers: int, label: str
-) -> Iterator[tuple[range, Any]]:
-    """(rows, result) of every job, in the order of the rows. num_workers: 0 for this process."""
-    starts = range(0, num_rows, ROWS_PER_JOB)
-    jobs = {number: range(start, min(start + ROWS_PER_JOB, num_rows)) for number, start in enumerate(starts)}
-    early, following = {}, 0  # workers finish in any order
-    with tqdm(total=num_rows, desc=label, unit=" rows") as progress:
-        for number, result in run_in_processes(open_worker, jobs, num_workers):
-            early[number] = result
-            progress.update(len(jobs[number]))
-            while following in early:
-                yield jobs[following], early.pop(following)
-                following += 1

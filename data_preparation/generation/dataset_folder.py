@@ -36,6 +36,10 @@ ROWS_PER_GROUP = 100  # a reader holds one row group in memory
 PARTITION_WAIT = 60  # seconds in which the other partitions of an array of jobs prepare the folder one by one
 
 
+class FolderInUse(InputError):
+    """Another run writes to the folder."""
+
+
 class ShardCounts(NamedTuple):
     """rows: in the shard; rejected: its items without rows, by reason."""
 
@@ -243,7 +247,7 @@ def _lock(path: Path, data_root: Path, timeout: float = 0) -> FileLock:
     try:
         lock.acquire(timeout=timeout)
     except Timeout:
-        raise InputError(f"--data_root {data_root}: another run is writing it; wait, or give another folder") from None
+        raise FolderInUse(f"--data_root {data_root}: another run is writing it; wait, or give another folder") from None
     except (OSError, NotImplementedError):
         pass  # a file system without locks
     return lock
