@@ -13,13 +13,14 @@ from data_preparation.generation.inputs import OpenPhotographs, Photographs
 from data_preparation.generation.pair_rows import make_pair, pair_features
 from data_preparation.generation.runner import GeneratedRows, GenerateRows
 from data_preparation.photographs import fit_image, random_square, seeded_rng
+from data_preparation.tasks.clean_targets import find_flaw
 from data_preparation.tasks.plan import DEGRADATION, Task, TeacherSettings
 from data_preparation.tasks.teachers import load_teacher, public_teacher
 from utils.pixels import BadRow
 
 logger = logging.getLogger(__name__)
 MAX_NAMED = 5  # unusable photographs that a worker names in its log
-MAX_TRIES = 10  # photographs tried for one row, if some cannot be read
+MAX_TRIES = 20  # photographs tried for one row, if some cannot be read or are no clean targets of its task
 ORDER_STREAM = 1 << 62  # index from which the orders of the photographs are drawn
 
 
@@ -93,29 +94,42 @@ class _PhotographPairWorker:
         return seeded_rng(self.settings.seed, ORDER_STREAM + epoch).permutation(len(self.photographs))
 
     def _plan(self, item: int, rejected: Counter) -> PlannedPair | None:
-        """Draw a row; None if no readable photograph was found. Each epoch uses every photograph once."""
+        """Draw a row; None if no photograph suits its task. Each epoch uses every photograph once."""
         settings, generator = self.settings, seeded_rng(self.settings.seed, item)
         task = settings.tasks[int(np.searchsorted(self._shares, generator.random(), side="right"))]
         epoch, place = divmod(item, len(self.photographs))
         photograph = int(self._order(epoch)[place])
         for _ in range(MAX_TRIES):
-            try:
-                image = self._read(photograph)
-                if settings.crop == "random":
-                    image = random_square(image, settings.resolution, generator)
-                else:
-                    image = fit_image(image, settings.resolution, is_square=settings.crop == "square")
+            image = self._fit(photograph, task, generator, rejected)
+            if image is not None:
                 break
-            except BadRow as error:
-                rejected[f"photograph {error.kind}"] += 1
-                self._name_unusable(photograph, error)
-                photograph = int(generator.integers(len(self.photographs)))
+            photograph = int(generator.integers(len(self.photographs)))
         else:
+            rejected[f"no photograph for {task.name} in {MAX_TRIES} tries"] += 1
             return None
         is_heldout = {"train": 0, "heldout": 1, "both": int(generator.random() < 0.5)}[settings.phrasing_split]
         prompts = settings.phrasings[task.phrasings][is_heldout]
         prompt = prompts[generator.integers(len(prompts))]
         return PlannedPair(task, prompt, ("train", "heldout")[is_heldout], image, photograph, generator)
+
+    def _fit(self, photograph: int, task: Task, generator: np.random.Generator, rejected: Counter) -> np.ndarray | None:
+        """The photograph at the size of the pair; None, and counted, if it is unreadable or no clean target."""
+        settings = self.settings
+        try:
+            stored = self._read(photograph)
+            if settings.crop == "random":
+                image = random_square(stored, settings.resolution, generator)
+            else:
+                image = fit_image(stored, settings.resolution, is_square=settings.crop == "square")
+        except BadRow as error:
+            rejected[f"photograph {error.kind}"] += 1
+            self._name_unusable(photograph, error)
+            return None
+        flaw = find_flaw(task.name, image, stored) if task.teacher == DEGRADATION else None
+        if flaw is not None:
+            rejected[f"photograph {flaw}"] += 1
+            return None
+        return image
 
     def _name_unusable(self, photograph: int, error: BadRow) -> None:
         """In the log alone: the counts by reason are published, and file names may be private."""
