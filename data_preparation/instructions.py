@@ -5,10 +5,13 @@ its text encoder, frozen when the demo trains its editor, knows their words and 
 cartoonize it mistook 10 for other edits, which is why cartoonize.txt exists in both folders.
 """
 
+import re
 from pathlib import Path
 
 from utils.errors import InputError
 
+INK = re.compile(r"\b(ink\w*|outlin\w*|lines?)\b", re.IGNORECASE)
+NO_INK = re.compile(r"\b(no|without)\b[^,.;]*\b(ink|outlines?|lines?)\b|\blineless\b", re.IGNORECASE)
 FOLDER = Path(__file__).resolve().parent / "instructions"
 
 
@@ -67,3 +70,10 @@ def _read_lines(path: Path) -> list[str]:
     if repeated:
         raise InputError.from_problems([f"{path}: '{line}' is repeated; delete one of them" for line in repeated])
     return lines
+
+
+def promises_outlines(phrasing: str) -> bool | None:
+    """Whether a phrasing of cartoonize asks for ink lines (True) or for none (False); None if it mentions none."""
+    if NO_INK.search(phrasing):
+        return False
+    return True if INK.search(phrasing) else None

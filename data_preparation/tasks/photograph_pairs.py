@@ -12,15 +12,19 @@ import numpy as np
 from data_preparation.generation.inputs import OpenPhotographs, Photographs
 from data_preparation.generation.pair_rows import make_pair, pair_features
 from data_preparation.generation.runner import GeneratedRows, GenerateRows
+from data_preparation.instructions import promises_outlines
 from data_preparation.photographs import fit_image, random_square, seeded_rng
 from data_preparation.tasks.clean_targets import find_flaw
 from data_preparation.tasks.plan import DEGRADATION, Task, TeacherSettings
 from data_preparation.tasks.teachers import load_teacher, public_teacher
+from utils.checks import image_measures
 from utils.pixels import BadRow
 
 logger = logging.getLogger(__name__)
 MAX_NAMED = 5  # unusable photographs that a worker names in its log
 MAX_TRIES = 20  # photographs tried for one row, if some cannot be read or are no clean targets of its task
+CARTOONIZE = "cartoonize"  # the task whose instructions may promise outlines, or their absence
+MIN_INK, MAX_NO_INK = 0.01, 0.005  # share of ink lines in cartoons with and without outlines
 ORDER_STREAM = 1 << 62  # index from which the orders of the photographs are drawn
 
 
@@ -88,7 +92,8 @@ class _PhotographPairWorker:
                 rows = [planned[item] for item in batch]
                 inputs = [row.image for row in rows], [row.prompt for row in rows], [row.generator for row in rows]
                 edits |= zip(batch, self._teacher(task)(*inputs), strict=True)
-        return GeneratedRows([self._make_row(pair, *edits[item]) for item, pair in planned.items()], dict(rejected))
+        rows = [self._make_row(pair, *edits[item], rejected) for item, pair in planned.items()]
+        return GeneratedRows([row for row in rows if row is not None], dict(rejected))
 
     def _draw_order(self, epoch: int) -> np.ndarray:
         return seeded_rng(self.settings.seed, ORDER_STREAM + epoch).permutation(len(self.photographs))
@@ -137,12 +142,27 @@ class _PhotographPairWorker:
             self._named.add(photograph)
             logger.warning("photograph %s cannot be used: %s", self.photographs.name(photograph), error.reason)
 
-    def _make_row(self, pair: PlannedPair, result: np.ndarray, drawn: dict) -> dict:
+    def _find_prompt(self, pair: PlannedPair, result: np.ndarray) -> str | None:
+        """The drawn instruction, or another one if the cartoon lacks the outlines that it promises; None if all do."""
+        if pair.task.name != CARTOONIZE or (promise := promises_outlines(pair.prompt)) is None:
+            return pair.prompt
+        ink = image_measures.ink(pair.image, result)
+        if ink >= MIN_INK if promise else ink <= MAX_NO_INK:
+            return pair.prompt
+        others = self.settings.phrasings[pair.task.phrasings][pair.phrasing == "heldout"]
+        others = [prompt for prompt in others if promises_outlines(prompt) is None]
+        return others[pair.generator.integers(len(others))] if others else None
+
+    def _make_row(self, pair: PlannedPair, result: np.ndarray, drawn: dict, rejected: Counter) -> dict | None:
         settings, photographs, teacher = self.settings, self.photographs, pair.task.teacher
+        prompt = self._find_prompt(pair, result)
+        if prompt is None:
+            rejected["cartoon without the outlines of its instruction"] += 1
+            return None
         original, edited = (result, pair.image) if teacher == DEGRADATION else (pair.image, result)
         return make_pair(
             original,
-            pair.prompt,
+            prompt,
             edited,
             settings.image_format,
             task=pair.task.name,

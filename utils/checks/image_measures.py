@@ -190,6 +190,17 @@ def rain(gray: np.ndarray) -> float:
     return max(float((is_streak & (np.abs(angle - main) < 20)).mean()) for main in range(-45, 46, 10))
 
 
+def ink(original: np.ndarray, edited: np.ndarray) -> float:
+    """The share of an edited image, 0 to 1, with thin dark lines that its original does not have.
+
+    A morphological closing removes such lines (black-hat transform). Outlined drawings have 0.01 or more.
+    """
+    width = 2 * max(1, round(min(original.shape[:2]) / 100)) + 1
+    grays = [to_gray(image) for image in (original, edited)]
+    dark = [cv2.morphologyEx(gray, cv2.MORPH_BLACKHAT, np.ones((width, width), np.uint8)) for gray in grays]
+    return float(((dark[1] - dark[0] > 25) & (grays[0] - grays[1] > 25)).mean())
+
+
 def veil(image: np.ndarray) -> float:
     """The dark channel of haze (He et al. 2009), in 0-255: high if no pixel of a neighbourhood is dark."""
     side = max(3, min(image.shape[:2]) // 16)
