@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from benchmarks import data
-from data_preparation.photographs import read_photograph, seeded_rng
+from data_preparation.photographs import centre_square, read_photograph, seeded_rng
 from data_preparation.tasks import camera, degradations, kernels, weather
 from data_preparation.tasks.cartoon import draw_cartoon
 from data_preparation.tasks.degradations import DEGRADATIONS, RANGES
@@ -304,6 +304,19 @@ def test_contact_sheet_shows_every_task(tmp_path):
     photo = str(REPOSITORY / "assets/photos/cat.jpg")
     degradations.main(["--contact_sheet", str(output), "--side", "64", "--photos", photo])
     assert Image.open(output).size == (6 * 64, 2 * (64 + LABEL_HEIGHT))
+
+
+def test_contact_sheet_of_pairs(tmp_path, capsys):
+    photo, output = str(REPOSITORY / "assets/photos/cat.jpg"), tmp_path / "pairs.png"
+    flags = ["--contact_sheet", str(output), "--side", "64", "--tasks", "colorize", "cartoonize", "--photos", photo]
+    degradations.main([*flags, photo])
+    sheet = np.asarray(Image.open(output))[:, :, :3]
+    assert sheet.shape == (2 * (64 + LABEL_HEIGHT), 128, 3)
+    clean = centre_square(read_photograph(Path(photo)), 64)
+    assert np.array_equal(sheet[-64:, :64], clean) and np.array_equal(sheet[LABEL_HEIGHT:][:64, 64:], clean)
+    with pytest.raises(SystemExit):
+        degradations.main(flags)
+    assert "--tasks: 2 tasks need as many --photos, not 1" in capsys.readouterr().err
 
 
 def test_benchmark_measures_every_task(capsys, tmp_path):

@@ -79,20 +79,28 @@ def liven(lab: np.ndarray) -> np.ndarray:
 
 
 def draw_ink(fine: np.ndarray, smooth: np.ndarray, flat: np.ndarray, texture: np.ndarray, unit: float) -> np.ndarray:
-    """(H, W) float32 in 0-1: bold outlines of the flat regions, and thin lines of details such as eyes.
+    """(H, W) float32 in 0-1: bold outlines of the flat regions, thin lines of details, and dark spots such as eyes.
 
     fine, smooth, flat: CIELAB (H, W, 3), of decreasing detail; texture: (H, W).
     """
     flow, coherence = edge_flow((smooth + flat) / 2, 2.5 * unit)
-    strokes = np.dstack([across_edges(flat[..., 0], flow, 1.8 * unit), across_edges(fine[..., 0], flow, 1.0 * unit)])
+    light = fine[..., 0]
+    contrast = np.minimum(local_contrast(smooth[..., 0], 12 * unit), 14) + 6
+    strokes = np.dstack([across_edges(flat[..., 0], flow, 1.8 * unit), across_edges(light, flow, 1.0 * unit)])
     strokes = smooth_along(strokes, flow, 4 * unit, step=max(0.5, 1.5 * unit))
-    strokes *= ((0.5 + 0.5 * coherence) / (np.minimum(local_contrast(smooth[..., 0], 12 * unit), 14) + 6))[..., None]
+    strokes *= ((0.5 + 0.5 * coherence) / contrast)[..., None]
     # A border between two regions is no outline where the photograph changes gradually, as a sky does.
     change = np.sqrt(sum((part**2).sum(axis=2) for part in gradients(cv2.GaussianBlur(smooth, (0, 0), 2.5 * unit))))
     outlines = strokes[..., 0] * np.clip((change * unit - 0.4) / 0.6, 0, 1) / (1 + texture / 30)
-    details = strokes[..., 1] / (1 + texture / 10)
-    outlines, details = np.clip((outlines - 0.04) / 0.03, 0, 1), np.clip((details - 0.035) / 0.035, 0, 1)
+    spots = (cv2.GaussianBlur(light, (0, 0), 5.5 * unit) - cv2.GaussianBlur(light, (0, 0), 2 * unit)) / contrast
+    outlines = ramp(outlines, 0.04, 0.07)
+    details = np.maximum(ramp(strokes[..., 1], 0.035, 0.07, texture), ramp(spots, 0.2, 0.3, texture))
     return np.maximum(keep_long(outlines, 24 * unit), keep_long(details, 14 * unit))
+
+
+def ramp(values: np.ndarray, low: float, high: float, texture: np.ndarray | float = 0.0) -> np.ndarray:
+    """0 below `low`, 1 above `high`; texture lowers the values, so that fur and leaves get fewer lines."""
+    return np.clip((values / (1 + texture / 10) - low) / (high - low), 0, 1)
 
 
 def local_contrast(gray: np.ndarray, sigma: float) -> np.ndarray:
