@@ -28,12 +28,12 @@ PHOTOGRAPHS = [REPOSITORY / "assets" / "photos" / name for name in ("astronaut.j
 TRANSFORMS = {
     "derain": ("RandomRain", {}, "streaks of one size and slant, encoded values, no depth"),
     "denoise": ("ShotNoise", {}, "no read noise"),
-    "deblur": ("MotionBlur", {"blur_limit": (7, 31)}, "straight lines, encoded values"),
+    "deblur": ("MotionBlur", {"blur_limit": (15, 31)}, "straight lines, encoded values"),
     "dehaze": ("RandomFog", {}, "discs of fog, no depth"),
     "raindrop": ("Spatter", {"mode": "rain"}, "tinted blots, no refraction"),
-    "sharpen": ("GaussianBlur", {"sigma_limit": (0.8, 2.5), "blur_limit": 0}, "encoded values"),
+    "sharpen": ("GaussianBlur", {"sigma_limit": (0.75, 2.2), "blur_limit": 0}, "encoded values"),
     "colorize": ("ToGray", {}, "the same"),
-    "super_resolve": ("Downscale", {"scale_range": (0.25, 0.5)}, "one resize, no noise, no JPEG"),
+    "super_resolve": ("Downscale", {"scale_range": (0.2, 0.33)}, "one resize, no noise, no JPEG"),
     "jpeg": ("ImageCompression", {"quality_range": (5, 40)}, "the same"),
 }
 

@@ -38,7 +38,7 @@ _INTERPOLATION = {"area": cv2.INTER_AREA, "linear": cv2.INTER_LINEAR, "cubic": c
 _NOISES = {"gaussian": 0.5, "poisson": 0.5}
 _BLURS = {"gaussian": 0.9, "sinc": 0.1}
 SUPER_RESOLVE = {
-    "shrink": Range(2.5, 4, "an image at 512 is reduced to 1/shrink of its sides, then enlarged again"),
+    "shrink": Range(3, 5, "an image at 512 is reduced to 1/shrink of its sides, then enlarged again"),
     "blur_1": Choice(_BLURS, "first blur; sinc rings like a low-pass filter"),
     "sigma_1": Range(0.2, 3, "first blur: standard deviation along its wide axis, pixels at 512"),
     "aspect_1": Range(0.5, 1, "first blur: narrow axis / wide axis"),
@@ -46,8 +46,8 @@ SUPER_RESOLVE = {
     "resize_1": Range(0.15, 1.5, "first resize: factor of the sides"),
     "way_1": Choice(_WAYS, "first resize: interpolation"),
     "noise_1": Choice(_NOISES, "first noise"),
-    "gaussian_1": Range(1, 15, "first noise: standard deviation, of 255"),
-    "poisson_1": Range(0.05, 1.5, "first noise: relative to that of 256 photons at white"),
+    "gaussian_1": Range(1, 8, "first noise: standard deviation, of 255"),
+    "poisson_1": Range(0.05, 0.8, "first noise: relative to that of 256 photons at white"),
     "quality_1": IntegerRange(30, 95, "first JPEG"),
     "blur_2": Choice(_BLURS, "second blur, if applied"),
     "sigma_2": Range(0.2, 1.5, "second blur: as in the first"),
@@ -56,8 +56,8 @@ SUPER_RESOLVE = {
     "resize_2": Range(0.3, 1.2, "second resize: factor of the sides at 1/shrink"),
     "way_2": Choice(_WAYS, "second resize: interpolation"),
     "noise_2": Choice(_NOISES, "second noise"),
-    "gaussian_2": Range(1, 12.5, "second noise: as in the first"),
-    "poisson_2": Range(0.05, 1.25, "second noise: as in the first"),
+    "gaussian_2": Range(1, 6, "second noise: as in the first"),
+    "poisson_2": Range(0.05, 0.6, "second noise: as in the first"),
     "quality_2": IntegerRange(30, 95, "second JPEG"),
 }
 SECOND_BLUR_SHARE = 0.8  # probability of the second blur
@@ -164,11 +164,12 @@ def compress_jpeg(image: np.ndarray, quality: int) -> np.ndarray:
 
 
 def super_resolve(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dict]:
-    """Remove detail as in images 2 to 4 times smaller: the second-order degradation of Real-ESRGAN.
+    """Remove detail as in images 3 to 5 times smaller: the second-order degradation of Real-ESRGAN.
 
     The image is blurred, reduced, made noisy and compressed, twice, and then enlarged to its own size (Wang et al.
     2021, section 3). All of this happens at 512 pixels, whatever the size of the image. Unlike Real-ESRGAN, the noise
-    has half the strength, because noise has a task of its own here, and no intermediate image is smaller than SMALLEST.
+    has a quarter of the strength, because noise has a task of its own here, and no intermediate image is smaller than
+    SMALLEST.
     """
     scale = pixel_scale(image, smallest=SMALLEST_SIDE)
     width, height = (side / scale for side in image.shape[1::-1])
