@@ -130,7 +130,7 @@ def format_rates(ours: dict, theirs: dict | None) -> str:
         columns += [*(f"albumentations {version}, {side} px" for side in sides), "its transform", "difference"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for task in ours[sides[0]]:
-        cells = [task, *(f"{ours[side][task]:.0f}" for side in sides)]
+        cells = [task, *(f"{rate:.0f}" if (rate := ours[side][task]) >= 10 else f"{rate:.1f}" for side in sides)]
         if theirs and task in TRANSFORMS:
             name, _, difference = TRANSFORMS[task]
             cells += [*(f"{theirs[side]['rates'][task]:.0f}" for side in sides), name, difference]

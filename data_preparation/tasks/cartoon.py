@@ -8,7 +8,7 @@ the lines is relative to the local contrast, so that shadows get lines and fur d
 import cv2
 import numpy as np
 
-from data_preparation.tasks.flow import across_edges, edge_flow, gradients, smooth_along
+from data_preparation.tasks.flow import across_edges, dot, edge_flow, gradients, smooth_along
 from data_preparation.tasks.regions import find_regions, smooth_borders
 
 WORK_SIDE, MAX_ENLARGEMENT = 512, 2  # the shorter side at which a cartoon is drawn, except for tiny images
@@ -90,7 +90,7 @@ def draw_ink(fine: np.ndarray, smooth: np.ndarray, flat: np.ndarray, texture: np
     strokes = smooth_along(strokes, flow, 4 * unit, step=max(0.5, 1.5 * unit))
     strokes *= ((0.5 + 0.5 * coherence) / contrast)[..., None]
     # A border between two regions is no outline where the photograph changes gradually, as a sky does.
-    change = np.sqrt(sum((part**2).sum(axis=2) for part in gradients(cv2.GaussianBlur(smooth, (0, 0), 2.5 * unit))))
+    change = np.sqrt(sum(dot(part, part) for part in gradients(cv2.GaussianBlur(smooth, (0, 0), 2.5 * unit))))
     outlines = strokes[..., 0] * np.clip((change * unit - 0.4) / 0.6, 0, 1) / (1 + texture / 30)
     spots = (cv2.GaussianBlur(light, (0, 0), 5.5 * unit) - cv2.GaussianBlur(light, (0, 0), 2 * unit)) / contrast
     outlines = ramp(outlines, 0.04, 0.07)

@@ -2,7 +2,7 @@
 
 A photograph is unfit only for the tasks whose limit it misses: a dark one is no target of low_light, but may be one of
 colorize. The limits were set on the photographs in assets/photos and in common Python packages, at 128, 256 and 512
-pixels: all but a few percent pass, and most of their degraded copies do not.
+pixels: all but a few percent pass, and most of their degraded copies do not (docs/data.md).
 """
 
 from collections.abc import Callable

@@ -11,6 +11,11 @@ def gradients(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return cv2.Sobel(image, cv2.CV_32F, 1, 0, scale=1 / 8), cv2.Sobel(image, cv2.CV_32F, 0, 1, scale=1 / 8)
 
 
+def dot(one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """(H, W, C), (H, W, C) -> (H, W): the sum over the channels, several times as fast as (one * other).sum(2)."""
+    return np.einsum("hwc,hwc->hw", one, other)
+
+
 def edge_flow(image: np.ndarray, sigma: float) -> tuple[np.ndarray, np.ndarray]:
     """float32 (H, W, C) -> (unit vectors (x, y) along the edges (H, W, 2), their coherence in 0-1 (H, W)).
 
@@ -18,7 +23,7 @@ def edge_flow(image: np.ndarray, sigma: float) -> tuple[np.ndarray, np.ndarray]:
     where there are edges of all directions. float32.
     """
     across, down = gradients(image)
-    products = np.dstack([(across * across).sum(2), (across * down).sum(2), (down * down).sum(2)])
+    products = np.dstack([dot(across, across), dot(across, down), dot(down, down)])
     xx, xy, yy = cv2.split(cv2.GaussianBlur(products, (0, 0), sigma))
     angle = 0.5 * np.arctan2(2 * xy, xx - yy) + np.float32(np.pi / 2)  # the gradient, turned by 90 degrees
     return np.dstack([np.cos(angle), np.sin(angle)]), np.hypot(xx - yy, 2 * xy) / (xx + yy + 1e-4)
@@ -36,7 +41,7 @@ def smooth_along(values: np.ndarray, flow: np.ndarray, sigma: float, step: float
             weights += weight
             following = _sample(flow, place, cv2.INTER_NEAREST)
             # The direction of an edge has no sign: keep walking the same way.
-            heading = following * np.where((following * heading).sum(2, keepdims=True) < 0, np.float32(-1), 1)
+            heading = following * np.where(dot(following, heading) < 0, np.float32(-1), 1)[..., None]
     return total / np.float32(weights)
 
 

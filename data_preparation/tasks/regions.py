@@ -8,6 +8,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+from data_preparation.tasks.flow import dot
+
 DETAIL = 12.0  # distance in CIELAB from which a small region is rather kept, and below which it is rather merged
 MAX_ROUNDS = 60  # each merges about a third of the regions that can be merged
 OFFSETS = ((0, 0), (1, 0), (-1, 0), (0, 1), (0, -1), (0.7, 0.7), (0.7, -0.7), (-0.7, 0.7), (-0.7, -0.7))
@@ -42,7 +44,7 @@ def find_regions(lab: np.ndarray, texture: np.ndarray, simplicity: float) -> tup
 def _watershed(lab: np.ndarray) -> np.ndarray:
     """Labels of small regions around the local minima of the gradient."""
     across, down = cv2.Sobel(lab, cv2.CV_32F, 1, 0), cv2.Sobel(lab, cv2.CV_32F, 0, 1)
-    strength = cv2.GaussianBlur(np.sqrt((across**2 + down**2).sum(axis=2)), (0, 0), 0.7)
+    strength = cv2.GaussianBlur(np.sqrt(dot(across, across) + dot(down, down)), (0, 0), 0.7)
     strength = np.round(2 * strength)
     is_minimum = strength <= cv2.erode(strength, np.ones((5, 5), np.uint8))
     markers = cv2.connectedComponents(is_minimum.astype(np.uint8))[1]
@@ -104,7 +106,8 @@ def smooth_borders(labels: np.ndarray, colours: np.ndarray, lab: np.ndarray, rea
     for down, right in OFFSETS:
         top, left = reach + round(reach * down), reach + round(reach * right)
         candidate = padded[top : top + height, left : left + width]
-        distance = ((colours[candidate] - lab) ** 2).sum(axis=2)
+        difference = colours[candidate] - lab
+        distance = dot(difference, difference)
         is_nearer = distance < least
         nearest[is_nearer], least[is_nearer] = candidate[is_nearer], distance[is_nearer]
     return nearest
