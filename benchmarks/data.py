@@ -28,12 +28,12 @@ PHOTOGRAPHS = [REPOSITORY / "assets" / "photos" / name for name in ("astronaut.j
 TRANSFORMS = {
     "derain": ("RandomRain", {}, "streaks of one size and slant, encoded values, no depth"),
     "denoise": ("ShotNoise", {}, "no read noise"),
-    "deblur": ("MotionBlur", {"blur_limit": (7, 31)}, "straight lines, encoded values"),
+    "deblur": ("MotionBlur", {"blur_limit": (15, 31)}, "straight lines, encoded values"),
     "dehaze": ("RandomFog", {}, "discs of fog, no depth"),
     "raindrop": ("Spatter", {"mode": "rain"}, "tinted blots, no refraction"),
-    "sharpen": ("GaussianBlur", {"sigma_limit": (0.8, 2.5), "blur_limit": 0}, "encoded values"),
+    "sharpen": ("GaussianBlur", {"sigma_limit": (0.75, 2.2), "blur_limit": 0}, "encoded values"),
     "colorize": ("ToGray", {}, "the same"),
-    "super_resolve": ("Downscale", {"scale_range": (0.25, 0.5)}, "one resize, no noise, no JPEG"),
+    "super_resolve": ("Downscale", {"scale_range": (0.2, 0.33)}, "one resize, no noise, no JPEG"),
     "jpeg": ("ImageCompression", {"quality_range": (5, 40)}, "the same"),
 }
 
@@ -130,7 +130,7 @@ def format_rates(ours: dict, theirs: dict | None) -> str:
         columns += [*(f"albumentations {version}, {side} px" for side in sides), "its transform", "difference"]
     lines = ["| " + " | ".join(columns) + " |", "|---" * len(columns) + "|"]
     for task in ours[sides[0]]:
-        cells = [task, *(f"{ours[side][task]:.0f}" for side in sides)]
+        cells = [task, *(f"{rate:.0f}" if (rate := ours[side][task]) >= 10 else f"{rate:.1f}" for side in sides)]
         if theirs and task in TRANSFORMS:
             name, _, difference = TRANSFORMS[task]
             cells += [*(f"{theirs[side]['rates'][task]:.0f}" for side in sides), name, difference]

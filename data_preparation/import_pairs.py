@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_preparation.generation.generation_flags import add_generation_flags, choose_workers, generation_flag_problems  # noqa: E402
-from data_preparation.instructions import available_tasks, read_phrasings  # noqa: E402
+from data_preparation.instructions import available_tasks, promises_outlines, read_phrasings  # noqa: E402
 from utils.cli import FlagParser  # noqa: E402
 from utils.errors import InputError, exit_on_input_error  # noqa: E402
 from utils.hub_names import looks_like_path, public_name  # noqa: E402
@@ -185,11 +185,12 @@ def open_pair_source(args: argparse.Namespace, format_name: str, place: Path | s
         from utils.data.folder_pairs import find_folders
 
         folders = (place, args.edited_dir.expanduser().absolute()) if args.edited_dir else find_folders(place)
-        if folders is None and has_pair_folders(place):
-            folders = (place, place)
+        folders = folders or ((place, place) if has_pair_folders(place) else None)
         if folders is None:
             raise InputError(f"--source {place}: has no subfolders such as original/ and edited/; give --edited_dir")
         common = read_phrasings(args.task, args.heldout_phrasings)[0] if args.task else args.edit_prompt or []
+        if args.task:  # the cartoons of others may have outlines or not
+            common = [text for text in common if promises_outlines(text) is None] or common
         return find_folder_pairs(place, *folders, common, args.prompts)
     if format_name == "seeds":
         from data_preparation.importing.seed_folders import find_seed_folders

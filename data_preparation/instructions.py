@@ -12,6 +12,8 @@ from pathlib import Path
 from utils.errors import InputError
 
 logger = logging.getLogger(__name__)
+INK = re.compile(r"\b(ink\w*|outlin\w*|lines?)\b", re.IGNORECASE)
+NO_INK = re.compile(r"\b(no|without)\b[^,.;]*\b(ink|outlines?|lines?)\b|\blineless\b", re.IGNORECASE)
 FOLDER = Path(__file__).resolve().parent / "instructions"
 SAME_PATTERN = 0.5  # share of common words (Jaccard index) from which two phrasings have one pattern
 
@@ -105,3 +107,10 @@ def _read_lines(path: Path) -> list[str]:
     if repeated:
         raise InputError.from_problems([f"{path}: '{line}' is repeated; delete one of them" for line in repeated])
     return lines
+
+
+def promises_outlines(phrasing: str) -> bool | None:
+    """Whether a phrasing of cartoonize asks for ink lines (True) or for none (False); None if it mentions none."""
+    if NO_INK.search(phrasing):
+        return False
+    return True if INK.search(phrasing) else None

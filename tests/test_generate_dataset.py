@@ -159,7 +159,7 @@ def test_unreadable_photographs_are_counted_and_replaced(tmp_path, capsys, caplo
     (photos / "cut.jpg").write_bytes(b"\xff\xd8\xff")
     (photos / "empty.png").write_bytes(b"")
     Image.new("L", (90, 70), 90).save(photos / "good.png")
-    rows = generate(tmp_path / "pairs", "--dataset_id", str(photos))
+    rows = generate(tmp_path / "pairs", "--dataset_id", str(photos), "--task", "identity", "cartoonize")
     assert len(rows) == 24 and {row["source"] for row in rows} == {"good.png"}
     output = capsys.readouterr().out
     assert "photograph not an image" in output and "photograph empty file" in output

@@ -12,14 +12,19 @@ import numpy as np
 from data_preparation.generation.inputs import OpenPhotographs, Photographs
 from data_preparation.generation.pair_rows import make_pair, pair_features
 from data_preparation.generation.runner import GeneratedRows, GenerateRows
+from data_preparation.instructions import promises_outlines
 from data_preparation.photographs import fit_image, random_square, seeded_rng
+from data_preparation.tasks.clean_targets import find_flaw
 from data_preparation.tasks.plan import DEGRADATION, Task, TeacherSettings
 from data_preparation.tasks.teachers import load_teacher, public_teacher
+from utils.checks import image_measures
 from utils.pixels import BadRow
 
 logger = logging.getLogger(__name__)
 MAX_NAMED = 5  # unusable photographs that a worker names in its log
-MAX_TRIES = 10  # photographs tried for one row, if some cannot be read
+MAX_TRIES = 20  # photographs tried for one row, if some cannot be read or are no clean targets of its task
+CARTOONIZE = "cartoonize"  # the task whose instructions may promise outlines, or their absence
+MIN_INK, MAX_NO_INK = 0.01, 0.005  # share of ink lines in cartoons with and without outlines
 ORDER_STREAM = 1 << 62  # index from which the orders of the photographs are drawn
 
 
@@ -87,35 +92,49 @@ class _PhotographPairWorker:
                 rows = [planned[item] for item in batch]
                 inputs = [row.image for row in rows], [row.prompt for row in rows], [row.generator for row in rows]
                 edits |= zip(batch, self._teacher(task)(*inputs), strict=True)
-        return GeneratedRows([self._make_row(pair, *edits[item]) for item, pair in planned.items()], dict(rejected))
+        rows = [self._make_row(pair, *edits[item], rejected) for item, pair in planned.items()]
+        return GeneratedRows([row for row in rows if row is not None], dict(rejected))
 
     def _draw_order(self, epoch: int) -> np.ndarray:
         return seeded_rng(self.settings.seed, ORDER_STREAM + epoch).permutation(len(self.photographs))
 
     def _plan(self, item: int, rejected: Counter) -> PlannedPair | None:
-        """Draw a row; None if no readable photograph was found. Each epoch uses every photograph once."""
+        """Draw a row; None if no photograph suits its task. Each epoch uses every photograph once."""
         settings, generator = self.settings, seeded_rng(self.settings.seed, item)
         task = settings.tasks[int(np.searchsorted(self._shares, generator.random(), side="right"))]
         epoch, place = divmod(item, len(self.photographs))
         photograph = int(self._order(epoch)[place])
         for _ in range(MAX_TRIES):
-            try:
-                image = self._read(photograph)
-                if settings.crop == "random":
-                    image = random_square(image, settings.resolution, generator)
-                else:
-                    image = fit_image(image, settings.resolution, is_square=settings.crop == "square")
+            image = self._fit(photograph, task, generator, rejected)
+            if image is not None:
                 break
-            except BadRow as error:
-                rejected[f"photograph {error.kind}"] += 1
-                self._name_unusable(photograph, error)
-                photograph = int(generator.integers(len(self.photographs)))
+            photograph = int(generator.integers(len(self.photographs)))
         else:
+            rejected[f"no photograph for {task.name} in {MAX_TRIES} tries"] += 1
             return None
         is_heldout = {"train": 0, "heldout": 1, "both": int(generator.random() < 0.5)}[settings.phrasing_split]
         prompts = settings.phrasings[task.phrasings][is_heldout]
         prompt = prompts[generator.integers(len(prompts))]
         return PlannedPair(task, prompt, ("train", "heldout")[is_heldout], image, photograph, generator)
+
+    def _fit(self, photograph: int, task: Task, generator: np.random.Generator, rejected: Counter) -> np.ndarray | None:
+        """The photograph at the size of the pair; None, and counted, if it is unreadable or no clean target."""
+        settings = self.settings
+        try:
+            stored = self._read(photograph)
+            if settings.crop == "random":
+                image = random_square(stored, settings.resolution, generator)
+            else:
+                image = fit_image(stored, settings.resolution, is_square=settings.crop == "square")
+        except BadRow as error:
+            rejected[f"photograph {error.kind}"] += 1
+            self._name_unusable(photograph, error)
+            return None
+        flaw = find_flaw(task.name, image, stored) if task.teacher == DEGRADATION else None
+        if flaw is not None:
+            rejected[f"photograph {flaw}"] += 1
+            return None
+        return image
 
     def _name_unusable(self, photograph: int, error: BadRow) -> None:
         """In the log alone: the counts by reason are published, and file names may be private."""
@@ -123,12 +142,27 @@ class _PhotographPairWorker:
             self._named.add(photograph)
             logger.warning("photograph %s cannot be used: %s", self.photographs.name(photograph), error.reason)
 
-    def _make_row(self, pair: PlannedPair, result: np.ndarray, drawn: dict) -> dict:
+    def _find_prompt(self, pair: PlannedPair, result: np.ndarray) -> str | None:
+        """The drawn instruction, or another one if the cartoon lacks the outlines that it promises; None if all do."""
+        if pair.task.name != CARTOONIZE or (promise := promises_outlines(pair.prompt)) is None:
+            return pair.prompt
+        ink = image_measures.ink(pair.image, result)
+        if ink >= MIN_INK if promise else ink <= MAX_NO_INK:
+            return pair.prompt
+        others = self.settings.phrasings[pair.task.phrasings][pair.phrasing == "heldout"]
+        others = [prompt for prompt in others if promises_outlines(prompt) is None]
+        return others[pair.generator.integers(len(others))] if others else None
+
+    def _make_row(self, pair: PlannedPair, result: np.ndarray, drawn: dict, rejected: Counter) -> dict | None:
         settings, photographs, teacher = self.settings, self.photographs, pair.task.teacher
+        prompt = self._find_prompt(pair, result)
+        if prompt is None:
+            rejected["cartoon without the outlines of its instruction"] += 1
+            return None
         original, edited = (result, pair.image) if teacher == DEGRADATION else (pair.image, result)
         return make_pair(
             original,
-            pair.prompt,
+            prompt,
             edited,
             settings.image_format,
             task=pair.task.name,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
+REFERENCE_SIDE = 512  # the shorter side, in pixels, for which the sizes and strengths of all degradations are given
 DIGITS = 4  # parameters are rounded before use, so that a row stores exactly what was applied
 _STEPS = 65535  # one step of linear light is at most 0.05 of an 8-bit step, so the round trip is exact
 
@@ -91,8 +92,8 @@ def to_encoded(linear: np.ndarray) -> np.ndarray:
 
 
 def pixel_scale(image: np.ndarray, smallest: int = 1) -> float:
-    """The factor for sizes given in pixels of a 512-pixel image: the shorter side / 512.
+    """The factor for sizes given in pixels of an image at REFERENCE_SIDE: the shorter side / REFERENCE_SIDE.
 
     smallest: the shorter side counts as at least this, for details that would vanish in a small image.
     """
-    return max(min(image.shape[:2]), smallest) / 512
+    return max(min(image.shape[:2]), smallest) / REFERENCE_SIDE

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from data_preparation.generation.user_functions import call_function, load_function
+from data_preparation.instructions import promises_outlines
 from data_preparation.tasks.plan import DEGRADATION, EXACT, OPENCV, Task, TeacherSettings
 from data_preparation.tasks.tensor_teachers import Teacher, check_edit, load_onnx_teacher, load_torchhub_teacher
 from utils.errors import InputError, explaining_load_errors
@@ -27,9 +28,7 @@ def load_teacher(task: Task, settings: TeacherSettings, rank: int, models: list[
         degrade = DEGRADATIONS[task.name]
         return lambda images, _, generators: [degrade(*row) for row in zip(images, generators, strict=True)]
     if task.teacher == OPENCV:
-        from data_preparation.tasks.cartoon import draw_cartoon
-
-        return lambda images, *_: [(draw_cartoon(image), {}) for image in images]
+        return _load_cartoonist()
     if task.teacher == EXACT:
         from data_preparation.toy_edits import EDITS
 
@@ -68,6 +67,17 @@ def public_teacher(teacher: str) -> str:
     kind, separator, name = teacher.partition(":")
     is_path = kind in ("onnx", "python") or kind == "diffusers" and not is_hub_id(name)
     return f"{kind}:{Path(name).name}" if separator and is_path else teacher
+
+
+def _load_cartoonist() -> Teacher:
+    """Cartoons with ink lines, except where the instruction asks for none."""
+    from data_preparation.tasks.cartoon import draw_cartoon
+
+    def teach(images: list, instructions: list, _: list) -> list[tuple[np.ndarray, dict]]:
+        has_ink = [promises_outlines(instruction) is not False for instruction in instructions]
+        return [(draw_cartoon(*row), {"ink": row[1]}) for row in zip(images, has_ink, strict=True)]
+
+    return teach
 
 
 def _load_python_teacher(spec: str) -> Teacher:

@@ -1,7 +1,8 @@
 """What weather does to a photograph: haze, falling rain, and raindrops on the glass in front of the lens.
 
 Each degradation maps a clean uint8 RGB image (H, W, 3) to (degraded image of the same type and size, the parameters
-that were drawn). All of them work in linear light.
+that were drawn). All of them work in linear light. Sizes hold for an image whose shorter side is 512 pixels and are
+scaled to others.
 """
 
 import cv2
@@ -93,21 +94,25 @@ def derain(image: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, dic
 
 
 def rain_streaks(height: int, width: int, scale: float, parameters: dict, rng: np.random.Generator) -> np.ndarray:
-    """(height, width) float32 in 0-1: the share of the light that the streaks replace."""
-    total = np.zeros((height, width), np.float32)
+    """(height, width) float32 in 0-1: the share of the light that the streaks replace.
+
+    They are drawn at 512 pixels, whatever the `scale` of the image, because no line can be thinner than a pixel.
+    """
+    drawn_height, drawn_width = round(height / scale), round(width / scale)
+    total = np.zeros((drawn_height, drawn_width), np.float32)
     num_streaks = parameters["streaks"] * max(height, width) / min(height, width)
     for length, thickness, strength, share in _LAYERS:
-        layer = np.zeros((height, width), np.uint8)
+        layer = np.zeros(total.shape, np.uint8)
         for brightness in _BRIGHTNESSES:
             count = max(1, round(num_streaks * share / len(_BRIGHTNESSES)))
-            size = length * parameters["length"] * scale
-            lines = _random_lines(height, width, size, parameters["slant"], count, rng)
-            _draw_lines(layer, lines, 255 * brightness, max(1, round(1.2 * thickness * scale)))
+            size = length * parameters["length"]
+            lines = _random_lines(drawn_height, drawn_width, size, parameters["slant"], count, rng)
+            _draw_lines(layer, lines, 255 * brightness, max(1, round(1.2 * thickness)))
         # Nearer streaks are more out of focus; the blur also tapers their ends.
-        layer = cv2.GaussianBlur(layer, (0, 0), max(0.45, 0.8 * thickness * scale))
-        # No line is thinner than a pixel: below 256 pixels it replaces less of the light instead.
-        total += layer * np.float32(strength * parameters["strength"] * min(1, 2 * scale) / 255)
-    return np.minimum(total, 1)
+        layer = cv2.GaussianBlur(layer, (0, 0), max(0.45, 0.8 * thickness))
+        total += layer * np.float32(strength * parameters["strength"] / 255)
+    way = cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR
+    return np.clip(cv2.resize(total, (width, height), interpolation=way), 0, 1)
 
 
 def _random_lines(

@@ -39,7 +39,7 @@ RESTORATION_RULES = {
     "denoise": RestorationRule("noise_level", -1, 0.2, 0.3, "noisier", True),
     "deblur": RestorationRule("sharpness", 1, 0.15, 0.0, "less sharp", True),
     "sharpen": RestorationRule("sharpness", 1, 0.15, 0.0, "less sharp", True),
-    "super_resolve": RestorationRule("sharpness", 1, 0.5, 0.0, "less sharp", True),
+    "super_resolve": RestorationRule("sharpness", 1, 0.3, 0.0, "less sharp", True),
     "jpeg": RestorationRule("blockiness", -1, 0.15, 0.0, "more blocky", True),
     "dehaze": RestorationRule("veil", -1, 0.15, 3.0, "hazier", False),
     "derain": RestorationRule("veil", -1, 0.1, 3.0, "more veiled by rain", False),
