@@ -153,7 +153,7 @@ def test_outlines_are_promised_only_where_they_are(tmp_path):
     Image.fromarray(read_square("cat", 96)).save(folder / "cat.png")
     sky = np.repeat(np.linspace(120, 200, 96)[:, None, None], 96, axis=1) + np.float32([-30, 0, 30])
     Image.fromarray(sky.astype(np.uint8)).save(folder / "sky.png")
-    flags = ["--dataset_id", str(folder), "--task", "cartoonize", "--max_num_samples", "40", "--resolution", "96"]
+    flags = ["--dataset_id", str(folder), "--task", "cartoonize", "--max_num_samples", "80", "--resolution", "96"]
     rows, promised = generate(tmp_path / "pairs", *flags), []
     for row in rows:
         promise, share = promises_outlines(row["edit_prompt"]), ink(row["original_image"], row["edited_image"])
