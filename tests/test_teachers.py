@@ -10,6 +10,7 @@ import pytest
 from data_preparation.tasks.cartoon import draw_cartoon
 from data_preparation.tasks.degradations import DEGRADATIONS
 from data_preparation.tasks.plan import DEGRADATION_TASKS, plan_tasks
+from data_preparation.tasks.teachers import describe_models
 from tests.hub_files import connect_downloads, serve_folder
 from tests.hub_server import Hub
 from tests.test_generate_dataset import generate
@@ -124,6 +125,33 @@ def test_torchhub_needs_trust_remote_code(tmp_path, phrasings, capsys):
     )
     for row in rows:
         assert np.abs(row["edited_image"].astype(int) - (255 - row["original_image"])).max() <= 1
+
+
+def test_revisions_of_code_change_with_all_of_it(tmp_path, monkeypatch):
+    """Of a function: with the files beside it that it imports; of torch.hub: with any file of the repository."""
+    mine, helper, deeper, other = (tmp_path / name for name in ("mine.py", "helper.py", "deep/er.py", "other.py"))
+    deeper.parent.mkdir()
+    mine.write_text("import numpy\nfrom helper import shade\ndef paint(image):\n    return image\n")
+    helper.write_text("import deep.er\n")
+    deeper.write_text("x = 1\n")
+    other.write_text("x = 1\n")
+    repository = tmp_path / "torch/hub/owner_zoo_v1"
+    repository.mkdir(parents=True)
+    (repository / "hubconf.py").write_text("from net_of_zoo import generator\n")
+    (repository / "net_of_zoo.py").write_text("def generator():\n    return None\n")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+
+    def revisions() -> list[str]:
+        teachers = (f"python:{mine}:paint", "torchhub:owner/zoo:v1:generator", f"torchhub:{repository}:generator")
+        return [describe_models(teacher)[0]["revision"] for teacher in teachers]
+
+    before = revisions()
+    assert before[1] == before[2] and all(before)
+    other.write_text("x = 2\n")
+    assert revisions() == before
+    deeper.write_text("x = 2\n")
+    (repository / "net_of_zoo.py").write_text("def generator():\n    return 1\n")
+    assert not set(revisions()) & set(before)
 
 
 def test_diffusers_editor(tiny_editor, tmp_path, phrasings):

@@ -102,9 +102,9 @@ class OpenPhotographs:
         """The licence of one photograph: from metadata.jsonl, else that of the dataset."""
         return self.licenses.get(self.name(index), self.license) if self.licenses else self.license
 
-    def read(self, index: int) -> np.ndarray:
-        """uint8 RGB (H, W, 3), upright. Raises BadRow."""
-        return np.asarray(decode_image(self.get_image(int(index))))
+    def read(self, index: int, shorter_side: int | None = None) -> np.ndarray:
+        """uint8 RGB (H, W, 3), upright. shorter_side: of `decode_image`. Raises BadRow."""
+        return np.asarray(decode_image(self.get_image(int(index)), shorter_side=shorter_side))
 
 
 @dataclass(frozen=True)

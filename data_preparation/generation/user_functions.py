@@ -1,5 +1,6 @@
 """`python:FILE:FUNCTION`: a function of the user's own file, as a teacher, an image check or a moderator."""
 
+import ast
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -32,6 +33,29 @@ def load_function(flag: str, spec: str) -> Callable[..., Any]:
     except Exception as error:  # the user's own code may raise anything
         raise InputError(f"{flag} {spec} cannot be loaded: {type(error).__name__}: {error}") from error
     return function
+
+
+def find_imported_files(file: Path) -> list[Path]:
+    """The file and those in its folder that it imports, also through each other: sorted absolute paths."""
+    folder, found, todo = file.parent, set(), [file]
+    while todo:
+        path = todo.pop()
+        if path in found:
+            continue
+        found.add(path)
+        try:
+            tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):  # is reported when the function is loaded
+            continue
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom):
+                parent = f"{node.module}." if node.module else ""
+                names += [node.module or "", *(f"{parent}{alias.name}" for alias in node.names)]
+            for name in filter(None, names):
+                module = folder.joinpath(*name.split("."))
+                todo += [path for path in (module.with_suffix(".py"), module / "__init__.py") if path.is_file()]
+    return sorted(found)
 
 
 def call_function(flag: str, spec: str, function: Callable[..., Any], *arguments: Any) -> Any:

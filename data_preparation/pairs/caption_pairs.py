@@ -123,7 +123,7 @@ class _CaptionPairWorker:
         if index is None or index >= len(self.photographs):
             return "its photograph is not in --init_images"
         try:
-            job.photograph = centre_square(self.photographs.read(index), self.resolution)
+            job.photograph = centre_square(self.photographs.read(index, self.resolution), self.resolution)
         except BadRow as error:
             return f"its photograph is unusable: {error.reason}"
         job.source, job.license = self.photographs.name(index), self.photographs.license_of(index)

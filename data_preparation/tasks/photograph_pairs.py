@@ -1,7 +1,7 @@
 """The rows of generate_dataset.py: each is drawn from (seed, row) as a photograph, a task and an instruction."""
 
 import logging
-from collections import Counter
+from collections import Counter, OrderedDict
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import NamedTuple
@@ -21,6 +21,7 @@ from utils.checks import image_measures
 from utils.pixels import BadRow
 
 logger = logging.getLogger(__name__)
+MAX_KEPT, MAX_KEPT_BYTES = 32, 2_000_000  # photographs that a worker keeps, and the largest of them
 MAX_NAMED = 5  # unusable photographs that a worker names in its log
 MAX_TRIES = 20  # photographs tried for one row, if some cannot be read or are no clean targets of its task
 CARTOONIZE = "cartoonize"  # the task whose instructions may promise outlines, or their absence
@@ -71,7 +72,9 @@ class PlannedPair(NamedTuple):
 class _PhotographPairWorker:
     def __init__(self, settings: PhotographPairGenerator, photographs: OpenPhotographs, rank: int) -> None:
         self.settings, self.photographs = settings, photographs
-        self._read = lru_cache(maxsize=32)(photographs.read)
+        self._recent: OrderedDict[tuple, np.ndarray] = (
+            OrderedDict()
+        )  # small ones: the same few are used again and again
         self._order = lru_cache(maxsize=4)(self._draw_order)
         self._named: set[int] = set()
         weights = np.array([task.weight for task in settings.tasks])
@@ -121,7 +124,7 @@ class _PhotographPairWorker:
         """The photograph at the size of the pair; None, and counted, if it is unreadable or no clean target."""
         settings = self.settings
         try:
-            stored = self._read(photograph)
+            stored = self._read(photograph, is_whole=task.teacher == DEGRADATION)
             if settings.crop == "random":
                 image = random_square(stored, settings.resolution, generator)
             else:
@@ -134,6 +137,24 @@ class _PhotographPairWorker:
         if flaw is not None:
             rejected[f"photograph {flaw}"] += 1
             return None
+        return image
+
+    def _read(self, photograph: int, is_whole: bool) -> np.ndarray:
+        """uint8 RGB (H, W, 3). is_whole: at its stored size, for the measures of clean targets. Raises BadRow.
+
+        Else a large JPEG is decoded at a reduced size, which leaves two pixels for each of the pair's.
+        """
+        key = (photograph, is_whole)
+        if key in self._recent:
+            self._recent.move_to_end(key)
+            return self._recent[key]
+        # A random square has at least half of the shorter side (`random_square`).
+        side = self.settings.resolution * (2 if self.settings.crop == "random" else 1)
+        image = self.photographs.read(photograph, None if is_whole else side)
+        if image.nbytes <= MAX_KEPT_BYTES:
+            self._recent[key] = image
+            if len(self._recent) > MAX_KEPT:
+                self._recent.popitem(last=False)
         return image
 
     def _name_unusable(self, photograph: int, error: BadRow) -> None:

@@ -7,15 +7,23 @@ All images of a call have the same size. Random values come from the generators 
 
 import hashlib
 import inspect
+import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_preparation.generation.user_functions import call_function, load_function
+from data_preparation.generation.user_functions import call_function, find_imported_files, load_function
 from data_preparation.instructions import promises_outlines
 from data_preparation.tasks.plan import DEGRADATION, EXACT, OPENCV, Task, TeacherSettings
-from data_preparation.tasks.tensor_teachers import Teacher, check_edit, load_onnx_teacher, load_torchhub_teacher
+from data_preparation.tasks.tensor_teachers import (
+    Teacher,
+    check_edit,
+    find_torchhub_folder,
+    load_onnx_teacher,
+    load_torchhub_teacher,
+)
 from utils.errors import InputError, explaining_load_errors
 from utils.hub_names import find_revision, is_hub_id, public_name
 
@@ -46,20 +54,36 @@ def load_teacher(task: Task, settings: TeacherSettings, rank: int, models: list[
 def describe_models(teacher: str) -> list[dict] | None:
     """The "models" column of the rows: {"id", "revision"} of a teacher that is a model or a function, else None.
 
-    The revision is a digest of the file or folder, or the commit on the Hub. Raises InputError.
+    The revision is the commit on the Hub, or a digest: of the file of a network; of a function's file and the files
+    beside it that it imports; of the code of a repository for torch.hub, which may load weights from elsewhere. Raises
+    InputError.
     """
     kind, _, name = teacher.partition(":")
-    if kind in ("onnx", "python"):
-        file = Path(name if kind == "onnx" else name.rpartition(":")[0])
-        digest = hashlib.blake2b(file.read_bytes(), digest_size=8).hexdigest()
-        return [{"id": Path(name).name, "revision": digest}]
+    if kind == "onnx":
+        return [{"id": Path(name).name, "revision": _digest_files(Path(name).parent, [Path(name)])}]
+    if kind == "python":
+        file = Path(name.rpartition(":")[0]).absolute()
+        return [{"id": Path(name).name, "revision": _digest_files(file.parent, find_imported_files(file))}]
     if kind == "torchhub":
-        is_local = Path(name.rpartition(":")[0]).exists()
-        return [{"id": Path(name).name if is_local else name, "revision": None}]
+        repository = name.rpartition(":")[0]
+        folder = find_torchhub_folder(repository, f"--teacher {teacher}")
+        revision = _digest_files(folder, sorted(folder.rglob("*.py")))
+        return [{"id": Path(name).name if Path(repository).exists() else name, "revision": revision}]
     if kind == "diffusers":
         with explaining_load_errors(f"--teacher {teacher}"):
             return [{"id": public_name(name), "revision": find_revision(name, None, "model_index.json")}]
     return None
+
+
+def _digest_files(folder: Path, files: Sequence[Path]) -> str:
+    """Of names below `folder` and contents; of one file, of its content alone."""
+    if len(files) == 1:
+        return hashlib.blake2b(files[0].read_bytes(), digest_size=8).hexdigest()
+    digest = hashlib.blake2b(digest_size=8)
+    for path in files:
+        content = hashlib.blake2b(path.read_bytes()).digest()
+        digest.update(json.dumps(path.relative_to(folder).as_posix()).encode() + content)
+    return digest.hexdigest()
 
 
 def public_teacher(teacher: str) -> str:

@@ -74,6 +74,22 @@ def load_torchhub_teacher(spec: str, settings: TeacherSettings, rank: int) -> Te
     return _tensor_teacher(run, settings, layout, (None, None), f"--teacher torchhub:{spec}")
 
 
+def find_torchhub_folder(repository: str, flag: str) -> Path:
+    """The folder of the code of `FOLDER` or `owner/name:branch`, which torch.hub downloads once. Raises InputError."""
+    if Path(repository).is_dir():
+        return Path(repository)
+    import torch
+
+    try:
+        torch.hub.list(repository, trust_repo=True, verbose=False)
+    except Exception as error:  # of the network, or of the repository's code
+        raise InputError(f"{flag} cannot be loaded: {type(error).__name__}: {error}") from error
+    name, _, branch = repository.partition(":")
+    branches = [branch] if branch else ["main", "master"]  # in torch.hub's order
+    names = [f"{name}/{one}".replace("/", "_") for one in branches]
+    return next(folder for one in names if (folder := Path(torch.hub.get_dir(), one)).is_dir())
+
+
 def _tensor_teacher(
     run: Callable[[np.ndarray], np.ndarray], settings: TeacherSettings, layout: str, sides: tuple, name: str
 ) -> Teacher:
