@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import signal
+import socketserver
 import subprocess
 import sys
 import threading
@@ -622,6 +623,29 @@ def test_unreachable_network_is_an_error(tmp_path, capsys):
         capsys, "--source", tmp_path / "pairs.jsonl", "--data_root", tmp_path / "pairs", "--download_retries", 0
     )
     assert "none of 20 images can be downloaded" in message and not (tmp_path / "pairs/data").exists()
+
+
+def test_a_dead_server_is_given_up(image_server, tmp_path, capsys, caplog):
+    """It is tried for three images, not for each of its eighty; the others are imported."""
+    connections = []
+
+    class HangUp(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            connections.append(self.client_address)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), HangUp) as dead:
+        threading.Thread(target=dead.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+        hosts = [f"http://127.0.0.1:{dead.server_address[1]}"] * 40 + [image_server] * 4
+        rows = [
+            {"input_image": f"{host}/{i}.png", "edited_image": f"{host}/{i + 50}.png"} for i, host in enumerate(hosts)
+        ]
+        write(tmp_path, {"pairs.jsonl": "\n".join(json.dumps(row | {"edit_prompt": "x"}) for row in rows)})
+        flags = ("--download_retries", 0, "--download_threads", 1, "--num_workers", 0)
+        imported = run(tmp_path / "pairs.jsonl", tmp_path / "pairs", *flags)
+        dead.shutdown()
+    assert len(imported) == 4 and len(connections) == 3
+    assert "rejected, original image no server answered: 40" in capsys.readouterr().out
+    assert caplog.text.count("does not answer: its other images are skipped and counted") == 1
 
 
 @pytest.mark.parametrize("suffix", [".json", ".jsonl", ".csv", ".parquet"])

@@ -1,6 +1,8 @@
 """Pairs of a CSV, JSONL, JSON or parquet table whose rows name images by path or URL."""
 
+import logging
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,12 +24,14 @@ from utils.errors import InputError
 from utils.image_sources import download
 from utils.stored_images import BadRow, decode_base64, is_base64
 
+logger = logging.getLogger(__name__)
 # Tables of published datasets, recognised by their columns.
 KNOWN_TABLES = (
     Columns("input_images", "prompt", "output_images"),  # sysuyy/ImgEdit
     Columns("local_input_image", "text", "output_image"),  # apple/pico-banana-400k, after its own script
     Columns("open_image_input_url", "text", "output_image"),  # apple/pico-banana-400k
 )
+MAX_DEAD_TRIES = 3  # images of a server that are tried before it is given up
 MIN_UNREACHABLE = 10  # if at least so many images fail without any answer, the network is down
 COLUMN_ENDINGS = ("_url", "_path", "_file")
 
@@ -57,11 +61,11 @@ class TableSource:
     def open(self) -> ReadPairs:
         table = read_table(self.path)
         used = {self.columns.original, self.columns.prompt, self.columns.edited, *self.provenance.columns}
-        finder = ImageFinder([Path(self.image_root), self.path.parent, Path.cwd()])
+        finder, hosts = ImageFinder([Path(self.image_root), self.path.parent, Path.cwd()]), DeadHosts()
 
         def read(items: Sequence[int]) -> Iterator[tuple[int, PairOrError]]:
             rows = {item: {name: table[name][item] for name in used} for item in items}
-            images = self._fetch_images(list(rows.values()), finder)
+            images = self._fetch_images(list(rows.values()), finder, hosts)
             return read_each(items, lambda item: [self._pair_of(rows[item], images)])
 
         return read
@@ -88,7 +92,9 @@ class TableSource:
         provenance["source"] = provenance.get("source") or (Path(name).name if is_private else name)
         return SourcePair(*pair, row[self.columns.prompt], provenance)
 
-    def _fetch_images(self, rows: list[dict[str, Any]], finder: ImageFinder) -> dict[str, Path | bytes | BadRow]:
+    def _fetch_images(
+        self, rows: list[dict[str, Any]], finder: ImageFinder, hosts: "DeadHosts"
+    ) -> dict[str, Path | bytes | BadRow]:
         """By name in the table: a path, the content behind a URL, or why there is none.
 
         Raises InputError if no server answers at all.
@@ -100,7 +106,7 @@ class TableSource:
         images |= {name: _open_local(place) for name, place in zip(local, finder.find(local), strict=True)}
         urls = [name for name in names if _is_url(images[name])]
         with ThreadPoolExecutor(self.limits.threads) as threads:
-            contents = threads.map(lambda name: fetch(images[name], self.limits), urls)
+            contents = threads.map(lambda name: hosts.fetch(images[name], self.limits), urls)
             images |= dict(zip(urls, contents, strict=True))
         if len(urls) >= MIN_UNREACHABLE and all(isinstance(images[name], Unreachable) for name in urls):
             raise InputError(
@@ -122,6 +128,31 @@ def _open_local(path: str) -> Path | bytes | BadRow:
 
 class Unreachable(BadRow):
     """No server answered."""
+
+
+class DeadHosts:
+    """Servers that never answered, so that the thousands of rows that name them need not wait for each time-out.
+
+    A server is given up after `MAX_DEAD_TRIES` images without any answer; one that has answered never is.
+    """
+
+    def __init__(self) -> None:
+        self._failures: Counter[str] = Counter()
+        self._answered: set[str] = set()
+
+    def fetch(self, url: str, limits: DownloadLimits) -> bytes | BadRow:
+        """As `fetch`, without asking a server that was given up."""
+        host = urlsplit(url).netloc
+        if self._failures[host] >= MAX_DEAD_TRIES and host not in self._answered:
+            return Unreachable(f"no server answered: {host} was given up")
+        content = fetch(url, limits)
+        if not isinstance(content, Unreachable):
+            self._answered.add(host)
+        else:
+            self._failures[host] += 1
+            if self._failures[host] == MAX_DEAD_TRIES and host not in self._answered:
+                logger.warning("%s does not answer: its other images are skipped and counted", host)
+        return content
 
 
 def fetch(url: str, limits: DownloadLimits) -> bytes | BadRow:
@@ -146,7 +177,7 @@ def _classify(error: InputError) -> tuple[BadRow, bool]:
     if isinstance(cause, requests.HTTPError):
         status = cause.response.status_code
         return BadRow(f"not downloaded, status {status}"), status in (408, 425, 429) or status >= 500
-    if isinstance(cause, requests.Timeout):
+    if isinstance(cause, requests.Timeout) and not isinstance(cause, requests.ConnectTimeout):
         return BadRow("download timed out"), True
     if isinstance(cause, requests.ConnectionError):
         return Unreachable(f"no server answered: {error}"), True
