@@ -69,6 +69,8 @@ def check_flags(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not lowest <= value <= highest:
             problems.append(f"--{name} {value}: must be from {lowest} to {highest}")
+    if args.ray and args.requests_per_minute and not args.num_workers:
+        problems.append("--requests_per_minute with --ray: give --num_workers, which share the limit evenly")
     path = Path(args.captions)
     if args.captions.startswith(("/", ".", "~")) and not path.expanduser().exists():
         problems.append(f"--captions {args.captions}: the file or folder does not exist")

@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         from data_preparation.generation.runner import run_generation
 
         generator, settings = make_generator(args, tasks)
-        workers = choose_workers(args, needs_gpu=uses_model(tasks))
+        workers = choose_workers(args, needs_gpu=uses_model(tasks) and args.device != "cpu")
         summary = run_generation(generator, args.data_root, settings, workers=workers, overwrite=args.overwrite)
         print(summary.describe(args.data_root))
     return 0

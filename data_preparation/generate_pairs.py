@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
             args.data_root,
             manifest,
             items_per_shard=args.captions_per_file or PRESETS[args.preset].captions_per_shard,
-            workers=choose_workers(args, needs_gpu=True),
+            workers=choose_workers(args, needs_gpu=args.device != "cpu"),
             overwrite=args.overwrite,
         )
         print(summary.describe(args.data_root))

@@ -13,7 +13,7 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
-from utils.errors import InputError
+from utils.errors import InputError, first_line
 
 MAX_LOSSES = 3  # of workers in a row, without a result in between
 JOBS_PER_WORKER = 2  # submitted at a time
@@ -137,6 +137,8 @@ class _RayWorker:
             result = self._work(range(start, stop))
         except InputError as problem:  # if raised here, Ray would retry and print a traceback
             error = str(problem)
+        except Exception as problem:  # retried, it would be reported as a lost job, without its cause
+            error = f"--ray: a worker failed with {type(problem).__name__}: {first_line(problem)}"
         return {"key": [key], "result": [result], "error": [error]}
 
 
@@ -147,8 +149,12 @@ def _run_ray_round(
 
     items = [{"key": key, "start": items.start, "stop": items.stop} for key, items in jobs.items()]
     resources = ray.cluster_resources()
-    capacity = resources.get("GPU", 0) / num_gpus if num_gpus else resources.get("CPU", 1)
-    max_size = max(1, min(num_workers or int(capacity), len(items)))
+    kind, needed = ("GPU", num_gpus) if num_gpus else ("CPU", 1)
+    available = resources.get(kind, 0)
+    if available < needed:  # Ray would wait for such a node forever
+        advice = "give --device cpu or --gpus_per_worker 0 to use CPUs, or add" if num_gpus else "add"
+        raise InputError(f"--ray: a worker needs {needed:g} {kind}, the cluster has {available:g}: {advice} nodes")
+    max_size = max(1, min(num_workers or int(available / needed), len(items)))
     rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _RayWorker,
         fn_constructor_args=(open_worker,),
@@ -162,10 +168,28 @@ def _run_ray_round(
         yield int(row["key"]), row["result"]
 
 
+def _use_token_if_any(address: str) -> None:
+    """Send the token of `ray start`: for an explicit address, Ray does so only if RAY_AUTH_MODE asks for it."""
+    file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    if address != "local" and (os.environ.get("RAY_AUTH_TOKEN") or file.is_file()):
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
+def _explain_connection(error: Exception) -> str:
+    """Why there is no connection. Never holds the token."""
+    if type(error).__name__ == "AuthenticationError":
+        wanted = "copy ~/.ray/auth_token of its head node to this machine, or set RAY_AUTH_TOKEN_PATH, and"
+        return f"the cluster refuses the token of this machine: {wanted} do not set RAY_AUTH_MODE to disabled"
+    if "ersion mismatch" in str(error):
+        return f"its nodes have another version of Ray or Python: {' '.join(str(error).split())}"
+    return f"no cluster can be reached ({first_line(error)})"
+
+
 @contextmanager
 def ray_cluster(address: str) -> Iterator[None]:
     """Connect to a cluster, or start one for "local". An existing connection is used, and kept open."""
     try:
+        _use_token_if_any(address)
         # Set before the import, against a warning for each actor without a GPU and one about restarts.
         os.environ |= {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
         import ray
@@ -177,11 +201,12 @@ def ray_cluster(address: str) -> Iterator[None]:
         # Workers of a remote cluster get our two packages; what these import must be installed on its nodes.
         local = dict(include_dashboard=False, runtime_env={"env_vars": {"PYTHONPATH": str(REPOSITORY)}})
         packages = [str(REPOSITORY / name) for name in ("data_preparation", "utils")]
-        remote = dict(address=address, runtime_env={"py_modules": packages})
+        remote = dict(runtime_env={"py_modules": packages})
+        options = dict(address=address, log_to_driver=False, logging_level=logging.ERROR)
         try:
-            ray.init(**(local if address == "local" else remote), log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise InputError(f"--ray {address}: no cluster can be reached ({str(error).splitlines()[0]})") from error
+            ray.init(**(local if address == "local" else remote), **options)
+        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            raise InputError(f"--ray {address}: {_explain_connection(error)}") from error
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False  # the caller shows its own
     context.max_errored_blocks = -1  # the next round submits failed jobs again
