@@ -1,16 +1,18 @@
 """Publishing to the Hugging Face Hub: the permission to push, checked before a long run, and the upload after it."""
 
+import json
 import logging
 import os
 import re
 import shlex
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from json import JSONDecodeError
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, HfApi, RepoCard, get_token
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -141,6 +143,17 @@ def upload(
     advice = f"The model is complete in {output_dir}. Upload it later with:\n  "
     retry_upload(send, repo_id, login, waits, advice + upload_command(output_dir, repo_id, private))
     return f"{api.endpoint}/{repo_id}"
+
+
+def validate_card(content: str, repo_type: str, name: str) -> None:
+    """Ask the Hub whether it accepts the front matter of a card called `name`. Raises InputError with its answer."""
+    try:
+        RepoCard(content).validate(repo_type=repo_type)
+    except ValueError as error:
+        text = str(error)
+        with suppress(ValueError, KeyError, TypeError):
+            text = "; ".join(problem["message"] for problem in json.loads(text)["errors"])
+        raise InputError(f"the Hub refuses the front matter of {name}: {text}") from None
 
 
 def retry_upload(

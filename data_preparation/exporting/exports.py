@@ -11,12 +11,11 @@ import logging
 import shutil
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, DatasetCard, HfApi, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 from huggingface_hub.utils import disable_progress_bars
 from tqdm import tqdm
 
@@ -36,7 +35,7 @@ from data_preparation.exporting.licensing import LicenceChoice, choose_licence, 
 from data_preparation.exporting.reading import ExportInput, ExportOptions, open_input, scrub
 from utils.atomic_files import write_atomically
 from utils.errors import InputError
-from utils.hub import retry_upload
+from utils.hub import retry_upload, validate_card
 
 FORMAT = 1
 RECORD, DATA = "export.json", "data"
@@ -172,7 +171,8 @@ def push(folder: Path, repo_id: str, token: str | None = None, waits: Sequence[f
     _quiet_client()
 
     def send() -> None:
-        _validate_card(folder / "README.md")
+        # Before hours of uploading, because the card is sent last.
+        validate_card((folder / "README.md").read_text(encoding="utf-8"), "dataset", str(folder / "README.md"))
         # Commits in batches and skips files that are on the Hub already, so that the same call resumes.
         api.upload_folder(
             repo_id=repo_id,
@@ -187,17 +187,6 @@ def push(folder: Path, repo_id: str, token: str | None = None, waits: Sequence[f
     advice = f"The complete export is in {folder}. Run the same command again: it continues with the missing files"
     retry_upload(send, repo_id, login, waits, advice)
     return f"{api.endpoint}/datasets/{repo_id}"
-
-
-def _validate_card(path: Path) -> None:
-    """Ask the Hub before hours of uploading, because the card is sent last. Raises InputError."""
-    try:
-        DatasetCard.load(path).validate(repo_type="dataset")
-    except ValueError as error:
-        text = str(error)
-        with suppress(ValueError, KeyError, TypeError):
-            text = "; ".join(problem["message"] for problem in json.loads(text)["errors"])
-        raise InputError(f"the Hub refuses the front matter of {path}: {text}") from None
 
 
 def _push_card(api: HfApi, folder: Path, repo_id: str) -> None:

@@ -203,6 +203,8 @@ def _report_animation(what: str, value: Any, count: int) -> None:
     if _num_animated <= MAX_LOGGED:
         name = Path(value).name if isinstance(value, (str, Path)) else "an image"
         logger.warning("%s: %s has %d frames or pages, of which the first is imported", what, name, count)
+    if _num_animated == MAX_LOGGED:
+        logger.warning("further animations are not named: check_dataset.py --report_dir counts and lists the source's")
 
 
 def _read(value: Any) -> Any:

@@ -6,16 +6,15 @@ README.md   space.py (starts app.py with the flags)   app.py   utils/   requirem
 import json
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceCard, SpaceCardData, get_token
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, SpaceCardData, get_token
 
 from utils.errors import InputError
-from utils.hub import check_push_rights, failure_reason, files_to_publish, retry_upload
+from utils.hub import check_push_rights, failure_reason, files_to_publish, retry_upload, validate_card
 from utils.hub_names import is_hub_id
 from utils.licences import is_hub_licence, read_license_fields
 
@@ -78,7 +77,7 @@ def publish_space(options: SpaceOptions, waits: Sequence[float] = (5, 20, 60)) -
     api = HfApi(token=login)
 
     def send() -> None:
-        _validate(texts["README.md"])
+        validate_card(texts["README.md"], "space", "the Space")
         stale = set(api.list_repo_files(repo_id, repo_type="space")) - files.keys() - {".gitattributes"}
         operations: list[Any] = [CommitOperationDelete(path) for path in sorted(stale)]
         operations += [
@@ -168,16 +167,6 @@ def _check_size(files: Mapping[str, Path]) -> None:
             f"the local models have {size / 1e9:.1f} GB, and a Space may have {MAX_BYTES / 1e9:g} GB: publish them as "
             "models (`hf upload NAME FOLDER`, or --push_to_hub of the training scripts) and give their Hub ids"
         )
-
-
-def _validate(card: str) -> None:
-    try:
-        SpaceCard(card).validate()
-    except ValueError as error:
-        text = str(error)
-        with suppress(ValueError, KeyError, TypeError):
-            text = "; ".join(problem["message"] for problem in json.loads(text)["errors"])
-        raise InputError(f"the Hub refuses the front matter of the Space: {text}") from None
 
 
 def _request_hardware(api: HfApi, repo_id: str, hardware: str, login: str | None) -> None:
