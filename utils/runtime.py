@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, parse_flag_from_env
 
 from utils.errors import InputError
 
@@ -59,7 +59,7 @@ class MachineOptions:
 
 def start_accelerator(options: MachineOptions) -> Accelerator:
     """The accelerator of the run. Raises InputError with all flags that this machine does not support."""
-    problems = _find_machine_problems(options) + _find_tracker_problems(options.report_to)
+    problems = _find_sharding() + _find_machine_problems(options) + _find_tracker_problems(options.report_to)
     if problems:
         raise InputError.from_problems(problems)
     output_dir = Path(options.output_dir)
@@ -75,15 +75,25 @@ def start_accelerator(options: MachineOptions) -> Accelerator:
             InitProcessGroupKwargs(timeout=WAITING),
         ],
     )
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise InputError(
-            f"accelerate is set to {accelerator.distributed_type.value}, which this script does not support: "
-            "run `accelerate config` and choose multi-GPU without FSDP and DeepSpeed"
-        )
     if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     return accelerator
+
+
+def _find_sharding() -> list[str]:
+    """A line for each way of sharding that `accelerate launch` was configured for.
+
+    Read from its environment, because on the CPU accelerate would ignore them, and train without saying so.
+    """
+    given = [
+        name for name in ("FSDP", "DeepSpeed", "Megatron_LM") if parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}")
+    ]
+    return [
+        f"accelerate is set to {name.replace('_', '-')}, which this script does not support: give --config_file "
+        "configs/multi_gpu.yaml, or run `accelerate config` and choose multi-GPU without it"
+        for name in given
+    ]
 
 
 def _find_machine_problems(options: MachineOptions) -> list[str]:
