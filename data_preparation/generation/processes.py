@@ -177,7 +177,8 @@ def _use_token_if_any(address: str) -> None:
 
 def _explain_connection(error: Exception) -> str:
     """Why there is no connection. Never holds the token."""
-    if type(error).__name__ == "AuthenticationError":
+    causes = [type(cause).__name__ for cause in (error, error.__cause__, error.__context__) if cause is not None]
+    if "AuthenticationError" in causes:
         wanted = "copy ~/.ray/auth_token of its head node to this machine, or set RAY_AUTH_TOKEN_PATH, and"
         return f"the cluster refuses the token of this machine: {wanted} do not set RAY_AUTH_MODE to disabled"
     if "ersion mismatch" in str(error):
