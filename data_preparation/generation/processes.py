@@ -171,7 +171,7 @@ def _run_ray_round(
 def _use_token_if_any(address: str) -> None:
     """Send the token of `ray start`: for an explicit address, Ray does so only if RAY_AUTH_MODE asks for it."""
     file = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
-    if address != "local" and (os.environ.get("RAY_AUTH_TOKEN") or file.is_file()):
+    if address not in ("local", "auto") and (os.environ.get("RAY_AUTH_TOKEN") or file.is_file()):
         os.environ.setdefault("RAY_AUTH_MODE", "token")
 
 
