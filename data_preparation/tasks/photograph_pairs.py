@@ -15,7 +15,7 @@ from data_preparation.generation.runner import GeneratedRows, GenerateRows
 from data_preparation.instructions import promises_outlines
 from data_preparation.photographs import fit_image, random_square, seeded_rng
 from data_preparation.tasks.clean_targets import find_flaw
-from data_preparation.tasks.plan import DEGRADATION, Task, TeacherSettings
+from data_preparation.tasks.plan import DEGRADATION, EXACT, Task, TeacherSettings
 from data_preparation.tasks.teachers import load_teacher, public_teacher
 from utils.checks import image_measures
 from utils.pixels import BadRow
@@ -142,14 +142,15 @@ class _PhotographPairWorker:
     def _read(self, photograph: int, is_whole: bool) -> np.ndarray:
         """uint8 RGB (H, W, 3). is_whole: at its stored size, for the measures of clean targets. Raises BadRow.
 
-        Else a large JPEG is decoded at a reduced size, which leaves two pixels for each of the pair's.
+        Else a large JPEG is decoded at a reduced size, which leaves two or more pixels for each of the pair's.
         """
         key = (photograph, is_whole)
         if key in self._recent:
             self._recent.move_to_end(key)
             return self._recent[key]
-        # A random square has at least half of the shorter side (`random_square`).
-        side = self.settings.resolution * (2 if self.settings.crop == "random" else 1)
+        # A random square has at least half of the shorter side (`random_square`); twice that, so that the resizing and
+        # not the decoder decides how it looks.
+        side = self.settings.resolution * (4 if self.settings.crop == "random" else 1)
         image = self.photographs.read(photograph, None if is_whole else side)
         if image.nbytes <= MAX_KEPT_BYTES:
             self._recent[key] = image
@@ -165,7 +166,8 @@ class _PhotographPairWorker:
 
     def _find_prompt(self, pair: PlannedPair, result: np.ndarray) -> str | None:
         """The drawn instruction, or another one if the cartoon lacks the outlines that it promises; None if all do."""
-        if pair.task.name != CARTOONIZE or (promise := promises_outlines(pair.prompt)) is None:
+        is_toy = pair.task.teacher == EXACT  # its phrasings are few, and its editor is trained on all of them
+        if is_toy or pair.task.name != CARTOONIZE or (promise := promises_outlines(pair.prompt)) is None:
             return pair.prompt
         ink = image_measures.ink(pair.image, result)
         if ink >= MIN_INK if promise else ink <= MAX_NO_INK:
