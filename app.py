@@ -36,18 +36,10 @@ EXAMPLES = [
     REPOSITORY / "assets/photos" / f"{name}.jpg"  # the toy editor was not trained on these
     for name in ("coffee", "courtyard_1", "courtyard_2", "dandelion", "palace_1", "raccoon", "rocket")
 ]
-# Flags that a Space has as they are given here, and those of a server on this machine alone, which it cannot have.
-SPACE_SETTINGS = ("lora_scale", "revision", "variant", "no_safety_checker", "keep_models", "dtype", "offload")
-SPACE_SETTINGS += (
-    "batch_size",
-    "resolution",
-    "max_upload_mb",
-    "max_stored_mb",
-    "max_megapixels",
-    "timeout",
-    "max_waiting",
-)
+# For --publish_space: flags of a server on this machine alone, those that are not settings of the page, and its own.
 LOCAL_FLAGS = ("server_name", "server_port", "share", "root_path", "device", "auth")
+MODEL_FLAGS = ("model", "lora", "vae", "single_file_config")
+PUBLISH_FLAGS = ("publish_space", "private", "space_hardware", "hub_token")
 LIMITS = {
     "keep_models": (1, 100),
     "batch_size": settings.LIMITS["batch_size"],
@@ -162,7 +154,7 @@ def _find_ineffective(args: argparse.Namespace) -> list[str]:
 def _find_space_problems(args: argparse.Namespace) -> list[str]:
     """A line for each flag that a Space cannot have, or that needs --publish_space."""
     if args.publish_space is None:
-        given = [name for name in ("private", "hub_token", "space_hardware") if getattr(args, name)]
+        given = [name for name in PUBLISH_FLAGS if getattr(args, name)]
         return [f"--{name} is for --publish_space NAME: give both or neither" for name in given]
     defaults = vars(parse_flags([]))
     given = [name for name in LOCAL_FLAGS if getattr(args, name) != defaults[name]]
@@ -174,8 +166,9 @@ def _find_space_problems(args: argparse.Namespace) -> list[str]:
 
 
 def space_options(args: argparse.Namespace) -> SpaceOptions:
+    """What is published: the models, and every other flag that is not for this machine alone, as it is given here."""
     settings, defaults = [], vars(parse_flags([]))
-    for name in SPACE_SETTINGS:
+    for name in sorted(vars(args).keys() - {*LOCAL_FLAGS, *MODEL_FLAGS, *PUBLISH_FLAGS}):
         value = getattr(args, name)
         if isinstance(value, list):
             settings += [f"--{name}", *map(str, value)]

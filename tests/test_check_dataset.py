@@ -291,7 +291,7 @@ def test_other_dataset_layouts(kind, tmp_path):
         (["--max_rows", "0", "--num_workers", "-1", "--fix_swapped"], ["--max_rows 0", "--num_workers -1", "--fix"]),
         (["--dataset_split", "test"], ["'test' is not in", "train"]),
         (["--edited_image_column", "edit_prompt"], ["holds string, but an image is needed"]),
-        (["--against", "/nowhere"], ["there is no folder /nowhere"]),
+        (["--against", "/nowhere"], ["the folder /nowhere does not exist"]),
         (["--tokenizer", "/nowhere"], ["--tokenizer /nowhere"]),
     ],
 )

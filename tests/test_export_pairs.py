@@ -166,7 +166,7 @@ def test_refusals(pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "is inside the dataset" in refusal(capsys, pairs, pairs / "out", "seeds")
     assert "invalid choice: 'kohya'" in refusal(capsys, pairs, tmp_path / "out", "kohya")
     assert "there is no column 'nay'" in refusal(capsys, pairs, tmp_path / "out", "seeds", "--edit_prompt_column=nay")
-    assert "there is no folder" in refusal(capsys, tmp_path / "absent", tmp_path / "out", "seeds")
+    assert "does not exist" in refusal(capsys, tmp_path / "absent", tmp_path / "out", "seeds")
     assert not (tmp_path / "out").exists()
 
 

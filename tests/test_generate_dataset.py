@@ -241,7 +241,7 @@ def test_all_invalid_flags_are_reported_together(tmp_path, capsys):
 def test_missing_photographs_are_one_message(tmp_path):
     (tmp_path / "photos").mkdir()
     script = [sys.executable, str(ROOT / "data_preparation" / "generate_dataset.py"), "--task", "jpeg"]
-    for folder, message in (("nowhere", "there is no folder"), ("photos", "has no images")):
+    for folder, message in (("nowhere", "does not exist"), ("photos", "has no images")):
         command = [*script, f"--dataset_id={tmp_path / folder}", f"--data_root={tmp_path / 'pairs'}"]
         result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
         assert result.returncode == 2 and message in result.stderr and "Traceback" not in result.stderr

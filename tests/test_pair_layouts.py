@@ -185,17 +185,20 @@ def condition_labels(folder: Path) -> None:
         (folder / f"{index}.txt").write_text(prompt)
 
 
+def write_captions(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for index, prompt in enumerate(PROMPTS):
+        (folder / f"{index}.txt").write_text(prompt)
+
+
 def my_control(folder: Path) -> None:
     write_files(folder, "my_control/{}.png", "my_images/{}.png")
-    (folder / "captions").mkdir()
-    for index, prompt in enumerate(PROMPTS):
-        (folder / f"captions/{index}.txt").write_text(prompt)
+    write_captions(folder / "captions")
 
 
 def captions_beside_the_folders(folder: Path) -> None:
     write_files(folder, "cond/{}.png", "target/{}.png")
-    for index, prompt in enumerate(PROMPTS):
-        (folder / f"{index}.txt").write_text(prompt)
+    write_captions(folder)
 
 
 def csv_of_a_spreadsheet(folder: Path) -> None:
@@ -217,9 +220,22 @@ def csv_of_another_spreadsheet(folder: Path) -> None:
 def numbered_folders(folder: Path) -> None:
     """Names of the images in both folders end in their side; the captions' folder is written with a capital."""
     write_files(folder, "control_1/{}_start.png", "target/{}_end.png")
-    (folder / "Captions").mkdir()
-    for index, prompt in enumerate(PROMPTS):
-        (folder / f"Captions/{index}.txt").write_text(prompt)
+    write_captions(folder / "Captions")
+
+
+def parquet_of_paths_in_a_zip(folder: Path) -> None:
+    """The zip holds two folders of images, as one that must be unpacked does, but the table names them."""
+    write_files(folder / "packed", "control/{}.png", "target/{}.png")
+    shutil.make_archive(str(folder / "images"), "zip", folder / "packed")
+    shutil.rmtree(folder / "packed")
+    columns = {name: [f"{name}/{index}.png" for index in range(NUM_PAIRS)] for name in ("control", "target")}
+    pq.write_table(pa.table(columns | {"instruction": PROMPTS}), folder / "train.parquet")
+
+
+def relative_paths_below_a_subfolder(folder: Path) -> None:
+    write_files(folder, "images/in/{}.png", "images/out/{}.png")
+    rows = [dict(source=f"in/{i}.png", target=f"out/{i}.png", instruction=p) for i, p in enumerate(PROMPTS)]
+    write_lines(folder / "pairs.jsonl", rows)
 
 
 def table_beside_the_split(folder: Path) -> None:
@@ -294,6 +310,8 @@ LAYOUTS = {
     "a spreadsheet's CSV": csv_of_a_spreadsheet,
     "another spreadsheet's CSV": csv_of_another_spreadsheet,
     "numbered folders": numbered_folders,
+    "parquet of paths in a zip": parquet_of_paths_in_a_zip,
+    "relative paths below a subfolder": relative_paths_below_a_subfolder,
     "a table beside its split": table_beside_the_split,
     "TSV": tab_separated,
     "long fields": long_fields,
@@ -505,6 +523,19 @@ def test_parquet_of_pairs_decides_over_a_tar_beside_it(name: str, has_bytes: boo
     for streaming in (False, True):
         rows = open_source(dataset_name=str(tmp_path), streaming=streaming, cache_dir=str(tmp_path / "cache")).rows
         check_pairs([(row["source"], row["instruction"], row["target"]) for row in rows])
+
+
+@pytest.mark.parametrize("table", ["data/test-0.parquet", "test.jsonl"])
+def test_a_table_of_another_split_beside_a_tar(table: str, tmp_path: Path) -> None:
+    """The tar is named as no split: it only holds images."""
+    write_tar(tmp_path / "images.tar", {f"{s}/{i}.png": pair[s] for i, pair in enumerate(IMAGES) for s in (0, 1)})
+    columns = {name: [f"{side}/{i}.png" for i in range(NUM_PAIRS)] for side, name in enumerate(("source", "target"))}
+    path = tmp_path / table
+    path.parent.mkdir(exist_ok=True)
+    rows = pa.table(columns | {"instruction": PROMPTS})
+    pq.write_table(rows, path) if path.suffix == ".parquet" else write_lines(path, rows.to_pylist())
+    rows = open_source(dataset_name=str(tmp_path), split="test", cache_dir=str(tmp_path / "cache")).rows
+    check_pairs([(row["source"], row["instruction"], row["target"]) for row in rows])
 
 
 def test_damage_inside_an_archive_is_a_bad_row(tmp_path: Path) -> None:

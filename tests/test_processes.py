@@ -70,7 +70,7 @@ def test_a_mistake_of_one_machine_ends_all_of_them(tiny_base, pairs, tmp_path):
     flags = training_flags(tiny_base, pairs, tmp_path / "out", *PARTS)
     for process, log in start_nodes([flags, [*flags, f"--dataset_name={tmp_path / 'nothing'}"]], tmp_path):
         assert process.wait(timeout=PATIENCE) != 0
-        assert f"there is no folder {tmp_path / 'nothing'}" in log.read_text()
+        assert f"the folder {tmp_path / 'nothing'} does not exist" in log.read_text()
 
 
 def test_different_data_are_noticed(tiny_base, pairs, tmp_path):

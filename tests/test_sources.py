@@ -164,8 +164,8 @@ def test_images_without_metadata_are_refused(tmp_path: Path) -> None:
     [
         (dict(), "either --dataset_name"),
         (dict(dataset_name="a", train_data_dir="b"), "either --dataset_name"),
-        (dict(dataset_name="/no/such/folder"), "no folder /no/such/folder"),
-        (dict(train_data_dir="no-such-folder"), "no folder no-such-folder"),
+        (dict(dataset_name="/no/such/folder"), "the folder /no/such/folder does not exist"),
+        (dict(train_data_dir="no-such-folder"), "the folder no-such-folder does not exist"),
         (dict(dataset_name="nobody/nothing"), "nobody/nothing from the Hugging Face Hub"),
         (dict(dataset_name="x", max_train_samples=0), "--max_train_samples is 0"),
     ],

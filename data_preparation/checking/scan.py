@@ -69,7 +69,8 @@ def scan_rows(
     """
     records, findings, tasks = np.zeros(len(source.rows), ROW_RECORD), Findings(), Counter()
     generator = RowInspections(dataset, len(source.rows), tokenizer)
-    for row, values in enumerate(_scan(generator, source, {"tokenizer": tokenizer}, num_workers)):
+    settings = {"tokenizer": tokenizer}
+    for row, values in enumerate(_scan(generator, source, dataset.cache_dir, settings, num_workers)):
         records[row] = np.frombuffer(values["record"], ROW_RECORD)[0]
         tasks[values["task"]] += 1
         for kind, detail in json.loads(values["findings"]):
@@ -80,22 +81,25 @@ def scan_rows(
 def scan_hashes(dataset: DatasetToCheck, source: Source, num_workers: int) -> np.ndarray:
     """Perceptual hashes of every image: uint64 (rows, original and edited, as stored and mirrored)."""
     hashes = np.zeros((len(source.rows), 2, 2), np.uint64)
-    for row, values in enumerate(_scan(RowHashes(dataset, len(source.rows)), source, {"hashes": True}, num_workers)):
+    generator = RowHashes(dataset, len(source.rows))
+    for row, values in enumerate(_scan(generator, source, dataset.cache_dir, {"hashes": True}, num_workers)):
         hashes[row] = np.frombuffer(values["record"], np.uint64).reshape(2, 2)
     return hashes
 
 
-def _scan(generator: RowGenerator, source: Source, settings: dict[str, Any], num_workers: int) -> Iterator[dict]:
+def _scan(
+    generator: RowGenerator, source: Source, cache_dir: str | None, settings: dict[str, Any], num_workers: int
+) -> Iterator[dict]:
     """The rows of a generator, one for each row of the dataset, in order.
 
     They are kept in the cache of datasets until the scan is complete: the same command goes on after a kill. A second
-    check of the same data at the same time keeps its own.
+    check of the same data at the same time keeps its own, and so does one whose cache cannot be written.
     """
     if not generator.num_items:
         return
     settings = {"version": SCAN_VERSION, "data": sources_digest([source]), **settings}
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
-    folder = Path(generator.dataset.cache_dir or datasets.config.HF_DATASETS_CACHE) / "checks" / digest
+    folder = Path(cache_dir or datasets.config.HF_DATASETS_CACHE) / "checks" / digest
     run = partial(
         run_generation,
         generator,
@@ -105,8 +109,9 @@ def _scan(generator: RowGenerator, source: Source, settings: dict[str, Any], num
         unit="row",
     )
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         run(data_root=folder)
-    except FolderInUse:
+    except (FolderInUse, OSError):
         folder = Path(tempfile.mkdtemp(prefix="check-"))
         run(data_root=folder)
     for path in sorted((folder / "data").glob("*.parquet")):

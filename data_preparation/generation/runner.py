@@ -137,19 +137,8 @@ class Share:
     items: dict[int, range]
     max_rows: int | None
 
-    def has_enough(self, shards: Mapping[int, ShardCounts]) -> bool:
-        """Whether the shards before the first missing one have `max_rows` rows; later ones must not decide the rows."""
-        rows = 0
-        for index in self.items if self.max_rows is not None else ():
-            if index not in shards:
-                return False
-            rows += shards[index].rows
-            if rows >= self.max_rows:
-                return True
-        return False
-
     def is_done(self, shards: Mapping[int, ShardCounts]) -> bool:
-        return self.has_enough(shards) or self.items.keys() <= shards.keys()
+        return Tally(self, shards).is_done
 
 
 class Tally:
@@ -173,9 +162,10 @@ class Tally:
             self._next = next(self._ahead, None)
 
     @property
-    def has_enough(self) -> bool:
-        """As `Share.has_enough`."""
-        return self._max_rows is not None and self._rows_in_order >= self._max_rows
+    def is_done(self) -> bool:
+        """All shards, or enough rows before the first missing one: later shards must not decide the rows."""
+        has_enough = self._max_rows is not None and self._rows_in_order >= self._max_rows
+        return has_enough or self._next is None
 
     def describe(self, unit: str) -> str:
         return f"{self.rows:,} {unit}s" + (f", {self.rejected:,} rejected" if self.rejected else "")
@@ -234,7 +224,7 @@ def _generate_missing(
                 own.add(index, counts)
                 bar.update(min(len(jobs[index]) if share.max_rows is None else counts.rows, total - bar.n))
                 bar.set_postfix_str(own.describe(unit) + (f", {note()}" if note else ""), refresh=False)
-                if own.has_enough:
+                if own.is_done:
                     break
     finally:
         running.close()  # stops the workers

@@ -72,7 +72,8 @@ class ImageFinder:
     def _locate(self, path: str) -> Path | None:
         """The file that has the longest end of a path, below one of the folders. Raises InputError for several."""
         parts = PurePosixPath(_with_slashes(path)).parts
-        for dropped in range(1, len(parts)):
+        # A name alone says too little: it may be that of the file from which a pair was made.
+        for dropped in range(len(parts) if len(parts) > 1 else 0):
             found = {end.resolve() for base in self._places if (end := base.joinpath(*parts[dropped:])).is_file()}
             if len(found) > 1:
                 listed = " and ".join(map(str, sorted(found)[:2]))

@@ -16,7 +16,7 @@ from utils.data.parquet_files import has_parquet_pairs, list_parquet_files
 from utils.data.seed_folders import has_seed_folders, read_pairs
 from utils.data.suffix_pairs import find_suffix_pairs
 from utils.data.tables import TEXT_SUFFIXES, image_column_name, locate_images, names_images, read_columns
-from utils.data.web_dataset import find_tars, read_samples
+from utils.data.web_dataset import find_tars, read_samples, refuse_missing_split
 from utils.errors import InputError
 from utils.hub_names import looks_like_path
 
@@ -51,9 +51,10 @@ def open_rows(
     elif path.exists():
         raise InputError(f"{name} is a file; give its folder, or a table ({', '.join(TEXT_SUFFIXES)})")
     elif is_folder or looks_like_path(name):
-        raise InputError(f"there is no folder {name}; give an existing folder, or for --dataset_name a Hub id")
+        raise InputError(f"the folder {name} does not exist; give another one, or for --dataset_name a Hub id")
     try:
-        files = list_parquet_files(path) if path.is_dir() and any(path.rglob("*.tar")) else None
+        has_tars = path.is_dir() and (any(path.glob("*.tar")) or any(path.glob("*/*.tar")))
+        files = list_parquet_files(path) if has_tars else None
         of_files = {"path": "parquet", "data_files": files} if files else {"path": name, "name": config}
         builder = datasets.load_dataset_builder(**of_files, cache_dir=cache_dir, revision=revision)
         _check_split(name, split, builder)
@@ -122,7 +123,8 @@ def _open_files(folder: Path, split: str) -> datasets.Dataset | None:
     if path := _find_metadata(folder, split):
         return open_table(path, folder)
     place = folder / split if (folder / split).is_dir() else folder if split == "train" else None
-    table = None if any(folder.rglob("*.parquet")) else _find_table(folder, split)
+    has_parquet = any(folder.rglob("*.parquet"))
+    table = None if has_parquet else _find_table(folder, split)
     if tars := find_tars(folder, split):
         return None if has_parquet_pairs(folder) else _open_tars(folder, tars, table)
     if place and has_seed_folders(place):
@@ -133,7 +135,10 @@ def _open_files(folder: Path, split: str) -> datasets.Dataset | None:
         return open_table(table, folder)
     if place and (pairs := find_suffix_pairs(place)):
         return _open_pairs(place, place, place, pairs)
-    refuse_packed_folders(place or folder)
+    has_tables = has_parquet or any(path.suffix.lower() in TEXT_SUFFIXES for path in folder.iterdir())
+    if not has_tables:  # which may name what is in the archives
+        refuse_missing_split(folder, split)
+        refuse_packed_folders(place or folder)
     return None
 
 

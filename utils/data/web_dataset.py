@@ -14,15 +14,19 @@ TEXT_EXTENSIONS = ("txt", "text", "caption", "cls", "id")
 
 
 def find_tars(folder: Path, split: str) -> list[Path]:
-    """The tars of a split: in the folder of its name, or named SPLIT-*; for "train", else all. Raises InputError."""
+    """The tars of a split: in the folder of its name, or named SPLIT-*; for "train", else all."""
     inside = sorted((folder / split).glob("*.tar")) if (folder / split).is_dir() else []
     tars = sorted(folder.glob("*.tar"))
     if inside or not tars:
         return inside
     named = [tar for tar in tars if tar.name.startswith(split)]
-    if named or split == "train":
-        return named or tars
-    raise InputError(f"--dataset_split {split!r}: none of the tars of {folder} is named {split}-*.tar")
+    return named or (tars if split == "train" else [])
+
+
+def refuse_missing_split(folder: Path, split: str) -> None:
+    """Raise InputError if a folder has tars, and none of this split."""
+    if any(folder.glob("*.tar")) and not find_tars(folder, split):
+        raise InputError(f"--dataset_split {split!r}: none of the tars of {folder} is named {split}-*.tar")
 
 
 def read_samples(tars: list[Path]) -> dict[str, list]:
