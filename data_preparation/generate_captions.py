@@ -86,12 +86,14 @@ def generate(args: argparse.Namespace) -> str:
     from data_preparation.captions.triple_generation import TripleGenerator, export_prompts
     from data_preparation.generation.inputs import Captions
     from data_preparation.generation.runner import run_generation
+    from data_preparation.generation.user_functions import with_absolute_path
 
     usage_path = args.data_root.absolute() / "usage.jsonl"
     captions = Captions(args.captions, args.caption_column, args.split, args.dataset_config_name, args.dataset_revision)
     opened, sampling, usage_log = captions.open(), pick(args, SamplingOptions), UsageLog(usage_path)
     requests_before, model = usage_log.total()["requests"], choose_model(args, num_runs(args))
-    asking = (args.seed, args.edits_per_caption, args.tries, args.moderation)
+    moderation = args.moderation and with_absolute_path(args.moderation)
+    asking = (args.seed, args.edits_per_caption, args.tries, moderation)
     generator = TripleGenerator(len(opened), captions, model, sampling, *asking, usage_path)
     flags = ("model", "revision", "structure", "seed", "edits_per_caption", "tries", "dtype", "batch_size")
     settings = {name: getattr(args, name) for name in flags} | {

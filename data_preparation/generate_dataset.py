@@ -141,6 +141,7 @@ def read_json_object(text: str) -> dict | None:
 def make_generator(args: argparse.Namespace, tasks: list[Task]) -> tuple[Any, dict]:
     """(PhotographPairGenerator, settings for the manifest). Opens the photographs and finds the models."""
     from data_preparation.generation.inputs import Photographs
+    from data_preparation.generation.user_functions import with_absolute_path
     from data_preparation.importing.source_pairs import digest_json
     from data_preparation.tasks.photograph_pairs import PhotographPairGenerator
     from data_preparation.tasks.teachers import describe_models, public_teacher
@@ -149,6 +150,7 @@ def make_generator(args: argparse.Namespace, tasks: list[Task]) -> tuple[Any, di
     photographs = Photographs(*place)
     opened = photographs.open()
     print("".join(f"{line}\n" for line in opened.skipped), end="", file=sys.stderr)
+    tasks = [replace(task, teacher=with_absolute_path(task.teacher)) for task in tasks]
     models = {task.teacher: describe_models(task.teacher) for task in tasks}
     generator = PhotographPairGenerator(
         photographs=photographs,

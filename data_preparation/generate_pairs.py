@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_preparation import peer_flags  # noqa: E402
 from data_preparation.generation.generation_flags import add_generation_flags, choose_workers, generation_flag_problems  # noqa: E402
-from data_preparation.generation.user_functions import find_function_problem  # noqa: E402
+from data_preparation.generation.user_functions import find_function_problem, with_absolute_path  # noqa: E402
 from data_preparation.pairs import settings as pair_settings  # noqa: E402
 from data_preparation.pairs.settings import PRESETS, PairSettings  # noqa: E402
 from utils.cli import FlagParser, pick  # noqa: E402
@@ -129,7 +129,7 @@ def make_generator(args: argparse.Namespace, settings: PairSettings) -> tuple[An
         choice=choice,
         models=models,
         photographs=photographs,
-        image_check=args.image_check,
+        image_check=args.image_check and with_absolute_path(args.image_check),
         **{name: getattr(args, name) for name in ROW_FLAGS},
     )
     flags = {name: getattr(args, name) for name in (*ROW_FLAGS, "variant", "lora_scale", "no_safety_checker")}

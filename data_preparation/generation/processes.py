@@ -148,13 +148,16 @@ def _run_ray_round(
     import ray
 
     items = [{"key": key, "start": items.start, "stop": items.stop} for key, items in jobs.items()]
-    resources = ray.cluster_resources()
     kind, needed = ("GPU", num_gpus) if num_gpus else ("CPU", 1)
-    available = resources.get(kind, 0)
-    if available < needed:  # Ray would wait for such a node forever
+    available = [node["Resources"].get(kind, 0) for node in ray.nodes() if node["Alive"]]
+    capacity = sum(int(count / needed) for count in available)
+    if not capacity:  # Ray would wait for such a node forever
         advice = "give --device cpu or --gpus_per_worker 0 to use CPUs, or add" if num_gpus else "add"
-        raise InputError(f"--ray: a worker needs {needed:g} {kind}, the cluster has {available:g}: {advice} nodes")
-    max_size = max(1, min(num_workers or int(available / needed), len(items)))
+        largest = max(available, default=0)
+        raise InputError(
+            f"--ray: a worker needs {needed:g} {kind}, and no node has more than {largest:g}: {advice} nodes"
+        )
+    max_size = min(num_workers or capacity, capacity, len(items))
     rows = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
         _RayWorker,
         fn_constructor_args=(open_worker,),
@@ -177,11 +180,15 @@ def _use_token_if_any(address: str) -> None:
 
 def _explain_connection(error: Exception) -> str:
     """Why there is no connection. Never holds the token."""
-    causes = [type(cause).__name__ for cause in (error, error.__cause__, error.__context__) if cause is not None]
-    if "AuthenticationError" in causes:
-        wanted = "copy ~/.ray/auth_token of its head node to this machine, or set RAY_AUTH_TOKEN_PATH, and"
-        return f"the cluster refuses the token of this machine: {wanted} do not set RAY_AUTH_MODE to disabled"
-    if "ersion mismatch" in str(error):
+    reasons, cause = "", error
+    while cause is not None:  # Ray puts the traceback of the real error into the text of another one
+        reasons, cause = f"{reasons}\n{cause}", cause.__cause__ or cause.__context__
+    if "AuthenticationError" in reasons or "InvalidAuthToken" in reasons:
+        return (
+            "the cluster refuses the token of this machine: copy ~/.ray/auth_token of its head node to this one, or "
+            "name its place in RAY_AUTH_TOKEN_PATH, and do not set RAY_AUTH_MODE to disabled"
+        )
+    if "ersion mismatch" in reasons:
         return f"its nodes have another version of Ray or Python: {' '.join(str(error).split())}"
     return f"no cluster can be reached ({first_line(error)})"
 

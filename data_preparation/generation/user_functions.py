@@ -35,6 +35,15 @@ def load_function(flag: str, spec: str) -> Callable[..., Any]:
     return function
 
 
+def with_absolute_path(spec: str) -> str:
+    """KIND:PATH or KIND:PATH:NAME with an absolute path: a worker may run in another folder. Others are unchanged."""
+    kind, _, rest = spec.partition(":")
+    path, colon, name = rest.rpartition(":")
+    if rest and Path(rest).exists():
+        return f"{kind}:{Path(rest).absolute()}"
+    return f"{kind}:{Path(path).absolute()}{colon}{name}" if path and Path(path).exists() else spec
+
+
 def find_imported_files(file: Path) -> list[Path]:
     """The file and those in its folder that it imports, also through each other: sorted absolute paths."""
     folder, found, todo = file.parent, set(), [file]

@@ -90,6 +90,7 @@ def public_teacher(teacher: str) -> str:
     """The teacher as rows name it: of a local path, only the last part."""
     kind, separator, name = teacher.partition(":")
     is_path = kind in ("onnx", "python") or kind == "diffusers" and not is_hub_id(name)
+    is_path = is_path or kind == "torchhub" and Path(name.rpartition(":")[0]).exists()
     return f"{kind}:{Path(name).name}" if separator and is_path else teacher
 
 

@@ -1,0 +1,109 @@
+"""A Ray cluster of two nodes on this machine that asks for a token, as `ray start` makes it."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.killing import rows_of
+from tests.runs import REPOSITORY
+
+pytest.importorskip("ray", reason="Ray is not installed")
+FLAGS = ("--dataset_id=assets/photos", "--task=denoise", "--max_num_samples=12", "--resolution=64", "--num_workers=2")
+
+
+def environment(home: Path) -> dict[str, str]:
+    """Of a user with this home, which holds the token; without settings of Ray."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return kept | {"HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(home / "hf")}
+
+
+def ray(home: Path, *arguments: str) -> None:
+    command = [str(Path(sys.executable).with_name("ray")), *arguments]
+    secured = environment(home) | {"RAY_AUTH_MODE": "token"}
+    result = subprocess.run(command, env=secured, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[tuple[Path, str]]:
+    """(home with the token, address) of a head with one CPU and another node with one."""
+    home = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # sockets are in it, whose paths must be short
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    quiet = ("--num-cpus=1", "--disable-usage-stats")
+    try:
+        ray(home, "get-auth-token", "--generate")
+        ray(home, "start", "--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={home / 'r'}", *quiet)
+        ray(home, "start", f"--address=127.0.0.1:{port}", *quiet)
+        yield home, f"127.0.0.1:{port}"
+    finally:
+        for _ in range(2):  # those that the first ones start, too
+            for process in psutil.process_iter(["cmdline"]):
+                if any(str(home) in part or part.endswith(f":{port}") for part in process.info["cmdline"] or ()):
+                    process.kill()
+            time.sleep(0.2)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def generate(home: Path, output: Path, *flags: str, folder: Path = REPOSITORY) -> subprocess.CompletedProcess:
+    script = str(REPOSITORY / "data_preparation/generate_dataset.py")
+    command = [sys.executable, script, *FLAGS, f"--data_root={output}", *flags]
+    return subprocess.run(command, cwd=folder, env=environment(home), capture_output=True, text=True)
+
+
+def test_two_nodes_give_the_same_bytes_as_this_machine(cluster, tmp_path):
+    home, address = cluster
+    result = generate(home, tmp_path / "ray", f"--ray={address}")
+    assert result.returncode == 0, result.stderr
+    assert generate(home, tmp_path / "local").returncode == 0
+    assert rows_of(tmp_path / "ray") == rows_of(tmp_path / "local")
+
+
+def test_relative_paths_are_found_by_workers(cluster, tmp_path):
+    """Of a function and a task; the workers run in another folder."""
+    (tmp_path / "mine.py").write_text("def invert(image):\n    return 255 - image\n")
+    (tmp_path / "invert.txt").write_text("Invert it\nMake a negative of the picture\n")
+    flags = ["--task=invert.txt", "--teacher=python:mine.py:invert", "--heldout_phrasings=1", f"--ray={cluster[1]}"]
+    flags += [f"--dataset_id={REPOSITORY / 'assets/photos'}"]
+    result = generate(cluster[0], tmp_path / "pairs", *flags, folder=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert rows_of(tmp_path / "pairs")
+
+
+def test_local_does_not_join_a_running_cluster(cluster, tmp_path):
+    """Which has only one CPU for each of its nodes, and no third one."""
+    home, _ = cluster
+    code = (
+        "import sys, ray\n"
+        "from data_preparation.generation.processes import ray_cluster\n"
+        "with ray_cluster('local'): print(ray.get_runtime_context().gcs_address, len(ray.nodes()))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPOSITORY, env=environment(home), capture_output=True, text=True
+    )
+    address, count = result.stdout.split()
+    assert count == "1" and address.rpartition(":")[2] != cluster[1].rpartition(":")[2]
+
+
+def test_a_refused_token_is_named(cluster, tmp_path):
+    result = generate(tmp_path, tmp_path / "pairs", f"--ray={cluster[1]}")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert "the cluster refuses the token of this machine: copy ~/.ray/auth_token" in result.stderr
+
+
+def test_a_worker_that_no_node_can_hold_is_an_error(cluster, tmp_path):
+    result = generate(cluster[0], tmp_path / "pairs", f"--ray={cluster[1]}", "--gpus_per_worker=1")
+    assert result.returncode == 2
+    assert (
+        "a worker needs 1 GPU, and no node has more than 0: give --device cpu or --gpus_per_worker 0" in result.stderr
+    )
