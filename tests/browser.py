@@ -102,6 +102,13 @@ class Visitor:
         field.fill(str(value))
         field.press("Tab")
 
+    def open_more_settings(self) -> None:
+        """Open the accordion; Gradio gives its fields their first values one frame after it has drawn them."""
+        self.page.get_by_text("More settings").click()
+        self.page.locator("#resolution input[type=number]").wait_for()
+        frames = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))"
+        self.page.evaluate(frames)
+
     def number(self, name: str) -> float:
         return float(self.page.locator(f"#{name} input[type=number]").input_value())
 

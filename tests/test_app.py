@@ -289,7 +289,7 @@ def test_link_restores_the_edit(visit):
     visitor.upload(PHOTOS / "raccoon.jpg")
     visitor.page.check("#new_guidance input")
     visitor.page.check("#keep_size input")
-    visitor.page.get_by_text("More settings").click()
+    visitor.open_more_settings()
     visitor.set("resolution", 96)
     visitor.choose("scheduler", "euler_a")
     visitor.set("steps", 3)
@@ -300,7 +300,7 @@ def test_link_restores_the_edit(visit):
 
     other = visit("?" + visitor.page.url.split("?", 1)[1])
     assert other.instruction.input_value() == "give it a sepia tone & more"
-    other.page.get_by_text("More settings").click()
+    other.open_more_settings()
     names = ("seed", "steps", "images", "cfg_text", "cfg_image", "resolution")
     assert "resolution=96" in visitor.page.url
     assert [other.number(name) for name in names] == [visitor.number(name) for name in names]

@@ -121,7 +121,7 @@ def test_columns(flags_on: Callable, make: Callable, extra: str, words: tuple[st
     "data, words",
     [
         ("/no/such/folder", ("no folder /no/such/folder",)),
-        ("./no-such-folder", ("no folder", "no-such-folder")),
+        ("./no-such-folder", ("no folder ./no-such-folder", "id of the Hub")),
         ("nobody/nothing", ("nobody/nothing from the Hugging Face Hub",)),
         (__file__, ("is a file", "give its folder")),
     ],
