@@ -120,8 +120,8 @@ def test_columns(flags_on: Callable, make: Callable, extra: str, words: tuple[st
 @pytest.mark.parametrize(
     "data, words",
     [
-        ("/no/such/folder", ("no folder /no/such/folder",)),
-        ("./no-such-folder", ("no folder ./no-such-folder", "id of the Hub")),
+        ("/no/such/folder", ("the folder /no/such/folder does not exist",)),
+        ("./no-such-folder", ("the folder ./no-such-folder does not exist", "id of the Hub")),
         ("nobody/nothing", ("nobody/nothing from the Hugging Face Hub",)),
         (__file__, ("is a file", "give its folder")),
     ],
