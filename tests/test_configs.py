@@ -16,7 +16,15 @@ CONFIGS = REPOSITORY / "configs"
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "machines"), [("one_gpu", "NO", 1), ("multi_gpu", "MULTI_GPU", 1), ("multi_node", "MULTI_GPU", 2)]
+    ("name", "kind", "machines"),
+    [
+        ("one_gpu", "NO", 1),
+        ("multi_gpu", "MULTI_GPU", 1),
+        ("multi_node", "MULTI_GPU", 2),
+        ("fsdp2", "FSDP", 1),
+        ("deepspeed_zero2", "DEEPSPEED", 1),
+        ("deepspeed_zero3", "DEEPSPEED", 1),
+    ],
 )
 def test_accelerate_reads_the_configuration(name, kind, machines):
     config = load_config_from_file(str(CONFIGS / f"{name}.yaml"))
@@ -24,7 +32,8 @@ def test_accelerate_reads_the_configuration(name, kind, machines):
 
 
 def test_every_configuration_is_tested():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"one_gpu", "multi_gpu", "multi_node"}
+    tested = {"one_gpu", "multi_gpu", "multi_node", "fsdp2", "deepspeed_zero2", "deepspeed_zero3"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == tested
 
 
 def test_the_slurm_script_is_valid_and_refuses_to_start_nothing():
@@ -67,8 +76,7 @@ def test_a_slurm_job_that_runs_out_of_time_saves_and_is_queued_again(tmp_path):
     assert arguments.endswith("train_instruct_pix2pix.py --output_dir=a b --resume_from_checkpoint=latest\n")
 
 
-@pytest.mark.parametrize("name", ["FSDP", "DEEPSPEED"])
-def test_sharding_is_refused_also_where_accelerate_would_ignore_it(name, monkeypatch):
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+def test_megatron_is_refused_also_where_accelerate_would_ignore_it(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_MEGATRON_LM", "true")
     with pytest.raises(InputError, match="(?i)accelerate is set to .*, which this script does not support"):
         start_accelerator(MachineOptions())

@@ -15,7 +15,7 @@ import infer
 import train_instruct_pix2pix
 import train_instruct_pix2pix_sdxl
 from tests.pairs import make_image, save_pairs
-from tests.runs import WEIGHTS, training_flags, weights_of
+from tests.runs import BIN, REPOSITORY, WEIGHTS, run, training_flags, weights_of
 from utils.editing.edit_images import SamplingSettings, edit_pixels
 from utils.editing.editor_setup import offload_editor
 from utils.editing.loading import load_editor
@@ -182,3 +182,20 @@ def test_skipped_updates_of_fp16_are_logged(tiny_base, pairs, tmp_path):
     rates = [entry["lr"] for entry in entries]
     for before, entry, rate in zip([None, *rates], entries, rates, strict=False):
         assert before is None or (rate == before) == bool(entry.get("skipped_updates")), entries
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs on this machine")
+@pytest.mark.parametrize("offload", ["false", "true"])
+def test_sharding_on_two_gpus(offload, tiny_base, pairs, tmp_path):
+    """configs/fsdp2.yaml gives the weights of training without sharding, also with weights in CPU memory."""
+    flags = ("--mixed_precision=no", "--use_ema", "--checkpointing_steps=2", "--report_to=none")
+    one = training_flags(tiny_base, pairs, tmp_path / "one", *flags, "--gradient_accumulation_steps=2")
+    assert TRAIN(one) == 0
+    config = (REPOSITORY / "configs/fsdp2.yaml").read_text()
+    chosen = tmp_path / "fsdp2.yaml"
+    chosen.write_text(config.replace("offload_params: false", f"offload_params: {offload}").replace("bf16", '"no"'))
+    launcher = (str(BIN / "accelerate"), "launch", f"--config_file={chosen}", "--num_processes=2")
+    run("train_instruct_pix2pix.py", training_flags(tiny_base, pairs, tmp_path / "two", *flags), launcher)
+    expected, found = (load_file(tmp_path / name / "unet" / WEIGHTS) for name in ("one", "two"))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=0, atol=1e-5)

@@ -21,6 +21,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # How long processes wait for each other while one downloads a model, encodes prompts or writes a checkpoint: PyTorch's
 # own ten minutes would end the run.
 WAITING = timedelta(hours=4)
+UNSUPPORTED = ("Megatron_LM", "Parallelism_Config")
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml", "trackio": "trackio"}
 
 
@@ -57,14 +58,18 @@ class MachineOptions:
     logging_dir: str = "logs"
 
 
-def start_accelerator(options: MachineOptions) -> Accelerator:
-    """The accelerator of the run. Raises InputError with all flags that this machine does not support."""
+def start_accelerator(options: MachineOptions, needs_cpu_group: bool = False) -> Accelerator:
+    """The accelerator of the run. Raises InputError with all flags that this machine does not support.
+
+    needs_cpu_group: the processes exchange tensors in CPU memory, too, not only on their GPUs.
+    """
     problems = _find_sharding() + _find_machine_problems(options) + _find_tracker_problems(options.report_to)
     if problems:
         raise InputError.from_problems(problems)
     output_dir = Path(options.output_dir)
     # Started by torchrun without a GPU, accelerate would otherwise make N runs of one process each.
     is_cpu_group = int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available()
+    backend = "cuda:nccl,cpu:gloo" if needs_cpu_group and torch.cuda.is_available() else None
     accelerator = Accelerator(
         cpu=is_cpu_group,
         mixed_precision=options.mixed_precision,
@@ -72,9 +77,10 @@ def start_accelerator(options: MachineOptions) -> Accelerator:
         project_config=ProjectConfiguration(str(output_dir), logging_dir=str(output_dir / options.logging_dir)),
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=WAITING),
+            InitProcessGroupKwargs(backend=backend, timeout=WAITING),
         ],
     )
+    accelerator.gradient_accumulation_steps = 1  # accelerate's own setting would divide the loss once more
     if options.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
@@ -82,16 +88,14 @@ def start_accelerator(options: MachineOptions) -> Accelerator:
 
 
 def _find_sharding() -> list[str]:
-    """A line for each way of sharding that `accelerate launch` was configured for.
+    """A line for each way of sharding that `accelerate launch` was configured for and that is not supported.
 
     Read from its environment, because on the CPU accelerate would ignore them, and train without saying so.
     """
-    given = [
-        name for name in ("FSDP", "DeepSpeed", "Megatron_LM") if parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}")
-    ]
+    given = [name for name in UNSUPPORTED if parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}")]
     return [
-        f"accelerate is set to {name.replace('_', '-')}, which this script does not support: give --config_file "
-        "configs/multi_gpu.yaml, or run `accelerate config` and choose multi-GPU without it"
+        f"accelerate is set to {name.replace('_', ' ')}, which this script does not support: give --config_file "
+        "configs/multi_gpu.yaml or configs/fsdp2.yaml"
         for name in given
     ]
 

@@ -51,7 +51,9 @@ def open_rows(
     elif path.exists():
         raise InputError(f"{name} is a file; give its folder, or a table ({', '.join(TEXT_SUFFIXES)})")
     elif is_folder or looks_like_path(name):
-        raise InputError(f"the folder {name} does not exist; --dataset_name takes a folder, a table or an id of the Hub")
+        raise InputError(
+            f"the folder {name} does not exist; --dataset_name takes a folder, a table or an id of the Hub"
+        )
     try:
         has_tars = path.is_dir() and (any(path.glob("*.tar")) or any(path.glob("*/*.tar")))
         files = list_parquet_files(path) if has_tars else None

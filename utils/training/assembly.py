@@ -34,6 +34,7 @@ from utils.training.preflight import RunPlan, count_rows, run_preflight, write_s
 from utils.training.publishing import BestWeights, publish
 from utils.training.session import Batches, TrainingSession
 from utils.training.settings import Settings
+from utils.training.sharding_settings import Sharding, take_sharding
 from utils.training.validation import validate
 
 logger = logging.getLogger(__name__)
@@ -52,13 +53,14 @@ def train_editor(settings: Settings, check_base: Callable[[Configs, str], None])
 
 def _train_editor(settings: Settings, check_base: Callable[[Configs, str], None]) -> int:
     hide_progress_bars()
-    accelerator = start_accelerator(settings.machine)
+    sharding = take_sharding(os.environ, settings)
+    accelerator = start_accelerator(settings.machine, needs_cpu_group=sharding is not None)
     plan = run_preflight(accelerator, settings, check_base)
     parts = load_stable_diffusion(settings.model)
     if plan.needs_widening:
         widen_conv_in(parts.unet)
     objective = make_objective(accelerator, parts, plan, settings)
-    state = make_training_state(accelerator, parts.unet, settings, plan)
+    state = make_training_state(accelerator, parts.unet, settings, plan, sharding)
     if plan.checkpoint:
         fresh = [dict(group) for group in state.optimizer.param_groups]
         state.load(plan.checkpoint)
@@ -73,6 +75,8 @@ def _train_editor(settings: Settings, check_base: Callable[[Configs, str], None]
             return run_dry(session, batches)
         start_trackers(accelerator, settings)
         exit_code = train(session, batches, best)
+    if exit_code == 0:
+        state.unshard()
     accelerator.wait_for_everyone()
     accelerator.end_training()  # the others do not wait for the upload
     if exit_code == 0 and accelerator.is_main_process:
@@ -101,22 +105,42 @@ def make_objective(accelerator: Accelerator, parts: StableDiffusion, plan: RunPl
 
 
 def make_training_state(
-    accelerator: Accelerator, unet: UNet2DConditionModel, settings: Settings, plan: RunPlan
+    accelerator: Accelerator,
+    unet: UNet2DConditionModel,
+    settings: Settings,
+    plan: RunPlan,
+    sharding: Sharding | None = None,
 ) -> TrainingState:
     """Move the UNet to the device and make its adapter, EMA, optimizer and learning-rate schedule."""
     prepare_weights(accelerator, unet, settings, plan)
-    unet.to(accelerator.device).train()
-    if accelerator.device.type == "cuda":
-        unet.to(memory_format=torch.channels_last)
-        make_adapter_contiguous(unet)
+    unet.train()
     if settings.run.gradient_checkpointing or settings.run.gradient_checkpointing_blocks:
         checkpoint_blocks(unet, settings.run.gradient_checkpointing_blocks)
+    elif sharding and sharding.checkpoint_activations:
+        checkpoint_blocks(unet, None)
     if settings.machine.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
+    if sharding and accelerator.num_processes == 1:
+        logger.warning("one process has nothing to share: the weights are not divided")
+        sharding = None
+    if sharding:  # divided a block at a time, so that the whole UNet is never on a device
+        from utils.training.sharded_state import ShardedState
+        from utils.training.sharding import shard_unet
+
+        shard_unet(unet, accelerator, sharding.blocks, sharding.reshard_after_forward, sharding.offload)
+    else:
+        unet.to(accelerator.device)
+        if accelerator.device.type == "cuda":
+            unet.to(memory_format=torch.channels_last)
+            make_adapter_contiguous(unet)
     ema = MovingAverage(unet, settings.run.ema_decay, settings.run.ema_device) if settings.run.use_ema else None
     parameters = [value for value in unet.parameters() if value.requires_grad]
     optimizer = make_optimizer(parameters, settings.optimization, plan.samples_per_step)
     lr_schedule = make_lr_schedule(optimizer, settings.optimization, plan.max_train_steps)
+    if sharding:  # the processes already share the weights; accelerate adds autocast
+        prepared = accelerator.prepare_model(unet, device_placement=False, evaluation_mode=True)
+        optimizer = accelerator.prepare_optimizer(optimizer)
+        return ShardedState(accelerator, prepared, unet, ema, optimizer, lr_schedule, plan.progress)
     prepared, optimizer = accelerator.prepare(unet, optimizer)
     return TrainingState(accelerator, prepared, unet, ema, optimizer, lr_schedule, plan.progress)
 

@@ -4,6 +4,7 @@ checkpoint-N/
   unet/, unet_ema/      diffusers folders: `UNet2DConditionModel.from_pretrained("checkpoint-500/unet_ema")`, or for an
                         adapter `pipeline.load_lora_weights("checkpoint-500/unet_ema")`
   training_state.pt     optimizer, learning-rate schedule, gradient scaler
+  shards/               of a sharded run: UNet, EMA and optimizer state, in place of the above (`sharding.py`)
   progress.json         `Progress`, and the size and checksum of every file above
 """
 
@@ -12,8 +13,9 @@ import json
 import logging
 import re
 import zlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from utils.models.adapters import has_adapter, read_adapter, save_adapter
 from utils.weight_files import load_weights, save_weights
 
 logger = logging.getLogger(__name__)
+TRAINING_STATE = "training_state.pt"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d+)")
 Weights = dict[str, torch.Tensor]  # by the names of the UNet's parameters
 
@@ -97,18 +100,28 @@ def save_checkpoint(
     training_state: dict,
     limit: int | None,
 ) -> Path:
-    """Write `checkpoint-<global_step>`, then remove the oldest checkpoints above `limit`.
+    """Write `checkpoint-<global_step>` as `new_checkpoint` does.
 
     models: folder name -> function that writes the model into the folder. training_state: passed to `torch.save`.
+    """
+    with new_checkpoint(output_dir, progress, limit) as folder:
+        for name, save in models.items():
+            save(folder / name)
+        torch.save(training_state, folder / TRAINING_STATE)
+    return output_dir / f"checkpoint-{progress.global_step}"
+
+
+@contextmanager
+def new_checkpoint(output_dir: Path, progress: Progress, limit: int | None) -> Iterator[Path]:
+    """An empty folder that becomes `checkpoint-<global_step>` at the end; then the oldest ones above `limit` go.
+
     Raises `InputError` when it cannot be written (full disk); existing checkpoints stay complete.
     """
     path = output_dir / f"checkpoint-{progress.global_step}"
     existing = list_checkpoints(output_dir)
     advice = f"resume from {existing[-1].name} with --resume_from_checkpoint latest" if existing else "start again"
     with atomic_folder(path, advice) as unfinished:
-        for name, save in models.items():
-            save(unfinished / name)
-        torch.save(training_state, unfinished / "training_state.pt")
+        yield unfinished
         files = _fingerprints(unfinished, [str(file.relative_to(unfinished)) for file in _files_in(unfinished)])
         content = asdict(progress) | {"files": files}
         (unfinished / "progress.json").write_text(json.dumps(content | {"checksum": _checksum(content)}, indent=1))
@@ -120,7 +133,6 @@ def save_checkpoint(
     if limit:
         for old in list_checkpoints(output_dir)[:-limit]:
             remove_path(old)
-    return path
 
 
 def _files_in(folder: Path) -> list[Path]:
@@ -259,4 +271,4 @@ def check_same_run(stored: Progress, identity: dict, allowed: Collection[str] = 
 
 def load_training_state(checkpoint: Path) -> dict:
     """The `training_state` that `save_checkpoint` wrote; tensors on the CPU."""
-    return torch.load(checkpoint / "training_state.pt", map_location="cpu", weights_only=True)
+    return torch.load(checkpoint / TRAINING_STATE, map_location="cpu", weights_only=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from utils.contact_sheets import draw_grid
+from utils.training.ema import local_part
 from utils.training.loop import TrainingState, fit
 from utils.training.optimizers import count_state_bytes
 from utils.training.session import Batches, TrainingSession
@@ -59,13 +60,13 @@ def draw_pairs(batches: list[dict]) -> Image.Image:
 
 def print_estimate(entry: dict, state: TrainingState, samples_per_step: int, max_steps: int, output_dir: Path) -> None:
     """Print memory and time. entry: the log entry of the step."""
-    trained = [value.nbytes for value in state.model.parameters() if value.requires_grad]
+    trained = [local_part(value).nbytes for value in state.model.parameters() if value.requires_grad]
     bytes_of = {
         "trained weights": sum(trained),
         "frozen weights": sum(value.nbytes for value in state.model.parameters() if not value.requires_grad),
         "gradients": max(trained) if state.fused_backward else sum(trained),
         "optimizer": count_state_bytes(state.optimizer),
-        "EMA": sum(value.nbytes for value in state.ema.state_dict().values()) if state.ema else 0,
+        "EMA": sum(local_part(value).nbytes for value in state.ema.state_dict().values()) if state.ema else 0,
     }
     seconds = samples_per_step / entry["samples_per_second"]
     duration = datetime.timedelta(seconds=round(seconds * max_steps))

@@ -122,6 +122,11 @@ class _AveragingThread:
             self._copies.clear()
 
 
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor that is divided between processes (a DTensor); other tensors as they are."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
 def _record_event(device: torch.device) -> torch.cuda.Event:
     event = torch.cuda.Event(blocking=True)  # busy waiting would use a CPU core
     event.record(torch.cuda.current_stream(device))
@@ -131,8 +136,8 @@ def _record_event(device: torch.device) -> torch.cuda.Event:
 def _lerp(averages: list[torch.Tensor], live: list[torch.Tensor], weight: float) -> None:
     """averages += weight (live - averages), in float32."""
     for start, stop in _chunks(live):
-        values = [value.float() for value in live[start:stop]]  # does not copy float32
-        torch._foreach_lerp_(averages[start:stop], values, weight)
+        values = [local_part(value).float() for value in live[start:stop]]  # does not copy float32
+        torch._foreach_lerp_([local_part(average) for average in averages[start:stop]], values, weight)
 
 
 def _chunks(live: list[torch.Tensor]) -> Iterator[tuple[int, int]]:

@@ -67,27 +67,48 @@ class TrainingState:
         """The optimizer inside accelerate's wrapper, if it updates the weights during the backward pass."""
         return self.optimizer.optimizer if isinstance(self.optimizer.optimizer, FusedBackward) else None
 
-    def save(self, output_dir: Path, limit: int | None) -> Path:
-        """Write a checkpoint; see `save_checkpoint`."""
+    def save(self, output_dir: Path, limit: int | None) -> None:
+        """Write a checkpoint, in the main process; see `save_checkpoint`. Every process calls it."""
+        if not self.accelerator.is_main_process:
+            return
         models = {"unet": lambda folder: save_trained(folder, self.model)}
         if self.ema:
             models["unet_ema"] = lambda folder: save_trained(folder, self.model, self.ema.state_dict())
         state = {"optimizer": self.optimizer.state_dict(), "lr_scheduler": self.lr_scheduler.state_dict()}
         if self.accelerator.scaler:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        return save_checkpoint(output_dir, self.progress, models, state, limit)
+        save_checkpoint(output_dir, self.progress, models, state, limit)
 
     def load(self, checkpoint: Path) -> None:
-        """Load what `save` wrote. Raises `InputError` for the checkpoint of another model."""
-        put_weights(self.model, read_trained(checkpoint / "unet", self.model))
+        """Load what `save` wrote, also in a sharded run. Raises `InputError` for the checkpoint of another model."""
         state = load_training_state(checkpoint)
-        self.optimizer.load_state_dict(state["optimizer"])
-        restore_paging(self.optimizer.optimizer)
+        if (checkpoint / "shards").is_dir():
+            from utils.training.sharding import load_shards
+
+            load_shards(checkpoint, self.model, self.ema, self.optimizer.optimizer, state["optimizer"])
+        else:
+            self._load_whole(checkpoint, state["optimizer"])
         self.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if self.accelerator.scaler and "scaler" in state:
             self.accelerator.scaler.load_state_dict(state["scaler"])
+
+    def _load_whole(self, checkpoint: Path, optimizer_state: dict) -> None:
+        put_weights(self.model, read_trained(checkpoint / "unet", self.model))
+        self.optimizer.load_state_dict(optimizer_state)
+        restore_paging(self.optimizer.optimizer)
         if self.ema:
             self.ema.load_state_dict(read_trained(checkpoint / "unet_ema", self.model))
+
+    def clip_gradients(self, max_norm: float) -> torch.Tensor:
+        """Scale the gradients to at most `max_norm`; returns their norm before, a scalar on the device."""
+        return self.accelerator.clip_grad_norm_(self.unet.parameters(), max_norm)
+
+    def whole_unet(self) -> UNet2DConditionModel | None:
+        """The UNet with its current weights, at least in the main process. Every process calls it."""
+        return self.model
+
+    def unshard(self) -> None:
+        """After the last step: `model` has the weights to publish where they were divided between processes."""
 
     @contextmanager
     def published_weights(self) -> Iterator[None]:
@@ -184,7 +205,7 @@ def fit(
                 metrics = RunningMetrics()
             if not should_stop:  # a signal leaves little time; a resumed run validates this step
                 on_step(progress.global_step)
-            if (is_checkpoint or should_stop) and accelerator.is_main_process:
+            if is_checkpoint or should_stop:
                 state.save(output_dir, options.checkpoints_total_limit)
             if should_stop:
                 break
@@ -221,7 +242,7 @@ def train_step(
     if state.fused_backward:
         grad_norm = state.fused_backward.grad_norm()
     else:
-        grad_norm = accelerator.clip_grad_norm_(state.unet.parameters(), options.max_grad_norm or math.inf)
+        grad_norm = state.clip_gradients(options.max_grad_norm or math.inf)
         seed_torch(state.progress)  # stochastic rounding must be the same in every process
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)

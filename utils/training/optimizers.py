@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from diffusers.optimization import get_scheduler
 
+from utils.training.ema import local_part
 from utils.training.memory_saving import FusedBackward, stochastic_adamw
 
 CHANGEABLE = ("initial_lr", "betas", "weight_decay", "eps")  # of a parameter group
@@ -167,6 +168,7 @@ def _count_bytes(value: object) -> int:
         return sum(_count_bytes(inner) for inner in value.values())
     if not torch.is_tensor(value):
         return 0
+    value = local_part(value)
     if hasattr(value, "__tensor_flatten__"):  # torchao's tensor subclasses
         return sum(_count_bytes(getattr(value, name)) for name in value.__tensor_flatten__()[0])
     return value.numel() * value.element_size()

@@ -38,8 +38,6 @@ class BestWeights:
 
     def save(self, unet: UNet2DConditionModel, step: int, loss: float) -> None:
         """Replace the saved weights with the UNet's current ones."""
-        if not self.enabled:
-            return
         with atomic_folder(self.path) as unfinished:
             save_trained(unfinished / "unet", unet)
             (unfinished / "best.json").write_text(json.dumps({"global_step": step, "held_out_loss": loss}))

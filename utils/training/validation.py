@@ -1,11 +1,13 @@
 """Validation during training: images, a held-out loss and the training curve. It does not change the training."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
 from PIL import Image
 
 from utils.contact_sheets import draw_grid
@@ -13,6 +15,7 @@ from utils.editing.edit_images import SamplingSettings, edit_images, fit_image, 
 from utils.editing.encodings import Encodings
 from utils.models.noise_schedules import make_inference_scheduler
 from utils.models.stable_diffusion import make_editor
+from utils.runtime import frozen_dtype
 from utils.training.objective import Objective
 from utils.training.preflight import count_rows
 from utils.training.publishing import BestWeights
@@ -33,11 +36,13 @@ def validate(session: TrainingSession, best: BestWeights, step: int) -> None:
     with session.state.published_weights(), torch.no_grad():
         if plan.held_out:
             log_held_out_loss(session, best, step)
-        if plan.validation_pairs and session.accelerator.is_main_process:
-            rows = make_validation_images(session)
-            save_validation_images(session.settings.output_dir, plan.validation_pairs, rows, step)
-            titles = [f"validation/{index} {prompt}" for index, (_, prompt) in enumerate(plan.validation_pairs)]
-            log_images(session.accelerator, dict(zip(titles, rows, strict=True)), step)
+        if plan.validation_pairs:
+            unet = session.state.whole_unet()
+            if session.accelerator.is_main_process:
+                rows = make_validation_images(session, unet)
+                save_validation_images(session.settings.output_dir, plan.validation_pairs, rows, step)
+                titles = [f"validation/{index} {prompt}" for index, (_, prompt) in enumerate(plan.validation_pairs)]
+                log_images(session.accelerator, dict(zip(titles, rows, strict=True)), step)
     session.state.model.train()
     plan.progress.validated_step = step
     if session.accelerator.is_main_process:
@@ -72,10 +77,11 @@ def log_held_out_loss(session: TrainingSession, best: BestWeights, step: int) ->
     is_best = losses["held_out_loss"] < best_loss  # False for NaN
     if is_best:
         progress.best_loss = losses["held_out_loss"]
+    unet = session.state.whole_unet() if is_best and best.enabled else None
     if session.accelerator.is_main_process:
         append_log(session.settings.output_dir, {"step": step} | losses)
-        if is_best:
-            best.save(session.state.model, step, losses["held_out_loss"])
+        if unet is not None:
+            best.save(unet, step, losses["held_out_loss"])
 
 
 @torch.no_grad()
@@ -109,11 +115,14 @@ def held_out_loss(
 # ---- validation images ----------------------------------------------------------------------------------------------
 
 
-def make_validation_images(session: TrainingSession) -> list[list[Image.Image]]:
+def make_validation_images(session: TrainingSession, unet: UNet2DConditionModel) -> list[list[Image.Image]]:
     """For every (image, prompt): the resized image, then `num_validation_images` edits."""
     plan, options = session.plan, session.settings.validation
     num_images, sampling = options.num_validation_images, sampling_settings(options)
-    editor = make_editor(session.parts, make_inference_scheduler(session.parts.scheduler, plan.schedule))
+    parts = session.parts
+    if unet is not parts.unet:  # gathered for this
+        parts = replace(parts, unet=unet.to(session.accelerator.device, frozen_dtype(session.accelerator)))
+    editor = make_editor(parts, make_inference_scheduler(parts.scheduler, plan.schedule))
     encodings, rows = Encodings(editor, session.objective.encode_prompts), []
     for image, prompt in plan.validation_pairs:
         resized = fit_image(image, session.settings.geometry.resolution, size_multiple(editor))
