@@ -8,6 +8,7 @@ import json
 import math
 import resource
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,6 +102,21 @@ def test_a_damaged_checkpoint_is_not_used(earlier_run: Path, tmp_path: Path, dam
     damage(output_dir / "checkpoint-2")
     assert choose_checkpoint(output_dir, "latest") == output_dir / "checkpoint-1"
     assert "checkpoint-2 is incomplete: " in caplog.text and "resuming from checkpoint-1 instead" in caplog.text
+
+
+def test_a_checkpoint_of_before_with_other_digests(earlier_run: Path, tmp_path: Path) -> None:
+    """CRC-32 in place of XXH3: intact files are accepted, damaged ones are not."""
+    checkpoint = copy_of(earlier_run, tmp_path / "earlier") / "checkpoint-2"
+    content = json.loads((checkpoint / "progress.json").read_text())
+    del content["checksum"]
+    for name in content["files"]:
+        stored = (checkpoint / name).read_bytes()
+        content["files"][name] = [len(stored), zlib.crc32(stored)]
+    checksum = zlib.crc32(json.dumps(content).encode())
+    (checkpoint / "progress.json").write_text(json.dumps(content | {"checksum": checksum}))
+    assert choose_checkpoint(checkpoint.parent, "latest") == checkpoint
+    flip_byte(checkpoint / "training_state.pt")
+    assert choose_checkpoint(checkpoint.parent, "latest").name == "checkpoint-1"
 
 
 def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(resumed: list[str]) -> None:

@@ -20,7 +20,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import xxhash
 from diffusers import UNet2DConditionModel
+from torch.utils.serialization import config as serialization_config
 
 from utils.atomic_files import atomic_folder, flush_to_disk, remove_path
 from utils.errors import InputError
@@ -107,7 +109,7 @@ def save_checkpoint(
     with new_checkpoint(output_dir, progress, limit) as folder:
         for name, save in models.items():
             save(folder / name)
-        torch.save(training_state, folder / TRAINING_STATE)
+        _save_state(training_state, folder / TRAINING_STATE)
     return output_dir / f"checkpoint-{progress.global_step}"
 
 
@@ -139,19 +141,34 @@ def _files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _fingerprints(folder: Path, names: list[str]) -> dict[str, list[int]]:
-    """The fingerprint of each file by its name, several at a time: zlib computes without Python's lock."""
+def _fingerprints(folder: Path, names: list[str], is_old: bool = False) -> dict[str, list]:
+    """The fingerprint of each file by its name, several at a time: the digests release Python's lock."""
     with ThreadPoolExecutor(4) as threads:
-        return dict(zip(names, threads.map(lambda name: _fingerprint(folder / name), names), strict=True))
+        return dict(zip(names, threads.map(lambda name: _fingerprint(folder / name, is_old), names), strict=True))
 
 
-def _fingerprint(path: Path) -> list[int]:
-    """Size and CRC-32: they detect truncated and damaged files, and are fast for ten gigabytes."""
-    checksum, size = 0, 0
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            checksum, size = zlib.crc32(chunk, checksum), size + len(chunk)
-    return [size, checksum]
+def _fingerprint(path: Path, is_old: bool) -> list:
+    """Size and XXH3 digest: they detect truncated and damaged files, at the speed of memory. is_old: with CRC-32."""
+    digest, checksum, size = xxhash.xxh3_64(), 0, 0
+    buffer = memoryview(bytearray(1 << 22))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            if is_old:
+                checksum = zlib.crc32(buffer[:count], checksum)
+            else:
+                digest.update(buffer[:count])
+            size += count
+    return [size, checksum if is_old else digest.hexdigest()]
+
+
+def _save_state(state: dict, path: Path) -> None:
+    """torch.save without the CRC-32 of its archive, which takes as long as writing; `progress.json` has a digest."""
+    before = serialization_config.save.compute_crc32
+    serialization_config.save.compute_crc32 = False
+    try:
+        torch.save(state, path)
+    finally:
+        serialization_config.save.compute_crc32 = before
 
 
 def _checksum(content: dict) -> int:
@@ -190,7 +207,8 @@ def find_damage(checkpoint: Path) -> str | None:
         return "progress.json is damaged"
     if missing := [name for name in content["files"] if not (checkpoint / name).is_file()]:
         return f"{missing[0]} is missing"
-    found = _fingerprints(checkpoint, list(content["files"]))
+    is_old = any(isinstance(checksum, int) for _, checksum in content["files"].values())  # with CRC-32
+    found = _fingerprints(checkpoint, list(content["files"]), is_old)
     return next((f"{name} is damaged" for name, stored in content["files"].items() if found[name] != stored), None)
 
 
