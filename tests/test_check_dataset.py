@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -362,6 +363,23 @@ def test_a_check_that_was_killed_goes_on(good_dataset, tmp_path, monkeypatch, ca
     check_dataset.main([*flags, f"--report_dir={tmp_path / 'again'}"])
     assert len(inspected) == 15 + 20 - 12  # three shards of four rows were finished
     reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "again")]
+    assert [report.pop("seconds") for report in reports] and reports[0] == reports[1]
+    assert not list((tmp_path / "cache/checks").iterdir())
+
+
+def test_two_checks_of_the_same_data_at_once(good_dataset, tmp_path, monkeypatch):
+    """One takes the finished scan from under the other, which then makes its own; neither reports less."""
+    flags, run = [str(good_dataset), f"--cache_dir={tmp_path / 'cache'}"], scan.run_generation
+    check_dataset.main([*flags, f"--report_dir={tmp_path / 'alone'}"])
+
+    def run_and_lose(*arguments, data_root, **settings):
+        run(*arguments, data_root=data_root, **settings)
+        if data_root.name != "scan":
+            shutil.rmtree(data_root)
+
+    monkeypatch.setattr(scan, "run_generation", run_and_lose)
+    check_dataset.main([*flags, f"--report_dir={tmp_path / 'both'}"])
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("alone", "both")]
     assert [report.pop("seconds") for report in reports] and reports[0] == reports[1]
     assert not list((tmp_path / "cache/checks").iterdir())
 

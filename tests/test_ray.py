@@ -8,11 +8,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
 import pytest
 
+from data_preparation.generation import shipping
+from data_preparation.pairs.models import ModelChoice
 from tests.killing import rows_of
 from tests.runs import REPOSITORY
 
@@ -26,11 +29,15 @@ def environment(home: Path) -> dict[str, str]:
     return kept | {"HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_HOME": str(home / "hf")}
 
 
-def ray(home: Path, *arguments: str) -> None:
-    command = [str(Path(sys.executable).with_name("ray")), *arguments]
+def ray(home: Path, *arguments: str, within: tuple[str, ...] = ()) -> None:
+    command = [*within, str(Path(sys.executable).with_name("ray")), *arguments]
     secured = environment(home) | {"RAY_AUTH_MODE": "token"}
     result = subprocess.run(command, env=secured, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert result.returncode == 0, result.stdout
+
+
+HIDDEN = Path("/var/tmp/only-on-the-head")  # the other node sees an empty folder here
+WITHOUT_HIDDEN = ("unshare", "-m", "sh", "-c", f'mount -t tmpfs none {HIDDEN} && exec "$@"', "sh")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +51,7 @@ def cluster() -> Iterator[tuple[Path, str]]:
     try:
         ray(home, "get-auth-token", "--generate")
         ray(home, "start", "--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={home / 'r'}", *quiet)
-        ray(home, "start", f"--address=127.0.0.1:{port}", *quiet)
+        ray(home, "start", f"--address=127.0.0.1:{port}", *quiet, within=WITHOUT_HIDDEN if can_hide() else ())
         yield home, f"127.0.0.1:{port}"
     finally:
         for _ in range(2):  # those that the first ones start, too
@@ -53,6 +60,13 @@ def cluster() -> Iterator[tuple[Path, str]]:
                     process.kill()
             time.sleep(0.2)
         shutil.rmtree(home, ignore_errors=True)
+        shutil.rmtree(HIDDEN, ignore_errors=True)
+
+
+def can_hide() -> bool:
+    """Whether a process may have a view of the disk without a folder, as another machine has it."""
+    HIDDEN.mkdir(exist_ok=True)
+    return bool(shutil.which("unshare")) and subprocess.run([*WITHOUT_HIDDEN, "true"]).returncode == 0
 
 
 def generate(home: Path, output: Path, *flags: str, folder: Path = REPOSITORY) -> subprocess.CompletedProcess:
@@ -78,6 +92,58 @@ def test_relative_paths_are_found_by_workers(cluster, tmp_path):
     result = generate(cluster[0], tmp_path / "pairs", *flags, folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert rows_of(tmp_path / "pairs")
+
+
+@pytest.mark.skipif(not can_hide(), reason="no right to hide a folder from a process")
+def test_files_that_a_node_lacks_are_sent(cluster, tmp_path):
+    """A function, and the module beside it that it imports; what is there already is not sent."""
+    home, address = cluster
+    mine = ("import helper_of_mine", "def edit(image):", "    return helper_of_mine.invert(image)")
+    (HIDDEN / "mine.py").write_text(os.linesep.join(mine))
+    (tmp_path / "invert.txt").write_text(os.linesep.join(("Invert it", "Make a negative of the picture")))
+    flags = [f"--task={tmp_path / 'invert.txt'}", f"--teacher=python:{HIDDEN / 'mine.py'}:edit"]
+    flags += ["--heldout_phrasings=1", f"--dataset_id={REPOSITORY / 'assets/photos'}", "--max_num_samples=24"]
+    place = Path(tempfile.gettempdir()) / f"instruct-pix2pix-{os.getuid()}"
+    shutil.rmtree(place, ignore_errors=True)
+    wait = (
+        f"    while not glob.glob('{place}/*/mine.py') and time.monotonic() < {time.monotonic() + 120}: time.sleep(0.1)"
+    )
+    helper = ("import glob, time", "def invert(image):", wait, "    return 255 - image")  # the other node works, too
+    (HIDDEN / "helper_of_mine.py").write_text(os.linesep.join(helper))
+    result = generate(home, tmp_path / "ray", *flags, f"--ray={address}")
+    assert result.returncode == 0, result.stderr
+    assert generate(home, tmp_path / "local", *flags).returncode == 0
+    assert rows_of(tmp_path / "ray") == rows_of(tmp_path / "local")
+    sent = [path.name for path in place.glob("*/*")]
+    assert sorted(sent) == ["helper_of_mine.py", "mine.py"]
+
+
+def test_a_model_is_sent_with_all_its_files(tiny_base, tmp_path, monkeypatch):
+    """In chunks, once for a node; the settings then name the copy, and everything else is unchanged."""
+    monkeypatch.setattr(shipping, "CHUNK", 10_000)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    choice = ModelChoice(str(tiny_base), lora="owner/adapter", clip_model=str(tiny_base))
+    (sent,) = shipping.find_files_to_send(choice)
+    server, elsewhere = shipping.FileServer([sent]), sent._replace(root="/no/such/folder")
+    calls = []
+
+    def read(path: str, offset: int) -> bytes:
+        calls.append(path)
+        return server.read(path.replace("/no/such/folder", sent.root), offset)
+
+    opened = partial(lambda value, rank: value, choice)
+    for _ in range(2):
+        received = shipping.receive(opened, [elsewhere], read).args[0]
+        assert len(calls) == sum(-(-size // 10_000) for _, size, _ in sent.files)  # nothing more the second time
+    assert received.lora == "owner/adapter" and received.model == received.clip_model != choice.model
+    copied = Path(received.model)
+    assert copied.name == tiny_base.name and copied.is_relative_to(tmp_path)
+    names = {path.relative_to(tiny_base) for path in tiny_base.rglob("*") if path.is_file()}
+    assert {path.relative_to(copied) for path in copied.rglob("*") if path.is_file()} == names
+    assert all((copied / name).read_bytes() == (tiny_base / name).read_bytes() for name in names)
+    assert shipping.receive(opened, [sent], read).args[0] == choice  # a node that has the files uses its own
+    with pytest.raises(PermissionError):
+        server.read("/etc/hostname", 0)
 
 
 def test_local_does_not_join_a_running_cluster(cluster, tmp_path):

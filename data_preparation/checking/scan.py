@@ -26,7 +26,7 @@ from utils.data.sources import Source, open_source, sources_digest
 from utils.errors import InputError
 
 ROWS_PER_JOB = 128
-SCAN_VERSION = 2  # raise it when a check changes, so that no half of a scan is from another version
+SCAN_VERSION = 3  # raise it when a check changes, so that no half of a scan is from another version
 IMAGE_FIELDS = ["height", "width", "bytes", "hash", "pixels", "brightness", "colourfulness"]
 IMAGE_RECORD = np.dtype({"names": IMAGE_FIELDS, "formats": ["i4", "i4", "i8", "u8", "u8", "f4", "f4"]})
 ROW_RECORD = np.dtype([("original", IMAGE_RECORD), ("edited", IMAGE_RECORD), ("tokens", "i4"), ("prompt", "u8")])
@@ -108,15 +108,19 @@ def _scan(
         workers=WorkerSettings(num_workers),
         unit="row",
     )
+    own = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
         run(data_root=folder)
+        # Another check of the same data may have finished in the same folder: only one of them can take it.
+        own = Path(tempfile.mkdtemp(prefix=f"{digest}-", dir=folder.parent))
+        folder.rename(own / "scan")
     except (FolderInUse, OSError):
-        folder = Path(tempfile.mkdtemp(prefix="check-"))
-        run(data_root=folder)
-    for path in sorted((folder / "data").glob("*.parquet")):
+        own = own or Path(tempfile.mkdtemp(prefix="check-"))
+        run(data_root=own / "scan")
+    for path in sorted((own / "scan/data").glob("*.parquet")):
         yield from pq.read_table(path).to_pylist()
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(own, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,12 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
+from data_preparation.generation.shipping import FileServer, SentFiles, find_files_to_send, receive
 from utils.errors import InputError, first_line
 
 MAX_LOSSES = 3  # of workers in a row, without a result in between
@@ -111,15 +113,39 @@ def run_on_ray(
     num_gpus: per actor, may be a fraction.
     The results come back to this process, so that the cluster needs no shared disk. Raises InputError.
     """
-    with ray_cluster(address):
+    with ray_cluster(address), _serving_files(open_worker) as open_on_node:
         left = dict(jobs)
         for _ in range(MAX_RAY_ROUNDS):
-            for key, result in _run_ray_round(open_worker, left, num_workers, num_gpus):
+            for key, result in _run_ray_round(open_on_node, left, num_workers, num_gpus):
                 if left.pop(key, None) is not None:
                     yield key, result
             if not left:
                 return
     raise InputError(f"--ray {address}: the cluster lost {len(left)} jobs; run the same command again to resume")
+
+
+@contextmanager
+def _serving_files(open_worker: Callable[[int], Work]) -> Iterator[Callable[[int], Work]]:
+    """A worker that first fetches the files of functions and models that its node lacks, from an actor on this one."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    sent = find_files_to_send(getattr(open_worker, "args", ()))
+    if not sent:
+        yield open_worker
+        return
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    server = ray.remote(FileServer).options(num_cpus=0, scheduling_strategy=here).remote(sent)
+    try:
+        yield partial(_open_on_node, open_worker, sent, server)
+    finally:
+        ray.kill(server)
+
+
+def _open_on_node(open_worker: Callable, sent: list[SentFiles], server: Any, rank: int) -> Work:
+    import ray
+
+    return receive(open_worker, sent, lambda path, offset: ray.get(server.read.remote(path, offset)))(rank)
 
 
 class _RayWorker:

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,8 @@ def load_function(flag: str, spec: str) -> Callable[..., Any]:
     _, file, name = _split(spec)
     module_spec = importlib.util.spec_from_file_location(f"user_{Path(file).stem}", file)
     module = importlib.util.module_from_spec(module_spec)
+    if (folder := str(Path(file).absolute().parent)) not in sys.path:
+        sys.path.append(folder)  # for the modules beside it; last, so that they hide no others
     try:
         module_spec.loader.exec_module(module)
         function = getattr(module, name)
