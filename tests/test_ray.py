@@ -14,10 +14,15 @@ from pathlib import Path
 import psutil
 import pytest
 
+from data_preparation import generate_captions, generate_pairs
 from data_preparation.generation import shipping
+from data_preparation.generation.generation_flags import choose_workers
 from data_preparation.pairs.models import ModelChoice
+from tests.chat_server import chat_server
 from tests.killing import rows_of
 from tests.runs import REPOSITORY
+from tests.test_captions_server import CAPTIONS, flags_of
+from utils.errors import InputError
 
 pytest.importorskip("ray", reason="Ray is not installed")
 FLAGS = ("--dataset_id=assets/photos", "--task=denoise", "--max_num_samples=12", "--resolution=64", "--num_workers=2")
@@ -92,6 +97,33 @@ def test_relative_paths_are_found_by_workers(cluster, tmp_path):
     result = generate(cluster[0], tmp_path / "pairs", *flags, folder=tmp_path)
     assert result.returncode == 0, result.stderr
     assert rows_of(tmp_path / "pairs")
+
+
+def test_actors_share_a_rate_limit(cluster, tmp_path):
+    """Both ask a server of language models; their rows are those of one process."""
+    home, address = cluster
+    captions = tmp_path / "captions.txt"
+    captions.write_text(os.linesep.join(CAPTIONS))
+    with chat_server() as server:
+        for name, flags in (("one", ()), ("ray", (f"--ray={address}", "--num_workers=2"))):
+            server.requests.clear()
+            limited = flags_of(captions, server.url, tmp_path / name, "--requests_per_minute=600", *flags)
+            command = [sys.executable, "data_preparation/generate_captions.py", *limited]
+            result = subprocess.run(command, cwd=REPOSITORY, env=environment(home), capture_output=True, text=True)
+            assert result.returncode == 0, result.stderr
+            times = sorted(request.time for request in server.requests)
+            assert times[-1] - times[0] >= (len(times) - 2) * 60 / 600 * 0.9  # each starts with one request
+    assert rows_of(tmp_path / "ray") == rows_of(tmp_path / "one")
+    without_number = flags_of(captions, "http://127.0.0.1:9", tmp_path / "x", "--requests_per_minute=6", "--ray=local")
+    with pytest.raises(InputError, match="give --num_workers, which share the limit evenly"):
+        generate_captions.check_flags(generate_captions.parse_flags(without_number))
+
+
+@pytest.mark.parametrize("flags, expected", [((), 1.0), (("--device=cpu",), 0.0), (("--gpus_per_worker=0.5",), 0.5)])
+def test_gpus_of_an_actor(flags, expected):
+    """Models on the CPU ask for none: without this, Ray would wait for a GPU for ever."""
+    args = generate_pairs.parse_flags(["--prompts=x.jsonl", "--data_root=out", "--ray=local", *flags])
+    assert choose_workers(args, needs_gpu=args.device != "cpu").gpus_per_worker == expected
 
 
 @pytest.mark.skipif(not can_hide(), reason="no right to hide a folder from a process")
