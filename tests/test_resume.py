@@ -7,9 +7,11 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +20,8 @@ from diffusers import UNet2DConditionModel
 from tests.pairs import save_pairs
 from tests.runs import ACCELERATE, TORCHRUN, losses_of, run, start, training_flags, weights_of
 from utils import atomic_files
+from utils.errors import InputError
+from utils.training.checkpoint_writer import CheckpointWriter
 from utils.training.checkpoints import Progress, find_damage, list_checkpoints, save_checkpoint, save_trained
 
 SCRIPT = "train_instruct_pix2pix.py"
@@ -258,3 +262,30 @@ def test_a_script_ends_with_its_launcher(tmp_path):
     assert process.stdout.readline() == b"ready\n"
     process.kill()
     assert process.stdout.read() == b""  # returns only when the child, which holds the pipe, has died
+
+
+def test_a_checkpoint_in_the_background_is_of_its_own_step(monkeypatch):
+    """Training changes the weights meanwhile; the error of a checkpoint is raised at the next one, or at the end."""
+    weights, seen, may_write = {"unet": {"weight": torch.zeros(3)}}, [], threading.Event()
+
+    def write(progress: Progress, content: dict) -> None:
+        may_write.wait()
+        seen.append((progress.global_step, content["unet"]["weight"].tolist()))
+        if progress.global_step == 2:
+            raise InputError("a full disk")
+
+    writer, progress = CheckpointWriter(), Progress(global_step=1)
+    writer.submit(write, progress, weights, in_background=True)
+    weights["unet"]["weight"] += 1
+    progress.global_step = 2
+    assert seen == []
+    may_write.set()
+    writer.submit(write, progress, weights, in_background=True)
+    with pytest.raises(InputError, match="a full disk"):
+        writer.wait()
+    assert seen == [(1, [0, 0, 0]), (2, [1, 1, 1])]
+    memory = SimpleNamespace(available=0)
+    monkeypatch.setattr("utils.training.checkpoint_writer.psutil.virtual_memory", lambda: memory)
+    progress.global_step = 3
+    writer.submit(write, progress, weights, in_background=True)  # no memory for a copy: written at once
+    assert seen[2:] == [(3, [1, 1, 1])]

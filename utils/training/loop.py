@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,10 @@ from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from utils.errors import InputError
+from utils.models.adapters import has_adapter
 from utils.runtime import StopSignal, peak_process_memory
 from utils.training.agreement import StopAgreement
+from utils.training.checkpoint_writer import CheckpointWriter
 from utils.training.checkpoints import (
     Progress,
     load_training_state,
@@ -61,23 +64,33 @@ class TrainingState:
     lr_scheduler: torch.optim.lr_scheduler.LRScheduler
     progress: Progress
     num_skipped_in_a_row: int = 0
+    writer: CheckpointWriter = field(default_factory=CheckpointWriter)
 
     @property
     def fused_backward(self) -> FusedBackward | None:
         """The optimizer inside accelerate's wrapper, if it updates the weights during the backward pass."""
         return self.optimizer.optimizer if isinstance(self.optimizer.optimizer, FusedBackward) else None
 
-    def save(self, output_dir: Path, limit: int | None) -> None:
-        """Write a checkpoint, in the main process; see `save_checkpoint`. Every process calls it."""
+    def save(self, output_dir: Path, limit: int | None, in_background: bool = False) -> None:
+        """Write a checkpoint, in the main process; see `save_checkpoint`. Every process calls it.
+
+        in_background: may return before it is written; `writer.wait` waits for it.
+        """
         if not self.accelerator.is_main_process:
             return
-        models = {"unet": lambda folder: save_trained(folder, self.model)}
+        is_whole = not has_adapter(self.model)  # an adapter is small, and is read from the model
+        weights = {"unet": self.model.state_dict() if is_whole else None}
         if self.ema:
-            models["unet_ema"] = lambda folder: save_trained(folder, self.model, self.ema.state_dict())
+            weights["unet_ema"] = self.ema.state_dict()
         state = {"optimizer": self.optimizer.state_dict(), "lr_scheduler": self.lr_scheduler.state_dict()}
         if self.accelerator.scaler:
             state["scaler"] = self.accelerator.scaler.state_dict()
-        save_checkpoint(output_dir, self.progress, models, state, limit)
+
+        def write(progress: Progress, weights: dict, state: dict) -> None:
+            models = {name: partial(save_trained, unet=self.model, weights=weights[name]) for name in weights}
+            save_checkpoint(output_dir, progress, models, state, limit)
+
+        self.writer.submit(write, self.progress, weights, state, in_background=in_background and is_whole)
 
     def load(self, checkpoint: Path) -> None:
         """Load what `save` wrote, also in a sharded run. Raises `InputError` for the checkpoint of another model."""
@@ -206,12 +219,14 @@ def fit(
             if not should_stop:  # a signal leaves little time; a resumed run validates this step
                 on_step(progress.global_step)
             if is_checkpoint or should_stop:
-                state.save(output_dir, options.checkpoints_total_limit)
+                is_more = not (should_stop or is_last)
+                state.save(output_dir, options.checkpoints_total_limit, in_background=is_more)
             if should_stop:
                 break
             if not metrics.losses:
                 metrics.start_time = time.monotonic()  # do not count validation and checkpoints
         agreement.close()
+        state.writer.wait()
         accelerator.wait_for_everyone()
     return stop.exit_code if progress.global_step < options.max_train_steps else 0
 

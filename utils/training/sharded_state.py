@@ -17,8 +17,8 @@ from utils.training.sharding import free_gathered, gather, make_whole_unet, put_
 class ShardedState(TrainingState):
     """The training state of a run whose weights are divided: `unet` and `model` are the same object."""
 
-    def save(self, output_dir: Path, limit: int | None) -> None:
-        """Write a checkpoint, each process its part."""
+    def save(self, output_dir: Path, limit: int | None, in_background: bool = False) -> None:
+        """Write a checkpoint, each process its part; not in the background."""
         free_gathered(self.model)
         optimizer = self.optimizer.optimizer
         state = {"optimizer": {"param_groups": optimizer.state_dict()["param_groups"]}}
