@@ -33,15 +33,17 @@ def follow(average: MovingAverage, model: torch.nn.Module, num_steps: int = 30) 
 
 @DEVICES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("decay", [0.9999, 0.5, 0.0])
-def test_the_formula(decay: float, dtype: torch.dtype, device: str | None) -> None:
+@pytest.mark.parametrize("decay, interval", [(0.9999, 1), (0.9999, 7), (0.5, 1), (0.0, 1)])
+def test_the_formula(decay: float, interval: int, dtype: torch.dtype, device: str | None) -> None:
     model = make_model(dtype)
-    average = MovingAverage(model, decay, device)
+    average = MovingAverage(model, decay, device, interval)
     expected = {name: value.detach().double() for name, value in model.named_parameters()}
     for step in range(1, 61):
         move(model, step)
         average.update(model, step)
-        kept = min(decay, (1 + step) / (10 + step))
+        if step % interval:
+            continue
+        kept = min(decay, (1 + step) / (10 + step)) ** interval
         for name, value in model.named_parameters():
             expected[name] = kept * expected[name] + (1 - kept) * value.detach().double()
     state = average.state_dict()

@@ -39,6 +39,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("--mixed_precision=fp16", "--use_ema", "--gradient_checkpointing"),
         ("--mixed_precision=bf16",),
         ("--allow_tf32",),
+        ("--no_tf32",),
         ("--use_8bit_adam",),
         ("--cache_latents", "--center_crop"),
         ("--mixed_precision=fp16", "--enable_xformers_memory_efficient_attention"),

@@ -11,7 +11,9 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDIMScheduler, PNDMScheduler, UNet2DConditionModel
 
+from tests.tiny import make_components
 from utils.errors import InputError
+from utils.models import latents
 from utils.models.stable_diffusion import (
     Configs,
     ModelOptions,
@@ -164,3 +166,16 @@ def test_scale_lr_multiplies_by_the_samples_per_step() -> None:
     parameters = [torch.nn.Parameter(torch.zeros(1))]
     options = OptimizationOptions(learning_rate=1e-5, scale_lr=True)
     assert make_optimizer(parameters, options, samples_per_step=24).param_groups[0]["lr"] == pytest.approx(2.4e-4)
+
+
+def test_images_are_encoded_in_slices(tmp_path, monkeypatch):
+    """At most so many pixels at a time, with the moments of encoding all at once."""
+    vae, sizes = make_components(tmp_path)["vae"], []
+    pixels = torch.randint(0, 256, (5, 3, 32, 48), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    whole, encode = latents.encode_moments(vae, pixels), vae.encode
+    monkeypatch.setattr(vae, "encode", lambda images: sizes.append(len(images)) or encode(images))
+    monkeypatch.setattr(latents, "MAX_ENCODED_PIXELS", 2 * 32 * 48)
+    torch.testing.assert_close(latents.encode_moments(vae, pixels), whole, rtol=0, atol=1e-5)
+    monkeypatch.setattr(latents, "MAX_ENCODED_PIXELS", 1)
+    latents.encode_moments(vae, pixels[:2])
+    assert sizes == [2, 2, 1, 1, 1]

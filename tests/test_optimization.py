@@ -16,6 +16,7 @@ from torch import nn
 
 from tests.tiny import make_components
 from utils.training.flags import OPTIMIZERS
+from utils.training.loop import DataWait
 from utils.training.memory_saving import FusedBackward
 from utils.training.optimizer_checks import find_optimizer_problems
 from utils.training.optimizers import (
@@ -509,3 +510,16 @@ def test_every_choice_of_the_command_line_has_its_optimizer() -> None:
         "prodigy": "Prodigy",
         "schedulefree_adamw": "AdamWScheduleFree",
     }
+
+
+def test_waiting_for_data_is_reported_once(caplog):
+    """Not for the first log entry, in which the loader's processes start, and only after a minute."""
+    wait = DataWait()
+    wait.add(50, 60)
+    for _ in range(5):
+        wait.add(4, 20)
+    assert caplog.text.count("20 % of the time passes waiting for data: raise --dataloader_num_workers") == 1
+    quick = DataWait()
+    for _ in range(9):
+        quick.add(1, 20)
+    assert caplog.text.count("waiting for data") == 1

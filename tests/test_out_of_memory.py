@@ -50,5 +50,5 @@ def test_other_errors_stay_and_a_killed_worker_is_named() -> None:
     with pytest.raises(RuntimeError, match="shape"), explaining_out_of_memory(settings()):
         raise RuntimeError("shape mismatch")
     flags = settings("--dataloader_num_workers=4")
-    with pytest.raises(InputError, match="lower --dataloader_num_workers 4"), explaining_out_of_memory(flags):
+    with pytest.raises(InputError, match=r"lower --dataloader_num_workers \(now 4\)"), explaining_out_of_memory(flags):
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")

@@ -62,7 +62,7 @@ DIFFUSERS_DEFAULTS = {
     "allow_tf32": False,
     "use_ema": False,
     "non_ema_revision": None,
-    "dataloader_num_workers": 0,
+    "dataloader_num_workers": None,  # chosen for the machine
     "adam_beta1": 0.9,
     "adam_beta2": 0.999,
     "adam_weight_decay": 0.01,

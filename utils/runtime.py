@@ -21,6 +21,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # How long processes wait for each other while one downloads a model, encodes prompts or writes a checkpoint: PyTorch's
 # own ten minutes would end the run.
 WAITING = timedelta(hours=4)
+AMPERE = (8, 0)  # compute capability from which GPUs have TF32
 UNSUPPORTED = ("Megatron_LM", "Parallelism_Config")
 TRACKER_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "comet_ml": "comet_ml", "trackio": "trackio"}
 
@@ -52,6 +53,7 @@ class MachineOptions:
 
     mixed_precision: str | None = None
     allow_tf32: bool = False
+    no_tf32: bool = False
     enable_xformers_memory_efficient_attention: bool = False
     report_to: str = "tensorboard"
     output_dir: str = "instruct-pix2pix-model"
@@ -81,7 +83,7 @@ def start_accelerator(options: MachineOptions, needs_cpu_group: bool = False) ->
         ],
     )
     accelerator.gradient_accumulation_steps = 1  # accelerate's own setting would divide the loss once more
-    if options.allow_tf32:
+    if torch.cuda.is_available() and torch.cuda.get_device_capability() >= AMPERE and not options.no_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     return accelerator
@@ -120,6 +122,8 @@ def _find_machine_problems(options: MachineOptions) -> list[str]:
         )
     if options.allow_tf32 and not has_gpu:
         problems.append("--allow_tf32 needs a GPU, and this machine has no GPU: drop the flag")
+    if options.allow_tf32 and options.no_tf32:
+        problems.append("--allow_tf32, which is the default, and --no_tf32 exclude each other: drop one of them")
     return problems
 
 

@@ -10,12 +10,18 @@ from diffusers import AutoencoderKL
 from utils.errors import InputError
 
 LATENT_CHANNELS = 4
+MAX_ENCODED_PIXELS = 4 << 20  # of the images that the VAE encodes at a time, which needs 2.7 GB for each million
 EDITOR_CHANNELS = 8  # inputs of an editor's UNet: the noisy latents and the latents of the original image
 
 
 @torch.no_grad()
 def encode_moments(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     """uint8 pixels (B, 3, H, W) => mean and log variance of the posterior, float32 (B, 2C, h, w)."""
+    num_images = max(1, MAX_ENCODED_PIXELS // (pixels.shape[-2] * pixels.shape[-1]))
+    return torch.cat([_encode_slice(vae, images) for images in pixels.split(num_images)])
+
+
+def _encode_slice(vae: AutoencoderKL, pixels: torch.Tensor) -> torch.Tensor:
     scaled = pixels.to(vae.device, torch.float32).div_(127.5).sub_(1.0)
     with torch.autocast(vae.device.type, enabled=False):  # the VAE has a dtype of its own
         return vae.encode(scaled.to(vae.dtype)).latent_dist.parameters.float()

@@ -133,7 +133,8 @@ def make_training_state(
         if accelerator.device.type == "cuda":
             unet.to(memory_format=torch.channels_last)
             make_adapter_contiguous(unet)
-    ema = MovingAverage(unet, settings.run.ema_decay, settings.run.ema_device) if settings.run.use_ema else None
+    run = settings.run
+    ema = MovingAverage(unet, run.ema_decay, run.ema_device, run.ema_update_interval) if run.use_ema else None
     parameters = [value for value in unet.parameters() if value.requires_grad]
     optimizer = make_optimizer(parameters, settings.optimization, plan.samples_per_step)
     lr_schedule = make_lr_schedule(optimizer, settings.optimization, plan.max_train_steps)

@@ -12,16 +12,17 @@ CHUNK_BYTES = 64 << 20  # 16-bit weights are converted to float32 in chunks of t
 class MovingAverage:
     """Float32 moving average of the parameters that require gradients: all of them, or those of an adapter.
 
-    The decay of update n is min(decay, (1 + n) / (10 + n)), so that a short run does not average its start.
+    The decay of step n is min(decay, (1 + n) / (10 + n)), so that a short run does not average its start. With an
+    interval of N steps, it is updated after every N-th one, with that decay to the power of N.
 
     device: None keeps the average on the model's device. "cpu" saves GPU memory: an update copies the weights to the
     CPU, in order with the GPU's other work, and a thread averages the copies while training continues.
     """
 
-    def __init__(self, model: torch.nn.Module, decay: float, device: str | None = None) -> None:
+    def __init__(self, model: torch.nn.Module, decay: float, device: str | None = None, interval: int = 1) -> None:
         if device not in (None, "cpu"):
             raise ValueError(f"device is {device!r}; it must be None (the model's device) or 'cpu'")
-        self.decay = decay
+        self.decay, self.interval = decay, interval
         live = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
         self._weights = {
             name: value.to(device=device or value.device, dtype=torch.float32, copy=True)
@@ -31,11 +32,13 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, model: torch.nn.Module, step: int) -> None:
-        """ema += (1 - decay) (weights - ema), after optimizer step `step`, from 1 on.
+        """ema += (1 - decay) (weights - ema), after optimizer step `step`, from 1 on, if it is due.
 
         On the CPU it returns while the copies are still under way; it waits only for the previous update.
         """
-        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        if step % self.interval:
+            return
+        weight = 1 - min(self.decay, (1 + step) / (10 + step)) ** self.interval
         live, averages = list(self._live(model).values()), list(self._weights.values())
         if self._worker:
             self._worker.start(averages, live, weight)

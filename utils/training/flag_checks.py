@@ -120,8 +120,13 @@ def _model_conflicts(args: argparse.Namespace) -> Iterator[str]:
             f"{' and '.join(changes)} changes the scheduler, which an adapter does not contain; give --merge_adapter "
             "too, which publishes the whole pipeline"
         )
-    if args.ema_device and not args.use_ema:
-        yield "--ema_device needs --use_ema; give both or neither"
+    ema = [
+        flag
+        for flag, given in (("--ema_device", args.ema_device), ("--ema_update_interval", args.ema_update_interval > 1))
+        if given
+    ]
+    if ema and not args.use_ema:
+        yield f"{' and '.join(ema)} needs --use_ema; give both or neither"
     if (args.vae_revision or args.vae_variant) and not args.pretrained_vae_model_name_or_path:
         yield "--vae_revision and --vae_variant need --pretrained_vae_model_name_or_path; give it too"
     if args.gradient_checkpointing and args.gradient_checkpointing_blocks:

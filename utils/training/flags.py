@@ -125,7 +125,8 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--random_flip", action="store_true", help="mirror half of the pairs, never 'left'/'right' edits"
     )
-    group.add_argument("--dataloader_num_workers", type=int, default=0, help="number of data loading processes")
+    workers = "number of data loading processes (default: one for each core, at most 8, on a GPU; none on the CPU)"
+    group.add_argument("--dataloader_num_workers", type=int, metavar="N", help=workers)
     cache = (
         "encode all images once and keep their latents in output_dir/latent-cache; needs --center_crop or "
         "--resize_mode squash"
@@ -178,6 +179,8 @@ def _add_optimization(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--use_ema", action="store_true", help="average the weights (EMA) and publish the average")
     group.add_argument("--ema_decay", type=float, default=0.9999, help="decay of the EMA; warms up as (1+n)/(10+n)")
+    interval = "update the EMA after every N-th step, with the decay to the power of N"
+    group.add_argument("--ema_update_interval", type=int, default=1, metavar="N", help=interval)
 
 
 def _add_adapter(parser: argparse.ArgumentParser) -> None:
@@ -206,7 +209,8 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("precision and memory")
     precision = "mixed precision (default: accelerate's setting)"
     group.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help=precision)
-    group.add_argument("--allow_tf32", action="store_true", help="use TF32 on Ampere and newer GPUs")
+    group.add_argument("--allow_tf32", action="store_true", help="use TF32 on Ampere and newer GPUs: the default")
+    group.add_argument("--no_tf32", action="store_true", help="multiply float32 matrices exactly on those GPUs")
     group.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
     blocks = "recompute only these blocks, such as down_blocks.0 up_blocks.3"
     group.add_argument("--gradient_checkpointing_blocks", nargs="+", metavar="BLOCK", help=blocks)

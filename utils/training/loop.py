@@ -1,5 +1,6 @@
 """The training loop: accumulate, update, log, validate, checkpoint."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -34,6 +35,9 @@ from utils.training.objective import Objective
 from utils.training.optimizers import averaged_weights, restore_paging
 from utils.training.training_log import append_log
 
+logger = logging.getLogger(__name__)
+# The share of time that may pass waiting for data, and the seconds after which it is judged, once in a run.
+MAX_WAITING, JUDGED_AFTER = 0.1, 60.0
 MAX_SKIPPED = 100  # the scaler halves its scale each time: 65536 becomes smaller than any gradient needs after 40
 
 
@@ -131,6 +135,32 @@ class TrainingState:
 
 
 @dataclass
+class DataWait:
+    """How long a run has waited for data, since its first log entry: the loader's processes start before it."""
+
+    waited: float = 0.0
+    elapsed: float = 0.0
+    has_started: bool = False
+    is_judged: bool = False
+
+    def add(self, waited: float, elapsed: float) -> None:
+        """Add the time of a log entry; warn once where the share is large."""
+        if not self.has_started or self.is_judged:
+            self.has_started = True
+            return
+        self.waited, self.elapsed = self.waited + waited, self.elapsed + elapsed
+        if self.elapsed < JUDGED_AFTER:
+            return
+        self.is_judged = True
+        if self.waited > MAX_WAITING * self.elapsed:
+            logger.warning(
+                "%.0f %% of the time passes waiting for data: raise --dataloader_num_workers, or encode the images "
+                "once with --cache_latents",
+                100 * self.waited / self.elapsed,
+            )
+
+
+@dataclass
 class RunningMetrics:
     """Metrics of the steps since the last log entry; losses and norms stay on the device until then."""
 
@@ -138,6 +168,7 @@ class RunningMetrics:
     grad_norms: list[torch.Tensor] = field(default_factory=list)
     rows: list[list[str]] = field(default_factory=list)  # of each micro-batch
     num_samples: int = 0
+    waiting: float = 0.0  # seconds in which the loader had no batch ready
     num_skipped: int = 0  # updates that the gradient scaler skipped
     start_time: float = field(default_factory=time.monotonic)
 
@@ -150,6 +181,7 @@ class RunningMetrics:
         return skipped | {
             "loss": accelerator.reduce(losses.mean(), "mean").item(),
             "grad_norm": norms[-1].item(),
+            "data_wait": self.waiting / max(elapsed, 1e-9),
             "samples_per_second": self.num_samples * accelerator.num_processes / max(elapsed, 1e-9),
             "peak_memory_gb": peak_memory_gb(),
         }
@@ -189,6 +221,7 @@ def fit(
     resumed run also with the step of the checkpoint.
     """
     accelerator, progress, metrics = state.accelerator, state.progress, RunningMetrics()
+    data_wait = DataWait(is_judged=not accelerator.is_main_process)
     if progress.global_step:
         on_step(progress.global_step)
     bar = tqdm(
@@ -215,6 +248,7 @@ def fit(
             should_stop = agreement.should_stop()
             if is_logged or should_stop:
                 log_metrics(state, metrics, output_dir, bar)
+                data_wait.add(metrics.waiting, time.monotonic() - metrics.start_time)
                 metrics = RunningMetrics()
             if not should_stop:  # a signal leaves little time; a resumed run validates this step
                 on_step(progress.global_step)
@@ -244,7 +278,9 @@ def train_step(
     # An adapter's dropout uses torch's generator: seeded by step and process, it does not depend on resuming.
     seed_torch(state.progress, salt=1 + accelerator.process_index)
     for micro_step in range(options.gradient_accumulation_steps):
+        started = time.monotonic()
         batch = next(batches)
+        metrics.waiting += time.monotonic() - started
         on_batch(batch)
         is_last = micro_step == options.gradient_accumulation_steps - 1
         # Processes average their gradients once per step, with the last micro-batch.

@@ -17,9 +17,11 @@ def explaining_out_of_memory(settings: Settings) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         message = str(error).lower()
         if WORKER_KILLED in message and "killed" in message:
+            given = settings.data.dataloader_num_workers
+            workers = "one for each core, at most 8" if given is None else given
             raise InputError(
-                "a data loading process was killed, probably for want of memory: lower --dataloader_num_workers "
-                f"{settings.data.dataloader_num_workers} or --train_batch_size. Earlier checkpoints are kept"
+                "a data loading process was killed, probably for want of memory: give a lower "
+                f"--dataloader_num_workers (now {workers}) or --train_batch_size. Earlier checkpoints are kept"
             ) from error
         if not is_out_of_memory(error):
             raise

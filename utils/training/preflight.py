@@ -223,6 +223,7 @@ def describe_run(
     fixed = asdict(settings.geometry) | asdict(settings.objective) | asdict(settings.optimization)
     fixed |= {name: value for name, value in asdict(settings.adapter).items() if name != "merge_adapter"}
     fixed |= {"use_ema": settings.run.use_ema, "ema_decay": settings.run.ema_decay}
+    fixed["ema_update_interval"] = settings.run.ema_update_interval
     fixed |= {"max_grad_norm": settings.loop.max_grad_norm, "mixed_precision": accelerator.mixed_precision}
     fixed |= {"validation_split": settings.data.validation_split, "seed": seed}
     fixed["validation_samples"] = settings.data.validation_samples

@@ -1,5 +1,6 @@
 """The running session: what the checks found, the models, and the batches."""
 
+import os
 from collections.abc import Generator
 from dataclasses import dataclass, replace
 
@@ -15,6 +16,7 @@ from utils.training.preflight import RunPlan
 from utils.training.settings import Settings
 
 Batches = Generator[dict, None, None]
+MAX_DEFAULT_WORKERS = 8
 MAX_WORKERS = 2  # of the held-out rows: they are few, and workers start anew at every validation
 
 
@@ -32,6 +34,16 @@ class TrainingSession:
     def accelerator(self) -> Accelerator:
         return self.state.accelerator
 
+    @property
+    def num_workers(self) -> int:
+        """Data loading processes of each process: of the flag, or as many as its cores feed a GPU with."""
+        given = self.settings.data.dataloader_num_workers
+        if given is not None or self.accelerator.device.type != "cuda":
+            return given or 0
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        on_this_machine = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return min(MAX_DEFAULT_WORKERS, max(1, cores // on_this_machine))
+
     def training_batches(self) -> Batches:
         """The endless stream of this process's micro-batches, from the current progress on."""
         settings, plan = self.settings, self.plan
@@ -47,7 +59,7 @@ class TrainingSession:
             **self._loader_settings(),
             cache=cache,
             start_batch=plan.progress.draws // (settings.data.train_batch_size * self.accelerator.num_processes),
-            num_workers=settings.data.dataloader_num_workers,
+            num_workers=self.num_workers,
         )
         return iter(loader)
 
@@ -60,7 +72,7 @@ class TrainingSession:
         if self.settings.data.cache_latents:
             folder = (self.settings.output_dir, rows, sources_digest(rows), geometry, self.parts.vae)
             cache = make_latent_cache(self.accelerator, *folder)
-        workers = min(MAX_WORKERS, self.settings.data.dataloader_num_workers)
+        workers = min(MAX_WORKERS, self.num_workers)
         return iter(make_loader(rows, geometry, **self._loader_settings(), cache=cache, num_workers=workers))
 
     def _loader_settings(self) -> dict:

@@ -30,7 +30,7 @@ class DataOptions:
     validation_split: float = 0.0
     validation_samples: int | None = None
     cache_dir: str | None = None
-    dataloader_num_workers: int = 0
+    dataloader_num_workers: int | None = None
     train_batch_size: int = 16
     cache_latents: bool = False
 
@@ -51,6 +51,7 @@ class RunOptions:
     vae_precision: str | None = None
     use_ema: bool = False
     ema_decay: float = 0.9999
+    ema_update_interval: int = 1
     ema_device: str | None = None
     val_image_url: list[str] | None = None
     validation_prompt: list[str] | None = None
