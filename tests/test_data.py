@@ -10,12 +10,14 @@ from itertools import islice
 
 import datasets
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image
 
 from tests.pairs import encode, make_image, make_rows, make_source
-from utils.data.batches import make_loader
+from tests.runs import ENVIRONMENT, REPOSITORY
+from utils.data.batches import _prepare_worker, make_loader
 from utils.data.columns import DEFAULT_COLUMNS
 from utils.data.draws import DrawOrder, sample_draws
 from utils.data.geometry import Geometry
@@ -393,3 +395,31 @@ def test_bad_rows_are_counted_once_and_stop_the_run_over_the_limit(caplog: pytes
     stream.add([(f"train[stream {index}]", "x") for index in range(20)], num_drawn=2000)
     with pytest.raises(InputError, match="--max_bad_rows is -1"):
         BadRowLimit(-1, 5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a signal of Linux")
+def test_workers_end_with_a_killed_process(tmp_path):
+    """Also those that had not started yet, which PyTorch's own watch does not notice."""
+    code = (
+        "import psutil, time\n"
+        "from tests.pairs import make_source\n"
+        "from utils.data.geometry import Geometry\n"
+        "from utils.data.batches import make_loader\n"
+        "sizes = dict(latent_channels=4, vae_scale_factor=8, num_train_timesteps=10, rank=0, world_size=1)\n"
+        "sizes |= dict(seed=0, batch_size=2, num_workers=2)\n"
+        "batches = iter(make_loader([make_source(8)], Geometry(resolution=32), **sizes))\n"
+        "next(batches)\n"
+        "print(*[child.pid for child in psutil.Process().children(recursive=True)], flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, env=ENVIRONMENT, stdout=subprocess.PIPE)
+    workers = [psutil.Process(int(pid)) for pid in process.stdout.readline().split()]
+    assert len(workers) >= 2
+    process.kill()
+    process.wait()
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
+    child = os.fork()
+    if child == 0:
+        _prepare_worker(-1, 0)  # a worker that starts when the process that made it is gone
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1

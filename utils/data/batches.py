@@ -32,6 +32,7 @@ from utils.data.samples import (
 from utils.data.sources import Source
 from utils.data.streaming import StreamedBatches, check_streamable
 from utils.errors import InputError
+from utils.parent_process import signal_when_parent_dies
 from utils.pixels import BadRow, peek_size
 
 
@@ -207,7 +208,7 @@ class BatchLoader(DataLoader):
             collate_fn=_identity,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # otherwise starting the loader draws from torch's global generator
-            worker_init_fn=_ignore_stop_signals,
+            worker_init_fn=partial(_prepare_worker, os.getpid()),
         )
 
     def __iter__(self) -> Iterator[dict]:
@@ -221,15 +222,19 @@ def _identity(batch: dict) -> dict:
     return batch
 
 
-def _ignore_stop_signals(_worker: int) -> None:
+def _prepare_worker(parent: int, _worker: int) -> None:
     """Ctrl-C and a launcher's SIGTERM reach all processes, but the current step still needs its workers.
 
-    A SIGTERM from the training process itself ends a worker.
+    A SIGTERM from the training process itself ends a worker, and so does the end of that process: PyTorch's own watch
+    never notices a parent that was killed before the worker had started.
     """
+    signal_when_parent_dies(signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_exit_on_sigterm_of, args=(os.getppid(),), daemon=True).start()
+        threading.Thread(target=_exit_on_sigterm_of, args=(parent,), daemon=True).start()
 
 
 def _exit_on_sigterm_of(parent: int) -> None:

@@ -5,13 +5,12 @@ wrong model, ours differs and the help says so. Nothing heavy is imported here.
 """
 
 import argparse
-import ctypes
 import os
 import signal
-import sys
 
 from utils.cli import DefaultsHelpFormatter, FlagParser
 from utils.errors import InputError
+from utils.parent_process import signal_when_parent_dies
 from utils.quiet import quiet_libraries
 from utils.settings_file import add_config_flag
 from utils.training.flag_checks import find_flag_problems
@@ -19,7 +18,6 @@ from utils.training.flag_checks import find_flag_problems
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "adafactor", "prodigy", "schedulefree_adamw")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "all", "none")
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def parse_training_flags(argv: list[str] | None, description: str, family: str = "sd") -> argparse.Namespace:
@@ -60,8 +58,8 @@ def follow_launcher() -> None:
     it writes a checkpoint and stops.
     """
     is_launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
-    if sys.platform == "linux" and is_launched:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if is_launched:
+        signal_when_parent_dies(signal.SIGTERM)
 
 
 def check_num_processes() -> None:
