@@ -81,6 +81,19 @@ def test_embeddings_do_not_depend_on_batch_or_cache(encoder, pipeline) -> None:
     assert not together.hidden.requires_grad
 
 
+@pytest.mark.parametrize("caches", [True, False])
+def test_batches_of_one_shape(encoder, pipeline, caches) -> None:
+    """As in training on a GPU: the embeddings are those of one prompt at a time up to rounding, and repeatable."""
+    batched = make_prompt_encoder(pipeline)
+    batched.batch_size, batched.caches = 4, caches
+    prompts = [*PROMPTS, PROMPTS[0]]
+    together, expected = batched(prompts), encoder(prompts)
+    assert are_equal(together, batched(prompts))
+    for one, other in zip(together, expected, strict=True):
+        assert one is other is None or torch.allclose(one, other, rtol=0, atol=1e-5)
+    assert bool(batched._cache) == caches and batched.truncated == encoder.truncated
+
+
 def size_of(embeds: PromptEmbeds) -> int:
     return sum(value.nbytes for value in embeds if value is not None)
 
@@ -100,7 +113,7 @@ def test_small_cache_gives_equal_embeddings(encoder, pipeline, monkeypatch) -> N
 def count_encodings(encoder: PromptEncoder, monkeypatch) -> list[str]:
     encoded = []
     real = encoder._encode
-    monkeypatch.setattr(encoder, "_encode", lambda prompt: encoded.append(prompt) or real(prompt))
+    monkeypatch.setattr(encoder, "_encode", lambda prompts: encoded.extend(prompts) or real(prompts))
     return encoded
 
 

@@ -215,7 +215,7 @@ def test_time_ids_of_buckets_and_of_given_crops(tiny_sdxl, shapes, tmp_path, mon
 def test_each_prompt_is_encoded_once_before_the_first_step(tiny_sdxl, pairs, tmp_path, monkeypatch):
     """Afterwards the text encoders are not needed and leave the GPU."""
     encoded, moved, encode_one, encode_all = [], [], PromptEncoder._encode, PromptEncoder.encode_all
-    monkeypatch.setattr(PromptEncoder, "_encode", lambda self, p: encoded.append(p) or encode_one(self, p))
+    monkeypatch.setattr(PromptEncoder, "_encode", lambda self, p: encoded.extend(p) or encode_one(self, p))
 
     def encode_before_the_first_step(*prompts, **settings) -> bool:
         moved.append(len(encoded))

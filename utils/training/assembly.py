@@ -17,7 +17,7 @@ from diffusers import UNet2DConditionModel
 from utils.data.samples import BadRowLimit, list_prompts
 from utils.hub import redact
 from utils.models.adapters import add_adapter, cast_frozen, make_adapter_contiguous
-from utils.models.conditioning import make_prompt_encoder
+from utils.models.conditioning import GPU_BATCH, make_prompt_encoder
 from utils.models.quantization import quantize_linears
 from utils.models.stable_diffusion import Configs, StableDiffusion, load_stable_diffusion, widen_conv_in
 from utils.quiet import hide_progress_bars
@@ -96,10 +96,14 @@ def make_objective(accelerator: Accelerator, parts: StableDiffusion, plan: RunPl
         model.requires_grad_(False)
         model.to(accelerator.device, dtype=model_dtype)
     encode_prompts = make_prompt_encoder(parts)
+    if accelerator.device.type == "cuda":
+        encode_prompts.batch_size = GPU_BATCH
     if count_rows(plan.sources) is not None and not settings.run.dry_run:
         validation_prompts = (prompt for _, prompt in plan.validation_pairs)
         prompts = chain(*map(list_prompts, plan.sources + plan.held_out), validation_prompts)
         encode_prompts.encode_all(prompts, show_progress=accelerator.is_main_process)
+    elif accelerator.device.type == "cuda":
+        encode_prompts.caches = False  # of a stream, whose prompts are not known
     condition_scale = parts.vae.config.scaling_factor if parts.is_cosxl_edit else 1.0
     return Objective(parts.vae, encode_prompts, plan.schedule, settings.objective, condition_scale)
 
