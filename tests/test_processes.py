@@ -121,7 +121,7 @@ def test_no_shard_of_the_latent_cache_is_lost(tiny_editor, pairs, tmp_path, monk
         while rank and len(list(folder.glob("*/source-*"))) < 4:
             time.sleep(0.01)
         try:
-            cache = latent_cache.make_latent_cache(Rank(rank, barrier), tmp_path, [source], "data", geometry, vae)
+            cache = latent_cache.make_latent_cache(Rank(rank, barrier), folder, [source], "data", geometry, vae)
             for row in range(7):
                 if row != 3:  # a bad row of `save_pairs`, or not: reading it must not miss a file
                     cache.read(0, row, False)

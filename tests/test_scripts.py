@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,8 @@ import train_instruct_pix2pix
 from tests.hub_server import hub_server
 from tests.pairs import make_dataset, make_image, make_rows, save_pairs
 from tests.runs import ENVIRONMENT, REPOSITORY, WEIGHTS, losses_of, run, training_flags, weights_of
+from utils.data import latent_cache
+from utils.data.geometry import Geometry, prepare_pair
 from utils.training.checkpoints import list_checkpoints
 from utils.training.flags import parse_training_flags
 from utils.training.objective import Objective
@@ -321,6 +324,39 @@ def test_training_with_cached_latents(tiny_base, pairs, tmp_path):
     moved = max((live[name] - start[name]).abs().max() for name in live if "conv_in" not in name)
     assert max((live[name] - cached[name]).abs().max() for name in live) < 0.01 * moved
     assert list((tmp_path / "cached/latent-cache").glob("*/source-0-00000.safetensors"))
+
+
+def test_a_latent_cache_for_several_runs(tiny_base, pairs, tmp_path, monkeypatch, capsys):
+    """A second run with other settings encodes no image; a disk without room for the latents is noticed before."""
+    encoded, encode = [], AutoencoderKL.encode
+    monkeypatch.setattr(AutoencoderKL, "encode", lambda self, x, **m: encoded.append(len(x)) or encode(self, x, **m))
+    shared = ("--center_crop", "--random_flip", "--cache_latents", f"--latent_cache_dir={tmp_path / 'latents'}")
+    for name, more in (("one", ()), ("two", ("--learning_rate=0.01", "--train_batch_size=3"))):
+        assert TRAIN(training_flags(tiny_base, pairs, tmp_path / name, *shared, "--report_to=none", *more)) == 0
+        assert sum(encoded) == 2 * 2 * 7  # seven pairs, plain and mirrored
+        assert not (tmp_path / name / "latent-cache").exists()
+    monkeypatch.setattr(latent_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    with pytest.raises(SystemExit):
+        TRAIN(training_flags(tiny_base, pairs, tmp_path / "full", *shared, "--latent_cache_dir", str(tmp_path / "new")))
+    assert "GB for 7 rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [40, 41])
+def test_cached_pairs(tiny_base, width):
+    """The mirrored pair is what decoding it mirrored gives; several pairs at a time have the moments of one."""
+    geometry = Geometry(32, center_crop=True, random_flip=True)
+    images = [make_image(index, (width, 33 + index)) for index in range(3)]
+    pairs = [prepare_pair(image, image, geometry) for image in images]
+    for image, pair in zip(images, pairs, strict=True):
+        mirrored, expected = pair.mirrored(), prepare_pair(image, image, geometry, u_flip=0.0)
+        assert mirrored.crop_top_left == expected.crop_top_left and mirrored.is_flipped and expected.is_flipped
+        assert np.array_equal(mirrored.original, expected.original) and np.array_equal(mirrored.edited, expected.edited)
+    vae = AutoencoderKL.from_pretrained(tiny_base, subfolder="vae")
+    rows = [[pair, pair.mirrored()] for pair in pairs]
+    together, alone = latent_cache._encode(rows, vae), [latent_cache._encode([row], vae)[0] for row in rows]
+    for (moments, sizes), (expected, expected_sizes) in zip(together, alone, strict=True):
+        assert torch.equal(sizes, expected_sizes)
+        torch.testing.assert_close(moments, expected, rtol=0, atol=1e-4)
 
 
 def test_a_dry_run_saves_only_the_first_pairs(tiny_base, pairs, tmp_path, capsys):

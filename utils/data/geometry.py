@@ -1,8 +1,10 @@
 """The same resizing, cropping and mirroring for both images of a pair."""
 
+from __future__ import annotations  # a method returns its own class
+
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from PIL import Image
@@ -46,6 +48,14 @@ class PreparedPair:
     crop_top_left: tuple[int, int]  # (y, x) in the resized image, after mirroring
     target_size: Size  # (H, W)
     is_flipped: bool
+    spare_width: int = 0  # of the resized image, beside the crop
+
+    def mirrored(self) -> PreparedPair:
+        """The same crop of the mirrored images."""
+        original, edited = (np.ascontiguousarray(pixels[:, :, ::-1]) for pixels in (self.original, self.edited))
+        top, left = self.crop_top_left
+        crop, is_flipped = (top, self.spare_width - left), not self.is_flipped
+        return replace(self, original=original, edited=edited, crop_top_left=crop, is_flipped=is_flipped)
 
 
 def mentions_direction(prompt: str) -> bool:
@@ -106,13 +116,11 @@ def prepare_pair(
     resized, target = _sizes(stored_sizes[0], geometry, bucket)
     u_crop = (0.5, 0.5) if geometry.center_crop else u_crop
     top, left = (min(int(u * (r - t + 1)), r - t) for u, r, t in zip(u_crop, resized, target, strict=True))
-    is_flipped = is_mirrored(geometry, u_flip, prompt)
     pixels = [_resize_and_crop(image, resized, (top, left), target) for image in images]
-    if is_flipped:
-        pixels = [array[:, ::-1] for array in pixels]
-        left = resized[1] - target[1] - left
     original_pixels, edited_pixels = (np.ascontiguousarray(array.transpose(2, 0, 1)) for array in pixels)
-    return PreparedPair(original_pixels, edited_pixels, stored_sizes[0], (top, left), target, is_flipped)
+    spare = resized[1] - target[1]
+    pair = PreparedPair(original_pixels, edited_pixels, stored_sizes[0], (top, left), target, False, spare)
+    return pair.mirrored() if is_mirrored(geometry, u_flip, prompt) else pair
 
 
 def check_aspects(original_size: Size, edited_size: Size, max_difference: float = MAX_ASPECT_DIFFERENCE) -> None:

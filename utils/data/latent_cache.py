@@ -3,15 +3,22 @@
 Encoding both images in each step is about two fifths of the compute of training SD 1.5. A cached pair has one crop, so
 the crop must not be random; with --random_flip, the pair is cached both plain and mirrored.
 
-latent-cache/KEY/source-I-NNNNN.safetensors holds `ROWS_PER_SHARD` rows: `moments` float32 (rows, flips, 3C, h, w), the
+KEY/source-I-NNNNN.safetensors holds `ROWS_PER_SHARD` rows: `moments` float32 (rows, flips, 3C, h, w), the
 mean of the original (C) and the mean and log variance of the edited image (2C); `sizes` int64 (rows, flips, 3, 2), the
 original size, the crop's top left and the target size, for SDXL. The metadata lists bad rows with their reasons.
 """
 
 import hashlib
 import json
-from functools import lru_cache
+import os
+import shutil
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,7 +29,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from utils.atomic_files import UNFINISHED
-from utils.data.geometry import Geometry, prepare_pair
+from utils.data.geometry import Geometry, PreparedPair, prepare_pair
 from utils.data.samples import choose_prompt
 from utils.data.sources import Source
 from utils.errors import InputError
@@ -30,6 +37,9 @@ from utils.models.latents import encode_moments, refuse_infinite
 from utils.pixels import BadRow
 
 ROWS_PER_SHARD = 256
+# Pairs that the VAE encodes at a time. On the CPU one: in a batch, the last bits depend on a pair's place in it.
+GPU_BATCH, MAX_THREADS = 8, 8
+Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
 class LatentCache:
@@ -60,7 +70,7 @@ def shard_path(folder: Path, source: int, shard: int) -> Path:
 
 def make_latent_cache(
     accelerator: Accelerator,
-    output_dir: Path,
+    cache_dir: Path,
     sources: list[Source],
     data_digest: str,
     geometry: Geometry,
@@ -68,13 +78,16 @@ def make_latent_cache(
 ) -> LatentCache:
     """Encode the shards that are not cached yet, split among the processes, and return the reader.
 
-    The folder's name is a key of the data, the geometry and the VAE's weights and dtype.
+    cache_dir: may be shared by runs. The folder in it is named by a key of the data, the geometry and the VAE's weights
+    and dtype. Raises `InputError` when the disk has no room for the missing shards.
     """
-    folder = output_dir / "latent-cache" / _cache_key(data_digest, geometry, vae)
+    folder = cache_dir / _cache_key(data_digest, geometry, vae)
     folder.mkdir(parents=True, exist_ok=True)
     # Shards are given out by their numbers among all of them. Among the missing ones the processes would count
     # differently: those that list the folder later find shards that others have written by then.
     every = [(i, shard) for i, source in enumerate(sources) for shard in range(-(-len(source.rows) // ROWS_PER_SHARD))]
+    absent = [(index, shard) for index, shard in every if not shard_path(folder, index, shard).exists()]
+    _require_space(folder, sum(len(_rows_of(sources[index], shard)) for index, shard in absent), geometry, vae)
     own = every[accelerator.process_index :: accelerator.num_processes]
     missing = [(index, shard) for index, shard in own if not shard_path(folder, index, shard).exists()]
     num_rows = sum(len(_rows_of(sources[index], shard)) for index, shard in missing)
@@ -87,9 +100,21 @@ def make_latent_cache(
     if absent := [path for index, shard in every if not (path := shard_path(folder, index, shard)).exists()]:
         raise InputError(
             f"--cache_latents: {absent[0]} and {len(absent) - 1} more files that other processes wrote are not here: "
-            "give an --output_dir that all machines share"
+            "give an --output_dir or --latent_cache_dir that all machines share"
         )
     return LatentCache(folder, geometry)
+
+
+def _require_space(folder: Path, num_rows: int, geometry: Geometry, vae: AutoencoderKL) -> None:
+    """Raise `InputError` if that many more rows do not fit on the disk."""
+    scale, flips = 2 ** (len(vae.config.block_out_channels) - 1), 2 if geometry.random_flip else 1
+    needed = num_rows * flips * 3 * vae.config.latent_channels * (geometry.resolution // scale) ** 2 * 4
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise InputError(
+            f"--cache_latents needs {needed / 1e9:.1f} GB for {num_rows} rows, and {folder} has {free / 1e9:.1f} GB "
+            "free: make room, give a --latent_cache_dir on another disk, or drop --cache_latents"
+        )
 
 
 def _cache_key(data_digest: str, geometry: Geometry, vae: AutoencoderKL) -> str:
@@ -106,13 +131,18 @@ def _rows_of(source: Source, shard: int) -> range:
 
 
 def _write_shard(path: Path, source: Source, shard: int, geometry: Geometry, vae: AutoencoderKL) -> None:
-    rows, bad_rows = [], {}
-    for row in _rows_of(source, shard):
-        try:
-            rows.append(_encode_row(source.rows[row], source, geometry, vae))
-        except BadRow as error:
-            bad_rows[row] = error.reason
-            rows.append(None)
+    bad_rows = {}
+    prepare, stored = (
+        partial(_prepare_row, source, geometry),
+        ((row, source.rows[row]) for row in _rows_of(source, shard)),
+    )
+    prepared = _in_threads(prepare, stored)  # decoding in threads, while the VAE works
+    rows: list[tuple[torch.Tensor, torch.Tensor] | None] = []
+    while batch := list(islice(prepared, GPU_BATCH if vae.device.type == "cuda" else 1)):
+        encoded = iter(_encode([one for _, one, _ in batch if one is not None], vae))
+        for row, one, reason in batch:
+            rows.append(None if one is None else next(encoded))
+            bad_rows |= {} if reason is None else {row: reason}
     good = next((row for row in rows if row is not None), (torch.zeros(1), torch.zeros(1, dtype=torch.int64)))
     empty = tuple(map(torch.zeros_like, good))
     moments, sizes = (torch.stack(values) for values in zip(*(row or empty for row in rows), strict=True))
@@ -121,18 +151,38 @@ def _write_shard(path: Path, source: Source, shard: int, geometry: Geometry, vae
     unfinished.rename(path)
 
 
-def _encode_row(row: dict, source: Source, geometry: Geometry, vae: AutoencoderKL) -> tuple[torch.Tensor, torch.Tensor]:
-    """One pair -> moments float32 (flips, 3C, h, w) and sizes (flips, 3, 2).
+def _in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+    """The results in order; a few items ahead of the one that is asked for."""
+    count = min(MAX_THREADS, os.cpu_count() or 1)
+    remaining, waiting = iter(items), deque()
+    with ThreadPoolExecutor(count) as threads:
+        waiting.extend(threads.submit(function, item) for item in islice(remaining, 2 * count + GPU_BATCH))
+        while waiting:
+            yield waiting.popleft().result()
+            waiting.extend(threads.submit(function, item) for item in islice(remaining, 1))
 
-    Not in batches: the last bits would depend on the other rows.
-    """
-    choose_prompt(row[source.columns.prompt], 0.0)  # raises BadRow
-    variants, sizes = [], []
-    for u_flip in (1.0, 0.0) if geometry.random_flip else (1.0,):
-        pair = prepare_pair(row[source.columns.original], row[source.columns.edited], geometry, u_flip=u_flip)
-        pixels = torch.from_numpy(np.stack([pair.original, pair.edited]))
-        original, edited = moments = encode_moments(vae, pixels).cpu()  # (2C, h, w) each
+
+def _prepare_row(
+    source: Source, geometry: Geometry, stored: tuple[int, dict]
+) -> tuple[int, list[PreparedPair] | None, str | None]:
+    """(row, the pair plain and, with random_flip, mirrored, reason why it is bad). stored: row and its values."""
+    row, values = stored
+    try:
+        choose_prompt(values[source.columns.prompt], 0.0)  # raises BadRow
+        pair = prepare_pair(values[source.columns.original], values[source.columns.edited], geometry)
+    except BadRow as error:
+        return row, None, error.reason
+    return row, [pair, pair.mirrored()] if geometry.random_flip else [pair], None
+
+
+def _encode(rows: list[list[PreparedPair]], vae: AutoencoderKL) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Moments float32 (flips, 3C, h, w) and sizes (flips, 3, 2) of each row."""
+    encoded = []
+    for variant in zip(*rows, strict=True):  # the rows, all plain or all mirrored
+        pixels = np.stack([image for pair in variant for image in (pair.original, pair.edited)])
+        moments = encode_moments(vae, torch.from_numpy(pixels))
         refuse_infinite(moments, vae)
-        variants.append(torch.cat([original.chunk(2)[0], edited]))
-        sizes.append([pair.original_size, pair.crop_top_left, pair.target_size])
-    return torch.stack(variants), torch.tensor(sizes)
+        original, edited = moments.cpu().unflatten(0, (len(variant), 2)).unbind(1)  # (rows, 2C, h, w) each
+        encoded.append(torch.cat([original.chunk(2, dim=1)[0], edited], dim=1))
+    sizes = [[[pair.original_size, pair.crop_top_left, pair.target_size] for pair in variants] for variants in rows]
+    return list(zip(torch.stack(encoded, dim=1), map(torch.tensor, sizes), strict=True)) if rows else []

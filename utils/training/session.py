@@ -3,6 +3,7 @@
 import os
 from collections.abc import Generator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from accelerate import Accelerator
 
@@ -51,7 +52,7 @@ class TrainingSession:
         if settings.data.cache_latents and not settings.run.dry_run:
             digest = plan.progress.identity["dataset"]
             cache = make_latent_cache(
-                self.accelerator, settings.output_dir, plan.sources, digest, settings.geometry, self.parts.vae
+                self.accelerator, self._latent_cache_dir, plan.sources, digest, settings.geometry, self.parts.vae
             )
         loader = make_loader(
             plan.sources,
@@ -70,10 +71,15 @@ class TrainingSession:
             geometry = replace(geometry, resize_mode="crop")
         rows, cache = self.plan.held_out, None
         if self.settings.data.cache_latents:
-            folder = (self.settings.output_dir, rows, sources_digest(rows), geometry, self.parts.vae)
+            folder = (self._latent_cache_dir, rows, sources_digest(rows), geometry, self.parts.vae)
             cache = make_latent_cache(self.accelerator, *folder)
         workers = min(MAX_WORKERS, self.num_workers)
         return iter(make_loader(rows, geometry, **self._loader_settings(), cache=cache, num_workers=workers))
+
+    @property
+    def _latent_cache_dir(self) -> Path:
+        given = self.settings.data.latent_cache_dir
+        return Path(given) if given else self.settings.output_dir / "latent-cache"
 
     def _loader_settings(self) -> dict:
         return dict(

@@ -33,6 +33,7 @@ class DataOptions:
     dataloader_num_workers: int | None = None
     train_batch_size: int = 16
     cache_latents: bool = False
+    latent_cache_dir: str | None = None
 
 
 @dataclass(frozen=True)
