@@ -118,10 +118,10 @@ def test_no_shard_of_the_latent_cache_is_lost(tiny_editor, pairs, tmp_path, monk
     geometry, folder, problems = Geometry(resolution=32, center_crop=True), tmp_path / "latent-cache", []
 
     def build(rank: int) -> None:
-        while rank and len(list(folder.glob("*/source-*"))) < 4:
+        while rank and len(list(folder.glob("*/rows-*"))) < 4:
             time.sleep(0.01)
         try:
-            cache = latent_cache.make_latent_cache(Rank(rank, barrier), folder, [source], "data", geometry, vae)
+            cache = latent_cache.make_latent_cache(Rank(rank, barrier), folder, [source], geometry, vae)
             for row in range(7):
                 if row != 3:  # a bad row of `save_pairs`, or not: reading it must not miss a file
                     cache.read(0, row, False)
@@ -134,7 +134,7 @@ def test_no_shard_of_the_latent_cache_is_lost(tiny_editor, pairs, tmp_path, monk
         thread.start()
     for thread in threads:
         thread.join()
-    assert problems == [] and len(list(folder.glob("*/source-*"))) == 7
+    assert problems == [] and len(list(folder.glob("*/rows-*"))) == 7
 
 
 def test_skipped_updates_of_fp16_do_not_count(monkeypatch):

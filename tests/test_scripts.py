@@ -323,15 +323,17 @@ def test_training_with_cached_latents(tiny_base, pairs, tmp_path):
     start = load_file(tiny_base / "unet" / WEIGHTS)
     moved = max((live[name] - start[name]).abs().max() for name in live if "conv_in" not in name)
     assert max((live[name] - cached[name]).abs().max() for name in live) < 0.01 * moved
-    assert list((tmp_path / "cached/latent-cache").glob("*/source-0-00000.safetensors"))
+    assert list((tmp_path / "cached/latent-cache").glob("*/rows-00000.safetensors"))
 
 
 def test_a_latent_cache_for_several_runs(tiny_base, pairs, tmp_path, monkeypatch, capsys):
-    """A second run with other settings encodes no image; a disk without room for the latents is noticed before."""
+    """A second run with other settings and prompts encodes no image; a disk without room is noticed before."""
     encoded, encode = [], AutoencoderKL.encode
     monkeypatch.setattr(AutoencoderKL, "encode", lambda self, x, **m: encoded.append(len(x)) or encode(self, x, **m))
     shared = ("--center_crop", "--random_flip", "--cache_latents", f"--latent_cache_dir={tmp_path / 'latents'}")
-    for name, more in (("one", ()), ("two", ("--learning_rate=0.01", "--train_batch_size=3"))):
+    other = save_pairs(tmp_path / "other", rows=make_rows(7) | {"edit_prompt": ["make it green"] * 7})
+    changed = ("--learning_rate=0.01", "--train_batch_size=3", f"--dataset_name={other}")
+    for name, more in (("one", ()), ("two", changed)):
         assert TRAIN(training_flags(tiny_base, pairs, tmp_path / name, *shared, "--report_to=none", *more)) == 0
         assert sum(encoded) == 2 * 2 * 7  # seven pairs, plain and mirrored
         assert not (tmp_path / name / "latent-cache").exists()

@@ -3,9 +3,10 @@
 Encoding both images in each step is about two fifths of the compute of training SD 1.5. A cached pair has one crop, so
 the crop must not be random; with --random_flip, the pair is cached both plain and mirrored.
 
-KEY/source-I-NNNNN.safetensors holds `ROWS_PER_SHARD` rows: `moments` float32 (rows, flips, 3C, h, w), the
-mean of the original (C) and the mean and log variance of the edited image (2C); `sizes` int64 (rows, flips, 3, 2), the
-original size, the crop's top left and the target size, for SDXL. The metadata lists bad rows with their reasons.
+KEY/rows-NNNNN.safetensors, with a KEY for each source, holds `ROWS_PER_SHARD` rows: `moments` float32 (rows, flips,
+3C, h, w), the mean of the original (C) and the mean and log variance of the edited image (2C); `sizes` int64 (rows,
+flips, 3, 2), the original size, the crop's top left and the target size, for SDXL. The metadata lists bad rows with
+their reasons.
 """
 
 import hashlib
@@ -30,8 +31,7 @@ from tqdm.auto import tqdm
 
 from utils.atomic_files import UNFINISHED
 from utils.data.geometry import Geometry, PreparedPair, prepare_pair
-from utils.data.samples import choose_prompt
-from utils.data.sources import Source
+from utils.data.sources import Source, images_digest
 from utils.errors import InputError
 from utils.models.latents import encode_moments, refuse_infinite
 from utils.pixels import BadRow
@@ -45,13 +45,14 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 class LatentCache:
     """Reads the moments of a row; can be used in loader workers."""
 
-    def __init__(self, folder: Path, geometry: Geometry) -> None:
-        self.folder = folder
+    def __init__(self, folders: list[Path], geometry: Geometry) -> None:
+        """folders: of each source."""
+        self.folders = folders
         self.geometry = geometry
 
     def read(self, source: int, row: int, is_flipped: bool) -> tuple[np.ndarray, np.ndarray]:
         """Moments float32 (3C, h, w) and sizes (3, 2) of one pair. Raises BadRow as decoding would."""
-        shard = _open_shard(shard_path(self.folder, source, row // ROWS_PER_SHARD))
+        shard = _open_shard(shard_path(self.folders[source], row // ROWS_PER_SHARD))
         reason = json.loads(shard.metadata()["bad_rows"]).get(str(row))
         if reason is not None:
             raise BadRow(reason)
@@ -64,45 +65,51 @@ def _open_shard(path: Path) -> safe_open:
     return safe_open(path, framework="np")
 
 
-def shard_path(folder: Path, source: int, shard: int) -> Path:
-    return folder / f"source-{source}-{shard:05d}.safetensors"
+def shard_path(folder: Path, shard: int) -> Path:
+    return folder / f"rows-{shard:05d}.safetensors"
 
 
 def make_latent_cache(
-    accelerator: Accelerator,
-    cache_dir: Path,
-    sources: list[Source],
-    data_digest: str,
-    geometry: Geometry,
-    vae: AutoencoderKL,
+    accelerator: Accelerator, cache_dir: Path, sources: list[Source], geometry: Geometry, vae: AutoencoderKL
 ) -> LatentCache:
     """Encode the shards that are not cached yet, split among the processes, and return the reader.
 
-    cache_dir: may be shared by runs. The folder in it is named by a key of the data, the geometry and the VAE's weights
-    and dtype. Raises `InputError` when the disk has no room for the missing shards.
+    cache_dir: may be shared by runs. The folder of a source in it is named by a key of its images, the geometry and the
+    VAE's weights and dtype. Raises `InputError` when the disk has no room for the missing shards.
     """
-    folder = cache_dir / _cache_key(data_digest, geometry, vae)
-    folder.mkdir(parents=True, exist_ok=True)
+    encoder = _digest_encoder(geometry, vae)
+    folders = [cache_dir / f"{images_digest(source)[:16]}-{encoder}" for source in sources]
+    by_folder = dict(zip(folders, sources, strict=True))  # a mix may contain a source twice
+    for folder in by_folder:
+        folder.mkdir(parents=True, exist_ok=True)
     # Shards are given out by their numbers among all of them. Among the missing ones the processes would count
     # differently: those that list the folder later find shards that others have written by then.
-    every = [(i, shard) for i, source in enumerate(sources) for shard in range(-(-len(source.rows) // ROWS_PER_SHARD))]
-    absent = [(index, shard) for index, shard in every if not shard_path(folder, index, shard).exists()]
-    _require_space(folder, sum(len(_rows_of(sources[index], shard)) for index, shard in absent), geometry, vae)
-    own = every[accelerator.process_index :: accelerator.num_processes]
-    missing = [(index, shard) for index, shard in own if not shard_path(folder, index, shard).exists()]
-    num_rows = sum(len(_rows_of(sources[index], shard)) for index, shard in missing)
-    is_hidden = not (missing and accelerator.is_main_process)
-    with tqdm(total=num_rows, desc="Encoding latents", unit="pair", disable=is_hidden) as bar:
-        for index, shard in missing:
-            _write_shard(shard_path(folder, index, shard), sources[index], shard, geometry, vae)
-            bar.update(len(_rows_of(sources[index], shard)))
+    every = [
+        (folder, shard)
+        for folder, source in by_folder.items()
+        for shard in range(-(-len(source.rows) // ROWS_PER_SHARD))
+    ]
+
+    def find_missing(shards: list[tuple[Path, int]]) -> list[tuple[Path, int]]:
+        return [(folder, shard) for folder, shard in shards if not shard_path(folder, shard).exists()]
+
+    def count(shards: list[tuple[Path, int]]) -> int:
+        return sum(len(_rows_of(by_folder[folder], shard)) for folder, shard in shards)
+
+    _require_space(cache_dir, count(find_missing(every)), geometry, vae)
+    own = find_missing(every[accelerator.process_index :: accelerator.num_processes])
+    is_hidden = not (own and accelerator.is_main_process)
+    with tqdm(total=count(own), desc="Encoding latents", unit="pair", disable=is_hidden) as bar:
+        for folder, shard in own:
+            _write_shard(shard_path(folder, shard), by_folder[folder], shard, geometry, vae)
+            bar.update(count([(folder, shard)]))
     accelerator.wait_for_everyone()
-    if absent := [path for index, shard in every if not (path := shard_path(folder, index, shard)).exists()]:
+    if absent := find_missing(every):
         raise InputError(
-            f"--cache_latents: {absent[0]} and {len(absent) - 1} more files that other processes wrote are not here: "
-            "give an --output_dir or --latent_cache_dir that all machines share"
+            f"--cache_latents: {shard_path(*absent[0])} and {len(absent) - 1} more files that other processes wrote "
+            "are not here: give an --output_dir or --latent_cache_dir that all machines share"
         )
-    return LatentCache(folder, geometry)
+    return LatentCache(folders, geometry)
 
 
 def _require_space(folder: Path, num_rows: int, geometry: Geometry, vae: AutoencoderKL) -> None:
@@ -117,9 +124,9 @@ def _require_space(folder: Path, num_rows: int, geometry: Geometry, vae: Autoenc
         )
 
 
-def _cache_key(data_digest: str, geometry: Geometry, vae: AutoencoderKL) -> str:
-    """A digest of everything that the moments depend on."""
-    digest = hashlib.sha256(f"{data_digest} {geometry} {vae.dtype}".encode())
+def _digest_encoder(geometry: Geometry, vae: AutoencoderKL) -> str:
+    """A digest of everything but the images that the moments depend on."""
+    digest = hashlib.sha256(f"{geometry} {vae.dtype}".encode())
     for name, value in vae.state_dict().items():
         digest.update(name.encode())
         digest.update(value.float().cpu().numpy().tobytes())
@@ -146,7 +153,7 @@ def _write_shard(path: Path, source: Source, shard: int, geometry: Geometry, vae
     good = next((row for row in rows if row is not None), (torch.zeros(1), torch.zeros(1, dtype=torch.int64)))
     empty = tuple(map(torch.zeros_like, good))
     moments, sizes = (torch.stack(values) for values in zip(*(row or empty for row in rows), strict=True))
-    unfinished = path.with_name(f"{UNFINISHED}{path.name}")
+    unfinished = path.with_name(f"{UNFINISHED}{os.getpid()}-{path.name}")  # another run may share the folder
     save_file({"moments": moments, "sizes": sizes}, unfinished, metadata={"bad_rows": json.dumps(bad_rows)})
     unfinished.rename(path)
 
@@ -168,7 +175,6 @@ def _prepare_row(
     """(row, the pair plain and, with random_flip, mirrored, reason why it is bad). stored: row and its values."""
     row, values = stored
     try:
-        choose_prompt(values[source.columns.prompt], 0.0)  # raises BadRow
         pair = prepare_pair(values[source.columns.original], values[source.columns.edited], geometry)
     except BadRow as error:
         return row, None, error.reason

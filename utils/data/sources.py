@@ -7,6 +7,7 @@ import json
 import math
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -119,6 +120,18 @@ def open_mix(
     return sources
 
 
+def images_digest(source: Source) -> str:
+    """A hex digest of the images of a source: its image columns, row numbers, sizes or names of files, some files.
+
+    The same for other prompts and weights. Of a dataset of known length.
+    """
+    digest = hashlib.sha256()
+    _add(digest, [source.columns.original, source.columns.edited, len(source.rows)])
+    _add_row_numbers(digest, source)
+    _add_images(digest, source, _add_image_files)
+    return digest.hexdigest()[:32]
+
+
 def sources_digest(sources: list[Source]) -> str:
     """A hex digest of columns, weights, row numbers, all prompts, sizes or names of files, and the files of some rows.
 
@@ -143,14 +156,22 @@ def _add(digest: hashlib._Hash, value: object) -> None:
 def _add_map_style(digest: hashlib._Hash, source: Source) -> None:
     num_rows = len(source.rows)
     _add(digest, num_rows)
-    if source.row_numbers is not None:
-        digest.update(np.asarray(source.row_numbers, dtype="<i8").tobytes())
+    _add_row_numbers(digest, source)
     for batch in source.rows.select_columns([source.columns.prompt]).iter(batch_size=10_000):
         _add(digest, batch[source.columns.prompt])
+    _add_images(digest, source, _add_row)
+
+
+def _add_row_numbers(digest: hashlib._Hash, source: Source) -> None:
+    if source.row_numbers is not None:
+        digest.update(np.asarray(source.row_numbers, dtype="<i8").tobytes())
+
+
+def _add_images(digest: hashlib._Hash, source: Source, add_row: Callable[..., None]) -> None:
     for name in (source.columns.original, source.columns.edited):
         digest.update(_file_sizes(source.rows, name).tobytes())
-    for row in np.unique(np.linspace(0, num_rows - 1, DIGESTED_ROWS).astype(int)):
-        _add_row(digest, source, source.rows[int(row)])
+    for row in np.unique(np.linspace(0, len(source.rows) - 1, DIGESTED_ROWS).astype(int)):
+        add_row(digest, source, source.rows[int(row)])
 
 
 def _file_sizes(rows: datasets.Dataset, column: str) -> np.ndarray:
@@ -192,6 +213,10 @@ def _file_size(path: str | None) -> int:
 
 def _add_row(digest: hashlib._Hash, source: Source, row: dict) -> None:
     _add(digest, row[source.columns.prompt])
+    _add_image_files(digest, source, row)
+
+
+def _add_image_files(digest: hashlib._Hash, source: Source, row: dict) -> None:
     for name in (source.columns.original, source.columns.edited):
         content = _read_content(row[name])
         digest.update(hashlib.sha256(content or b"").digest())

@@ -8,8 +8,9 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from utils.data.batches import make_loader
-from utils.data.latent_cache import make_latent_cache
-from utils.data.sources import sources_digest
+from utils.data.geometry import Geometry
+from utils.data.latent_cache import LatentCache, make_latent_cache
+from utils.data.sources import Source
 from utils.models.stable_diffusion import StableDiffusion
 from utils.training.loop import TrainingState
 from utils.training.objective import Objective
@@ -50,10 +51,7 @@ class TrainingSession:
         settings, plan = self.settings, self.plan
         cache = None
         if settings.data.cache_latents and not settings.run.dry_run:
-            digest = plan.progress.identity["dataset"]
-            cache = make_latent_cache(
-                self.accelerator, self._latent_cache_dir, plan.sources, digest, settings.geometry, self.parts.vae
-            )
+            cache = self._make_cache(plan.sources, settings.geometry)
         loader = make_loader(
             plan.sources,
             settings.geometry,
@@ -71,15 +69,13 @@ class TrainingSession:
             geometry = replace(geometry, resize_mode="crop")
         rows, cache = self.plan.held_out, None
         if self.settings.data.cache_latents:
-            folder = (self._latent_cache_dir, rows, sources_digest(rows), geometry, self.parts.vae)
-            cache = make_latent_cache(self.accelerator, *folder)
+            cache = self._make_cache(rows, geometry)
         workers = min(MAX_WORKERS, self.num_workers)
         return iter(make_loader(rows, geometry, **self._loader_settings(), cache=cache, num_workers=workers))
 
-    @property
-    def _latent_cache_dir(self) -> Path:
-        given = self.settings.data.latent_cache_dir
-        return Path(given) if given else self.settings.output_dir / "latent-cache"
+    def _make_cache(self, sources: list[Source], geometry: Geometry) -> LatentCache:
+        folder = Path(self.settings.data.latent_cache_dir or self.settings.output_dir / "latent-cache")
+        return make_latent_cache(self.accelerator, folder, sources, geometry, self.parts.vae)
 
     def _loader_settings(self) -> dict:
         return dict(
