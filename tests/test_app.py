@@ -462,12 +462,17 @@ def test_api_with_two_models_and_mistakes(server, bad_files, tiny_editor, tmp_pa
     downloaded = Path(shutil.copy(edits[1]["image"], tmp_path / "download.png"))
     assert_repeats(downloaded, PHOTOS / "raccoon.jpg", tiny_editor)
     assert "instruction=make+it+snowy&model=editor&compare=twin&steps=2&seed=3" in facts["link"]
-    for changes in ({"steps": 0}, {"instruction": ""}, {"model": "x"}, {"images": 17}, {"cfg_text": "much"}):
+    for changes in ({"steps": 0}, {"instruction": ""}, {"model": "x"}, {"images": 17}):
         with pytest.raises(AppError):
             client.predict(photo, **(settings | changes), api_name="/edit")
+    for changes, words in (({"cfg_text": "much"}, "Text guidance is 'much'"), ({"seed": [1]}, r"Seed is \[1\]")):
+        with pytest.raises(AppError, match=f"{words}; it must be a number"):
+            client.predict(photo, **(settings | changes), api_name="/edit")
+    assert client.predict(photo, **(settings | {"steps": "2"}), api_name="/edit")[1] == facts
     with pytest.raises(AppError, match="not an image"):
         client.predict(handle_file(bad_files / "text.png"), **settings, api_name="/edit")
     assert "exceeded" in upload(server, bad_files / "heavy.jpg")
+    assert "Traceback" not in server.log.read_text()
     assert client.predict(photo, **settings, api_name="/edit")[1] == facts
 
 

@@ -34,7 +34,8 @@ def make_connection_check(blocks: gr.Blocks) -> Callable[[], bool]:
 
 
 def check_inputs_early(blocks: gr.Blocks, accepts_fewer: str) -> None:
-    """Before Gradio fetches and decodes the inputs of an event: refuse files that are addresses of other servers.
+    """Before Gradio fetches and decodes the inputs of an event: refuse files that are addresses of other servers, and
+    text in place of numbers.
 
     Gradio would fetch them, as large as they are, from the server's own network. `accepts_fewer`: the API function
     whose last values may be left out, as by a client that does not know them; Gradio refuses a list that ends early.
@@ -46,9 +47,22 @@ def check_inputs_early(blocks: gr.Blocks, accepts_fewer: str) -> None:
             raise gr.Error(REMOTE_FILE, print_exception=False)
         if block_fn.api_name == accepts_fewer and len(values) > 2:
             values += [part.value for part in block_fn.inputs[len(values) :]]
+        for index, (part, value) in enumerate(zip(block_fn.inputs, values, strict=False)):
+            if isinstance(part, (gr.Slider, gr.Number)):
+                values[index] = _read_number(part.label, value)
         validate(block_fn, values)
 
     blocks.validate_inputs = validate_inputs
+
+
+def _read_number(label: str, value: Any) -> float | None:
+    """The value of a slider or field. Raises gr.Error for others, which Gradio would compare, and log a traceback."""
+    try:
+        if value is None or isinstance(value, (int, float)):
+            return value
+        return int(number) if (number := float(value)).is_integer() else number
+    except (TypeError, ValueError):
+        raise gr.Error(f"{label} is {value!r:.50}; it must be a number", print_exception=False) from None
 
 
 def _find_paths(value: Any) -> Iterator[str]:
