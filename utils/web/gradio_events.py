@@ -3,6 +3,7 @@
 Both use parts of the pinned Gradio that are not documented.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -49,20 +50,34 @@ def check_inputs_early(blocks: gr.Blocks, accepts_fewer: str) -> None:
             values += [part.value for part in block_fn.inputs[len(values) :]]
         for index, (part, value) in enumerate(zip(block_fn.inputs, values, strict=False)):
             if isinstance(part, (gr.Slider, gr.Number)):
-                values[index] = _read_number(part.label, value)
+                values[index] = _read_number(part, value)
         validate(block_fn, values)
 
-    blocks.validate_inputs = validate_inputs
+    preprocess = blocks.preprocess_data
+
+    async def preprocess_data(*arguments: Any, **settings: Any) -> Any:
+        try:
+            return await preprocess(*arguments, **settings)
+        except gr.Error as error:  # a mistake of the client, such as a model that is not there
+            error.print_exception = False
+            raise
+
+    blocks.validate_inputs, blocks.preprocess_data = validate_inputs, preprocess_data
 
 
-def _read_number(label: str, value: Any) -> float | None:
-    """The value of a slider or field. Raises gr.Error for others, which Gradio would compare, and log a traceback."""
+def _read_number(part: gr.Slider | gr.Number, value: Any) -> float | None:
+    """The value of a slider or field. Raises gr.Error for others, which Gradio would refuse with a traceback."""
+    lowest, highest = (-math.inf if part.minimum is None else part.minimum), part.maximum or math.inf
     try:
-        if value is None or isinstance(value, (int, float)):
-            return value
-        return int(number) if (number := float(value)).is_integer() else number
+        number = value if value is None or isinstance(value, (int, float)) else float(value)
     except (TypeError, ValueError):
-        raise gr.Error(f"{label} is {value!r:.50}; it must be a number", print_exception=False) from None
+        number = math.nan
+    if number is None:
+        return None
+    if not lowest <= number <= highest:
+        message = f"{part.label} is {value!r:.50}; it must be a number from {lowest:g} to {highest:g}"
+        raise gr.Error(message, print_exception=False)
+    return int(number) if isinstance(value, str) and number.is_integer() else number
 
 
 def _find_paths(value: Any) -> Iterator[str]:
