@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from tests.pairs import save_pairs
 from tests.runs import ACCELERATE, TORCHRUN, losses_of, run, start, training_flags, weights_of
 from utils import atomic_files
 from utils.errors import InputError
+from utils.runtime import available_memory
 from utils.training.checkpoint_writer import CheckpointWriter
 from utils.training.checkpoints import Progress, find_damage, list_checkpoints, save_checkpoint, save_trained
 
@@ -284,8 +284,33 @@ def test_a_checkpoint_in_the_background_is_of_its_own_step(monkeypatch):
     with pytest.raises(InputError, match="a full disk"):
         writer.wait()
     assert seen == [(1, [0, 0, 0]), (2, [1, 1, 1])]
-    memory = SimpleNamespace(available=0)
-    monkeypatch.setattr("utils.training.checkpoint_writer.psutil.virtual_memory", lambda: memory)
+    monkeypatch.setattr("utils.training.checkpoint_writer.available_memory", lambda: 0)
     progress.global_step = 3
     writer.submit(write, progress, weights, in_background=True)  # no memory for a copy: written at once
     assert seen[2:] == [(3, [1, 1, 1])]
+
+
+@pytest.mark.parametrize(
+    "line, folder, limit, used, reclaimable",
+    [
+        ("0::/slurm/job_7", "sys/fs/cgroup/slurm/job_7", "memory.max", "memory.current", "inactive_file"),
+        ("0::/deep/inside", "sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+        (
+            *("5:cpu,memory:/docker/x", "sys/fs/cgroup/memory/docker/x"),
+            *("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+        ),
+    ],
+    ids=["v2", "v2 in a container", "v1"],
+)
+def test_the_memory_of_a_container_counts(tmp_path, line, folder, limit, used, reclaimable):
+    """Not that of the machine: a copy of the training state must not have the run killed."""
+    assert available_memory(tmp_path) > 10_000  # no groups: of the machine
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"1:name=systemd:/x\n{line}\n")
+    group = tmp_path / folder
+    group.mkdir(parents=True)
+    for name, content in ((limit, "9000"), (used, "8000"), ("memory.stat", f"anon 5\n{reclaimable} 300\n")):
+        (group / name).write_text(content)
+    assert available_memory(tmp_path) == 1300
+    (group / limit).write_text("max")
+    assert available_memory(tmp_path) > 10_000

@@ -193,6 +193,41 @@ def peak_process_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes that this process can still take: of the machine, and of the container or Slurm job that it is in.
+
+    root: of the file system, for tests.
+    """
+    import psutil
+
+    available = psutil.virtual_memory().available
+    try:
+        groups = [line.split(":", 2)[1:] for line in (root / "proc/self/cgroup").read_text().splitlines()]
+    except OSError:
+        return available  # not Linux
+    for controllers, group in groups:
+        if controllers == "":  # cgroup v2; in a container the group's own folder may be the mounted one
+            names, base = ("memory.max", "memory.current", "inactive_file"), root / "sys/fs/cgroup"
+        elif "memory" in controllers.split(","):
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            base = root / "sys/fs/cgroup/memory"
+        else:
+            continue
+        own = base / group.strip("/")
+        available = min(available, *(_left_in_group(folder, *names) for folder in (own, *own.parents, base)))
+    return max(0, available)
+
+
+def _left_in_group(folder: Path, limit: str, used: str, reclaimable: str) -> float:
+    """Bytes up to the limit of a group; infinite where it has none."""
+    try:
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        values = [int((folder / name).read_text()) for name in (limit, used)]
+    except (OSError, ValueError):  # "max", or no such group
+        return float("inf")
+    return values[0] - values[1] + int(stat.get(reclaimable, 0))
+
+
 def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
     """The dtype of the frozen models (VAE, text encoder): 16 bits in mixed precision, as they need no gradients."""
     return DTYPES.get(accelerator.mixed_precision, torch.float32)

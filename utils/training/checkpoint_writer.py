@@ -6,8 +6,9 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import psutil
 import torch
+
+from utils.runtime import available_memory
 
 logger = logging.getLogger(__name__)
 FREE_SHARE = 0.8  # of the available memory that a copy may take
@@ -27,7 +28,7 @@ class CheckpointWriter:
         """
         self.wait()
         size = _count_bytes(content)
-        if not in_background or size is None or size > FREE_SHARE * psutil.virtual_memory().available:
+        if not in_background or size is None or size > FREE_SHARE * available_memory():
             write(*content)
             return
         self._running = self._thread.submit(write, *_copy(content))
