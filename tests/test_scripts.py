@@ -321,8 +321,11 @@ def test_training_with_cached_latents(tiny_base, pairs, tmp_path):
     TRAIN(training_flags(tiny_base, pairs, tmp_path / "cached", *shared, "--cache_latents"))
     live, cached = (load_file(tmp_path / name / "unet" / WEIGHTS) for name in ("live", "cached"))
     start = load_file(tiny_base / "unet" / WEIGHTS)
-    moved = max((live[name] - start[name]).abs().max() for name in live if "conv_in" not in name)
-    assert max((live[name] - cached[name]).abs().max() for name in live) < 0.01 * moved
+    names = [name for name in live if "conv_in" not in name]
+    moved, apart = (sum((live[n] - other[n]).abs().sum() for n in names) for other in (start, cached))
+    assert apart < 0.01 * moved  # AdamW's first steps have full length even where a gradient is only rounding
+    losses = [[loss for _, loss, *_ in losses_of(tmp_path / name) if loss] for name in ("live", "cached")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert list((tmp_path / "cached/latent-cache").glob("*/rows-00000.safetensors"))
 
 
