@@ -16,6 +16,7 @@ from tests.pairs import encode, make_image
 from utils.data.geometry import Geometry, make_buckets, mentions_direction, nearest_bucket, prepare_pair
 from utils.pixels import BadRow, decode, decode_animation, decode_image, num_frames, peek_size
 
+LANCZOS, BILINEAR = Image.Resampling.LANCZOS, Image.Resampling.BILINEAR
 GREY = np.tile(np.arange(48, dtype=np.uint8) * 5, (40, 1))  # (40, 48), a ramp from left to right
 
 
@@ -216,6 +217,18 @@ def test_jpeg_is_decoded_at_a_reduced_size() -> None:
     full = prepare_pair(Image.open(io.BytesIO(stored)).copy(), Image.open(io.BytesIO(stored)).copy(), geometry)
     assert small.original_size == full.original_size == (800, 1200)
     assert np.abs(small.original.astype(int) - full.original).mean() < 1.5
+
+
+@pytest.mark.parametrize("side, decoded", [(256, 256), (200, 256), (129, 256), (128, 128), (64, 128), (32, 64)])
+def test_training_decodes_a_jpeg_at_the_needed_size(side, decoded) -> None:
+    """At half or a quarter of its size: nearer to Lanczos interpolation of all pixels than bilinear is."""
+    photo = Image.open("assets/photos/raccoon.jpg").convert("RGB").crop((0, 0, 400, 400)).resize((512, 512))
+    stored = encode(photo, "JPEG", quality=95)
+    assert min(decode(stored, shorter_side=side, is_tight=True).rgb.size) == decoded
+    target, full = side // 8 * 8, Image.open(io.BytesIO(stored))
+    lanczos, bilinear = (np.asarray(full.resize((target, target), way), int) for way in (LANCZOS, BILINEAR))
+    reduced = prepare_pair(stored, stored, Geometry(target)).original.transpose(1, 2, 0)
+    assert np.square(reduced - lanczos).mean() < np.square(bilinear - lanczos).mean()
 
 
 def test_a_very_long_image_is_used() -> None:

@@ -105,7 +105,7 @@ def prepare_pair(
     images, stored_sizes = [], []
     for name, value in (("original image", original), ("edited image", edited)):
         try:
-            decoded = decode(value, shorter_side=needed_side)
+            decoded = decode(value, shorter_side=needed_side, is_tight=True)
             image, size = decoded.rgb, decoded.stored_size
         except BadRow as error:
             raise BadRow(f"{name}: {error.reason}") from error

@@ -131,7 +131,7 @@ def _require_space(folder: Path, num_rows: int, geometry: Geometry, vae: Autoenc
 
 def _digest_encoder(geometry: Geometry, vae: AutoencoderKL) -> str:
     """A digest of everything but the images that the moments depend on."""
-    digest = hashlib.sha256(f"{geometry} {vae.dtype} float16".encode())
+    digest = hashlib.sha256(f"{geometry} {vae.dtype} float16 2".encode())
     for name, value in vae.state_dict().items():
         digest.update(name.encode())
         digest.update(value.float().cpu().numpy().tobytes())
