@@ -16,8 +16,8 @@ from torch import nn
 
 from tests.tiny import make_components
 from utils.training.flags import OPTIMIZERS
-from utils.training.loop import DataWait
 from utils.training.memory_saving import FusedBackward
+from utils.training.metrics import DataWait
 from utils.training.optimizer_checks import find_optimizer_problems
 from utils.training.optimizers import (
     OptimizationOptions,

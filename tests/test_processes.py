@@ -24,7 +24,8 @@ from utils.data.geometry import Geometry
 from utils.data.sources import open_source
 from utils.errors import InputError
 from utils.training.checkpoints import Progress, list_checkpoints
-from utils.training.loop import MAX_SKIPPED, LoopOptions, RunningMetrics, TrainingState, train_step
+from utils.training.loop import MAX_SKIPPED, LoopOptions, TrainingState, train_step
+from utils.training.metrics import RunningMetrics
 
 SCRIPT, PATIENCE = "train_instruct_pix2pix.py", 600
 PARTS = ("--report_to=none", "--checkpointing_steps=2")
