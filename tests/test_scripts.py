@@ -344,6 +344,10 @@ def test_a_latent_cache_for_several_runs(tiny_base, pairs, tmp_path, monkeypatch
     with pytest.raises(SystemExit):
         TRAIN(training_flags(tiny_base, pairs, tmp_path / "full", *shared, "--latent_cache_dir", str(tmp_path / "new")))
     assert "GB for 7 rows" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit):
+        TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", *shared, f"--latent_cache_dir={tmp_path / 'file'}"))
+    assert "--latent_cache_dir" in (message := capsys.readouterr().err) and "Traceback" not in message
 
 
 @pytest.mark.parametrize("width", [40, 41])

@@ -17,6 +17,8 @@ def prepare_output_dir(settings: Settings) -> None:
     make_writable(settings.output_dir, "--output_dir")
     if settings.machine.report_to in ("tensorboard", "all"):
         make_writable(settings.output_dir / settings.machine.logging_dir, "--logging_dir")
+    if settings.data.latent_cache_dir:
+        make_writable(Path(settings.data.latent_cache_dir), "--latent_cache_dir")
     remove_unfinished(settings.output_dir)
 
 
