@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -337,9 +338,14 @@ def test_a_latent_cache_for_several_runs(tiny_base, pairs, tmp_path, monkeypatch
     other = save_pairs(tmp_path / "other", rows=make_rows(7) | {"edit_prompt": ["make it green"] * 7})
     changed = ("--learning_rate=0.01", "--train_batch_size=3", f"--dataset_name={other}")
     for name, more in (("one", ()), ("two", changed)):
+        for folder in (tmp_path / "latents").glob("*"):
+            for age, left in ((48 * 3600, "killed"), (60, "beside")):
+                (folder / f".unfinished-{left}").write_text("")
+                os.utime(folder / f".unfinished-{left}", (time.time() - age,) * 2)
         assert TRAIN(training_flags(tiny_base, pairs, tmp_path / name, *shared, "--report_to=none", *more)) == 0
         assert sum(encoded) == 2 * 2 * 7  # seven pairs, plain and mirrored
         assert not (tmp_path / name / "latent-cache").exists()
+    assert [path.name for path in (tmp_path / "latents").glob("*/.unfinished-*")] == [".unfinished-beside"]
     monkeypatch.setattr(latent_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     with pytest.raises(SystemExit):
         TRAIN(training_flags(tiny_base, pairs, tmp_path / "full", *shared, "--latent_cache_dir", str(tmp_path / "new")))

@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from utils.errors import InputError
@@ -41,10 +42,12 @@ def _is_write_failure(error: Exception) -> bool:
     return isinstance(error, OSError) or type(error).__name__ == "SafetensorError" or is_torch
 
 
-def remove_unfinished(output_dir: Path) -> None:
-    """Remove what an interrupted run left half-written."""
+def remove_unfinished(output_dir: Path, older_than: float = 0.0) -> None:
+    """Remove what an interrupted run left half-written, if nothing was written to it for `older_than` seconds."""
     for path in output_dir.glob(f"{UNFINISHED}*"):
-        remove_path(path)
+        with suppress(FileNotFoundError):  # another process removed it
+            if not older_than or time.time() - path.stat().st_mtime >= older_than:
+                remove_path(path)
 
 
 def flush_to_disk(path: Path) -> None:

@@ -32,7 +32,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from utils.atomic_files import UNFINISHED
+from utils.atomic_files import UNFINISHED, remove_unfinished
 from utils.data.geometry import Geometry, PreparedPair, prepare_pair
 from utils.data.sources import Source, images_digest
 from utils.errors import InputError
@@ -42,6 +42,7 @@ from utils.pixels import BadRow
 ROWS_PER_SHARD = 256
 # Pairs that the VAE encodes at a time. On the CPU one: in a batch, the last bits depend on a pair's place in it.
 GPU_BATCH, MAX_THREADS = 8, 8
+DAY = 24 * 3600.0
 Item, Result = TypeVar("Item"), TypeVar("Result")
 
 
@@ -60,8 +61,8 @@ class LatentCache:
         if reason is not None:
             raise BadRow(reason)
         index, flip = row % ROWS_PER_SHARD, int(is_flipped)
-        parts = (shard.get_slice(name)[index : index + 1, flip : flip + 1][0, 0] for name in ("moments", "sizes"))
-        moments, sizes = parts
+        slices = (shard.get_slice(name) for name in ("moments", "sizes"))
+        moments, sizes = (part[index : index + 1, flip : flip + 1][0, 0] for part in slices)
         return moments.astype(np.float32), sizes
 
 
@@ -87,6 +88,7 @@ def make_latent_cache(
     by_folder = dict(zip(folders, sources, strict=True))  # a mix may contain a source twice
     for folder in by_folder:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(folder, older_than=DAY)  # of killed runs; younger ones may belong to a run beside this one
     # Shards are given out by their numbers among all of them. Among the missing ones the processes would count
     # differently: those that list the folder later find shards that others have written by then.
     every = [
@@ -144,11 +146,8 @@ def _rows_of(source: Source, shard: int) -> range:
 
 def _write_shard(path: Path, source: Source, shard: int, geometry: Geometry, vae: AutoencoderKL) -> None:
     bad_rows = {}
-    prepare, stored = (
-        partial(_prepare_row, source, geometry),
-        ((row, source.rows[row]) for row in _rows_of(source, shard)),
-    )
-    prepared = _in_threads(prepare, stored)  # decoding in threads, while the VAE works
+    stored = ((row, source.rows[row]) for row in _rows_of(source, shard))
+    prepared = _in_threads(partial(_prepare_row, source, geometry), stored)  # decoded while the VAE works
     rows: list[tuple[torch.Tensor, torch.Tensor] | None] = []
     while batch := list(islice(prepared, GPU_BATCH if vae.device.type == "cuda" else 1)):
         encoded = iter(_encode([one for _, one, _ in batch if one is not None], vae))

@@ -42,7 +42,7 @@ class PromptEncoder:
     Each distinct prompt is encoded once and cached on the CPU, up to `PROMPT_CACHE_BYTES`. Without `caches`, every call
     encodes its prompts on the device, and nothing waits for it: for more prompts than the cache holds, on a GPU.
     batch_size: prompts that are encoded together, filled up to this number. With 1, the last bits do not depend on the
-    other prompts; with more, on a prompt's place among them. A GPU encodes 64 about as fast as one.
+    other prompts; with more, on a prompt's place among them. One at a time leaves a GPU mostly idle.
     `truncated` collects the prompts that are longer than the text encoder's context; their end has no effect.
     """
 
