@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from utils.compilation import find_missing_compiler
 from utils.editing.edit_images import Editor, explaining_out_of_memory
 from utils.editing.flags import EditorOptions, find_offload_problems
 from utils.editing.loading import load_editor
@@ -140,7 +140,7 @@ def _apply_options(pipeline: Any, options: EditorOptions, device: str) -> list[s
     if options.vae_tiling:
         pipeline.vae.enable_tiling()
     if options.compile:
-        if missing := _find_missing_compiler(torch.device(device).type):
+        if missing := find_missing_compiler(torch.device(device).type):
             return [f"--compile is ignored: it needs {missing}, which is not installed"]
         pipeline.unet.compile()
     return []
@@ -154,14 +154,3 @@ def offload_editor(pipeline: Any, kind: str | None, device: str) -> None:
         # Layer by layer, a VAE can no longer be converted when it overflows: float32 from the start.
         pipeline.vae.to(torch.float32)
         pipeline.enable_sequential_cpu_offload(device=device)
-
-
-def _find_missing_compiler(device: str) -> str | None:
-    """What torch.compile needs and this machine does not have."""
-    if device == "cuda":
-        try:
-            import triton  # noqa: F401
-        except ImportError:
-            return "the package triton"
-    compilers = [os.environ.get("CXX", ""), "g++", "clang++", "cl"] if device == "cpu" else ["gcc", "cc", "clang"]
-    return None if any(shutil.which(name) for name in compilers if name) else "a C++ compiler such as g++"

@@ -79,6 +79,8 @@ class PromptEncoder:
         embeds = concatenate([self._cache[prompt] for prompt in prompts])
         while len(self._cache) > max(self.capacity, len(prompts)):
             self._cache.popitem(last=False)
+        if self.device.type == "cuda":  # from pageable memory, the copy would wait for the GPU's work
+            embeds = PromptEmbeds(*(value if value is None else value.pin_memory() for value in embeds))
         return embeds.to(self.device, non_blocking=True)
 
     @property

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
+from utils.compilation import compile_blocks, find_missing_compiler
 from utils.data.samples import BadRowLimit, list_prompts
 from utils.hub import redact
 from utils.models.adapters import add_adapter, cast_frozen, make_adapter_contiguous
@@ -137,6 +138,8 @@ def make_training_state(
         if accelerator.device.type == "cuda":
             unet.to(memory_format=torch.channels_last)
             make_adapter_contiguous(unet)
+    if settings.run.compile:
+        compile_for_training(unet, accelerator.device.type)
     run = settings.run
     ema = MovingAverage(unet, run.ema_decay, run.ema_device, run.ema_update_interval) if run.use_ema else None
     parameters = [value for value in unet.parameters() if value.requires_grad]
@@ -148,6 +151,15 @@ def make_training_state(
         return ShardedState(accelerator, prepared, unet, ema, optimizer, lr_schedule, plan.progress)
     prepared, optimizer = accelerator.prepare(unet, optimizer)
     return TrainingState(accelerator, prepared, unet, ema, optimizer, lr_schedule, plan.progress)
+
+
+def compile_for_training(unet: UNet2DConditionModel, device: str) -> None:
+    """Compile the UNet's blocks, or say why not."""
+    if missing := find_missing_compiler(device):
+        logger.warning("--compile is ignored: it needs %s, which is not installed", missing)
+    else:
+        num_blocks = compile_blocks(unet)
+        logger.warning("--compile: the first step compiles %d blocks, which takes a minute or two", num_blocks)
 
 
 def prepare_weights(accelerator: Accelerator, unet: UNet2DConditionModel, settings: Settings, plan: RunPlan) -> None:

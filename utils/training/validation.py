@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+from utils.compilation import without_compiling
 from utils.contact_sheets import draw_grid
 from utils.editing.edit_images import SamplingSettings, edit_images, fit_image, size_multiple
 from utils.editing.encodings import Encodings
@@ -33,7 +34,8 @@ def validate(session: TrainingSession, best: BestWeights, step: int) -> None:
     if not is_due or plan.progress.validated_step == step:
         return
     session.state.model.eval()
-    with session.state.published_weights(), torch.no_grad():
+    is_compiled = session.settings.run.compile
+    with session.state.published_weights(), torch.no_grad(), without_compiling(is_compiled):
         if plan.held_out:
             log_held_out_loss(session, best, step)
         if plan.validation_pairs:
