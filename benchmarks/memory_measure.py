@@ -30,7 +30,6 @@ def measure_peak(
     with torch.device(device):
         unet = make_unet(config, configuration.kind, torch.device(device) if configuration.is_nf4 else None)
     if is_gpu:
-        unet.to(memory_format=torch.channels_last)
         torch.cuda.reset_peak_memory_stats()  # ignore the initialization
     if blocks:
         checkpoint_blocks(unet, blocks)

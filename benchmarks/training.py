@@ -23,6 +23,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
+from benchmarks.record import add_results  # noqa: E402
 from utils.cli import FlagParser  # noqa: E402
 
 CACHED = "--cache_latents --center_crop"
@@ -104,27 +105,24 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.peer = args.peer.resolve()
     for name in args.cells:
-        cell = CELLS[name]
-        measured = measure(args, cell, args.variants or list(cell.variants))
-        write_results(args.results, name, cell, measured)
-        print_table(name, cell, measured)
+        measured = measure(args, name, args.variants or list(CELLS[name].variants))
+        print_table(name, CELLS[name], measured)
 
 
-def measure(args: argparse.Namespace, cell: Cell, variants: list[str]) -> dict[str, dict[str, float]]:
-    """The medians of every variant over the rounds."""
+def measure(args: argparse.Namespace, name: str, variants: list[str]) -> dict[str, dict[str, float]]:
+    """The medians of every variant over the rounds; what is measured so far is written after every run."""
+    cell, measured = CELLS[name], {}
     make = "import sys; from pathlib import Path; from benchmarks.training_bases import *; work = Path(sys.argv[1]); "
     make += f"make_base({cell.base!r}, work); make_pairs(work, {cell.pairs}, {cell.stored})"
     subprocess.run([sys.executable, "-c", make, str(args.work)], cwd=REPOSITORY, check=True)
-    runs = {name: [] for name in variants}
-    for _ in range(args.rounds):
-        for name in variants:
-            if values := run_variant(args, cell, name):
-                runs[name].append(values)
-    return {
-        name: {key: statistics.median(run[key] for run in found) for key in found[0]}
-        for name, found in runs.items()
-        if found
-    }
+    runs = {variant: [] for variant in variants}
+    for variant in variants * args.rounds:
+        if values := run_variant(args, cell, variant):
+            runs[variant].append(values)
+            found = runs[variant]
+            measured[variant] = {key: statistics.median(run[key] for run in found) for key in found[0]}
+            write_results(args.results, name, cell, measured)
+    return measured
 
 
 def run_variant(args: argparse.Namespace, cell: Cell, name: str) -> dict[str, float] | None:
@@ -157,7 +155,7 @@ def run_variant(args: argparse.Namespace, cell: Cell, name: str) -> dict[str, fl
     environment = os.environ | {"HF_HUB_OFFLINE": "1"} | ({"IS_PEER": "1"} if is_peer else {})
     print(f"{name}: {flags}", file=sys.stderr, flush=True)
     started = time.perf_counter()
-    with open(args.work / f"{name}.log", "w") as log:
+    with (args.work / f"{name}.log").open("w") as log:
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=args.work).returncode
     if code or not result.exists():
         print(f"{name} failed:\n{(args.work / f'{name}.log').read_text()[-3000:]}", file=sys.stderr, flush=True)
@@ -171,8 +169,6 @@ def run_variant(args: argparse.Namespace, cell: Cell, name: str) -> dict[str, fl
 
 def write_results(path: Path, name: str, cell: Cell, measured: dict[str, dict[str, float]]) -> None:
     """Replace the cell's rows in the results file."""
-    from benchmarks.record import add_results
-
     rows = [
         {
             "metric": "seconds for a sample",

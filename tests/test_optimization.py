@@ -112,29 +112,6 @@ def test_resumed_training_is_bit_identical(options: OptimizationOptions, tmp_pat
     assert_same(torch.load(tmp_path / "whole.pt"), torch.load(tmp_path / "resumed.pt"))
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "fused bf16 adamw8bit"])
-def test_a_resumed_channels_last_unet_is_bit_identical(name: str, tmp_path: Path) -> None:
-    """As on a GPU, where the memory layout selects the kernels."""
-    options, folder = (KINDS | FUSED)[name], tmp_path / "tokenizer"
-
-    def train(first: int, last: int, states: list[dict] | None = None) -> list[dict]:
-        unet = make_components(folder, in_channels=8)["unet"].train().to(memory_format=torch.channels_last)
-        unet = unet.to(torch.bfloat16) if options.weights_dtype == "bf16" else unet
-        optimizer = make_optimizer(list(unet.parameters()), options, 1)
-        for part, state in zip((unet, optimizer), states or (), strict=False):
-            part.load_state_dict(state)
-        for step in range(first, last):
-            torch.manual_seed(step)
-            latents, text = (torch.randn(shape).to(unet.dtype) for shape in ((2, 8, 16, 16), (2, 5, 32)))
-            unet(latents, torch.tensor([3, 700]), text).sample.square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        torch.save([unet.state_dict(), optimizer.state_dict()], tmp_path / "states.pt")
-        return torch.load(tmp_path / "states.pt", weights_only=True)
-
-    assert_same(train(0, 4), train(2, 4, train(0, 2)))
-
-
 def assert_same(left: object, right: object) -> None:
     """Compare two nested states."""
     if isinstance(left, dict):

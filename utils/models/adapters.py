@@ -150,12 +150,6 @@ def _make_full_rank(conv_in: nn.Module) -> None:
     conv_in.lora_dropout[ADAPTER] = nn.Identity()
 
 
-def make_adapter_contiguous(unet: nn.Module) -> None:
-    """Undo channels_last for the adapter: peft's DoRA of a convolution views its matrices as flat ones."""
-    for parameter in _adapter_parameters(unet).values():
-        parameter.data = parameter.data.contiguous()
-
-
 def has_adapter(unet: nn.Module) -> bool:
     """Whether the UNet has an adapter that is not merged."""
     return bool(getattr(unet, "peft_config", None))

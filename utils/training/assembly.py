@@ -17,7 +17,7 @@ from diffusers import UNet2DConditionModel
 from utils.compilation import compile_blocks, find_missing_compiler
 from utils.data.samples import BadRowLimit, list_prompts
 from utils.hub import redact
-from utils.models.adapters import add_adapter, cast_frozen, make_adapter_contiguous
+from utils.models.adapters import add_adapter, cast_frozen
 from utils.models.conditioning import GPU_BATCH, make_prompt_encoder
 from utils.models.quantization import quantize_linears
 from utils.models.stable_diffusion import Configs, StableDiffusion, load_stable_diffusion, widen_conv_in
@@ -135,9 +135,6 @@ def make_training_state(
         shard_unet(unet, accelerator, sharding.blocks, sharding.reshard_after_forward, sharding.offload)
     else:
         unet.to(accelerator.device)
-        if accelerator.device.type == "cuda":
-            unet.to(memory_format=torch.channels_last)
-            make_adapter_contiguous(unet)
     if settings.run.compile:
         compile_for_training(unet, accelerator.device.type)
     run = settings.run

@@ -214,7 +214,7 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations to save memory")
     blocks = "recompute only these blocks, such as down_blocks.0 up_blocks.3"
     group.add_argument("--gradient_checkpointing_blocks", nargs="+", metavar="BLOCK", help=blocks)
-    compiled = "compile the UNet's blocks: faster steps after a minute or two; falls back where it is not possible"
+    compiled = "compile the UNet's blocks, which takes minutes; measure whether it helps (docs/performance.md)"
     group.add_argument("--compile", action="store_true", help=compiled)
     dtype = "dtype of the trained weights; bf16 halves their memory and rounds updates stochastically"
     group.add_argument("--weights_dtype", choices=("fp32", "bf16"), default="fp32", help=dtype)

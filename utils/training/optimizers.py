@@ -86,9 +86,6 @@ def _make_unfused(
     if name in ("adamw8bit", "paged_adamw8bit"):
         import bitsandbytes
 
-        # Its first step undoes channels_last. Undone here, a resumed run uses the same kernels from its first step on.
-        for parameter in parameters:
-            parameter.data = parameter.data.contiguous()
         # Paged: the state moves to CPU memory when the GPU's is full.
         is_paged = name == "paged_adamw8bit"
         return (bitsandbytes.optim.PagedAdamW8bit if is_paged else bitsandbytes.optim.AdamW8bit)(parameters, **adam)
