@@ -8,10 +8,10 @@ INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo test lint bench bench-gpu clean
 
 help: ## Show this list
-	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 # The stamp is written last: an install that was interrupted is done again.
 $(INSTALLED): requirements.txt
@@ -33,6 +33,15 @@ test: $(TESTABLE) ## Run every test
 lint: $(TESTABLE) ## Check the style with ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+bench: $(INSTALLED) ## Measure speed on the CPU beside diffusers' example: make bench PEER=diffusers/examples/instruct_pix2pix
+	@test -d "$(PEER)" || { echo "error: PEER must name diffusers' examples/instruct_pix2pix, such as make bench PEER=../diffusers/examples/instruct_pix2pix"; exit 2; }
+	$(BIN)/python benchmarks/training.py --peer $(PEER) --cells toy depth
+	$(BIN)/python benchmarks/loader.py
+
+bench-gpu: $(INSTALLED) ## The same on a GPU with 80 GB: make bench-gpu PEER=... [CELLS="sd15-256"]
+	@test -d "$(PEER)" || { echo "error: PEER must name diffusers' examples/instruct_pix2pix, such as make bench-gpu PEER=../diffusers/examples/instruct_pix2pix"; exit 2; }
+	$(BIN)/python benchmarks/training.py --peer $(PEER) --cells $(or $(CELLS),sd15-256 sd15-512 sdxl-1024)
 
 clean: ## Remove the environment and what the demo made
 	rm -rf $(VENV) demo-output

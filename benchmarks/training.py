@@ -3,9 +3,9 @@
     python benchmarks/training.py --peer DIFFUSERS/examples/instruct_pix2pix                       # on the CPU
     python benchmarks/training.py --peer DIFFUSERS/examples/instruct_pix2pix --cells sd15-256      # on a GPU
 
-The same base with random weights (but the toy's), the same JPEG pairs, the same seed and number of steps; every run is a
-process of its own (timed_script.py), and rounds take turns, so that what else the machine does meets all of them alike.
-`peer` is diffusers' documented command, `peer_tuned` the best that its flags allow. Prints Markdown and adds to
+The same base with random weights (but the toy's), the same JPEG pairs, the same seed and number of steps; every run is
+a process of its own (timed_script.py), and rounds take turns, so that what else the machine does meets all of them
+alike. `peer` is diffusers' documented command, `peer_tuned` the best that its flags allow. Prints Markdown and adds to
 benchmarks/results/training.json.
 """
 

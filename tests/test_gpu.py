@@ -20,6 +20,7 @@ from utils.editing.edit_images import SamplingSettings, edit_pixels
 from utils.editing.editor_setup import offload_editor
 from utils.editing.loading import load_editor
 from utils.runtime import _xformers_problem
+from utils.training import loop
 from utils.training.objective import Objective
 from utils.training.optimizers import restore_paging
 
@@ -98,6 +99,27 @@ def test_sdxl_and_adapters_in_half_precision(tiny_sdxl, pairs, tmp_path, flags, 
     )
     size = dict(height=32, width=32)
     assert pipeline("red", image=make_image(1, (32, 32)), num_inference_steps=2, **size).images[0].size == (32, 32)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--use_ema", "--snr_gamma=5"), ("--cache_latents", "--center_crop"), ("--lora_rank=4", "--random_flip")],
+    ids=lambda flags: flags[0],
+)
+def test_steps_do_not_wait_for_the_gpu(tiny_base, pairs, tmp_path, flags, monkeypatch):
+    """From the second step on, PyTorch raises at whatever makes the host wait."""
+    step, count = loop.train_step, iter(range(9))
+
+    def watched(*inputs: object) -> int:
+        torch.cuda.set_sync_debug_mode("error" if next(count) else "default")
+        try:
+            return step(*inputs)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(loop, "train_step", watched)
+    assert TRAIN(training_flags(tiny_base, pairs, tmp_path / "out", "--mixed_precision=bf16", *flags)) == 0
+    assert next(count) == 4
 
 
 def test_fp16_resumes_with_its_scaler(tiny_base, pairs, tmp_path):

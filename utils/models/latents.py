@@ -4,6 +4,8 @@ Noise is added to the edited image: a sample of its posterior, scaled. The origi
 mode of its posterior, unscaled, as in the InstructPix2Pix pipelines (paper, section 3.2).
 """
 
+from functools import cache
+
 import torch
 from diffusers import AutoencoderKL
 
@@ -73,4 +75,10 @@ def _channel_statistics(latents: torch.Tensor, vae_config: dict) -> tuple[torch.
     values = [vae_config.get(name) for name in ("latents_mean", "latents_std")]
     if None in values:
         return None
-    return tuple(torch.tensor(value).view(1, -1, 1, 1).to(latents) for value in values)
+    return tuple(_channels(tuple(value), latents.dtype, latents.device) for value in values)
+
+
+@cache
+def _channels(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """One value per channel, kept on the device: a copy from the host in every step would wait for the GPU."""
+    return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)

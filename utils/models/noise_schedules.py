@@ -3,9 +3,11 @@
 Notation: x_t = alpha_t x_0 + sigma_t eps, with alpha_t^2 = `alphas_cumprod[t]` and sigma_t^2 = 1 - alpha_t^2.
 """
 
+from __future__ import annotations
+
 import inspect
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, SchedulerMixin
@@ -59,6 +61,11 @@ class NoiseSchedule:
     def unet_timesteps(self, timesteps: torch.Tensor) -> torch.Tensor:
         """What the UNet receives as its timesteps (B,): the timesteps themselves, or c_noise of EDM models."""
         return timesteps if self.edm_timesteps is None else self.edm_timesteps.to(timesteps.device)[timesteps]
+
+    def to(self, device: torch.device) -> NoiseSchedule:
+        """With its tables on the device, so that no step copies them."""
+        self.scheduler.alphas_cumprod = self.scheduler.alphas_cumprod.to(device)
+        return self if self.edm_timesteps is None else replace(self, edm_timesteps=self.edm_timesteps.to(device))
 
 
 def make_noise_schedule(base_config: dict, options: ObjectiveOptions) -> NoiseSchedule:

@@ -106,7 +106,9 @@ def make_objective(accelerator: Accelerator, parts: StableDiffusion, plan: RunPl
     elif accelerator.device.type == "cuda":
         encode_prompts.caches = False  # of a stream, whose prompts are not known
     condition_scale = parts.vae.config.scaling_factor if parts.is_cosxl_edit else 1.0
-    return Objective(parts.vae, encode_prompts, plan.schedule, settings.objective, condition_scale)
+    return Objective(
+        parts.vae, encode_prompts, plan.schedule.to(accelerator.device), settings.objective, condition_scale
+    )
 
 
 def make_training_state(
