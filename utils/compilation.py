@@ -28,7 +28,7 @@ def find_missing_compiler(device: str) -> str | None:
 def compile_blocks(unet: torch.nn.Module) -> int:
     """Compile the residual and transformer blocks of a UNet for the shapes that they meet; returns how many.
 
-    Most of a UNet's time passes in these blocks, which compile in a tenth of the time of the whole. Parameters keep
+    Most of a UNet's time passes in these blocks. Parameters keep
     their names. A block that does not compile runs as before, with a warning of PyTorch's. Compiled code is kept
     between runs, in TORCHINDUCTOR_CACHE_DIR.
     """

@@ -158,7 +158,7 @@ def compile_for_training(unet: UNet2DConditionModel, device: str) -> None:
         logger.warning("--compile is ignored: it needs %s, which is not installed", missing)
     else:
         num_blocks = compile_blocks(unet)
-        logger.warning("--compile: the first step compiles %d blocks, which takes a minute or two", num_blocks)
+        logger.warning("--compile: the first step compiles %d blocks, which takes minutes", num_blocks)
 
 
 def prepare_weights(accelerator: Accelerator, unet: UNet2DConditionModel, settings: Settings, plan: RunPlan) -> None:
