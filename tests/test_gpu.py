@@ -122,6 +122,32 @@ def test_steps_do_not_wait_for_the_gpu(tiny_base, pairs, tmp_path, flags, monkey
     assert next(count) == 4
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--mixed_precision=bf16", "--use_ema", "--snr_gamma=5"),
+        ("--mixed_precision=fp16", "--gradient_accumulation_steps=2"),
+        ("--mixed_precision=bf16", "--lora_rank=4", "--lora_dropout=0.2", "--merge_adapter"),
+        ("--mixed_precision=bf16", "--gradient_checkpointing"),
+        ("--mixed_precision=bf16", "--resize_mode=bucket", "--gradient_accumulation_steps=2"),
+        ("--mixed_precision=bf16", "--validation_split=0.2", "--validation_steps=2", "--checkpointing_steps=2"),
+    ],
+    ids=lambda flags: " ".join(flags),
+)
+@pytest.mark.parametrize("kind", ["tiny_base", "tiny_sdxl"])
+def test_cuda_graphs_train_the_same_weights(kind, flags, pairs, tmp_path, request, caplog):
+    """Bit-identical to a run without them, with deterministic kernels."""
+    script = train_instruct_pix2pix_sdxl if "sdxl" in kind else train_instruct_pix2pix
+    base = request.getfixturevalue(kind)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    for graphs in ("no", "yes"):
+        more = (*flags, f"--cuda_graphs={graphs}", "--max_train_steps=5")
+        assert script.main(training_flags(base, pairs, tmp_path / graphs, *more)) == 0
+    torch.use_deterministic_algorithms(False)
+    assert "CUDA graphs are not used" not in caplog.text
+    assert weights_of(tmp_path / "no/unet") == weights_of(tmp_path / "yes/unet")
+
+
 def test_fp16_resumes_with_its_scaler(tiny_base, pairs, tmp_path):
     """Bit-identical to an uninterrupted run on the same GPU with deterministic kernels."""
     flags = ("--mixed_precision=fp16", "--use_ema", "--checkpointing_steps=2")

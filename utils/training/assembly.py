@@ -24,6 +24,7 @@ from utils.models.stable_diffusion import Configs, StableDiffusion, load_stable_
 from utils.quiet import hide_progress_bars
 from utils.runtime import DTYPES, frozen_dtype, start_accelerator
 from utils.training.checkpoints import Progress
+from utils.training.cuda_graphs import GraphedUNet, find_obstacle
 from utils.training.dry_run import run_dry
 from utils.training.ema import MovingAverage
 from utils.training.loop import TrainingState, fit
@@ -149,7 +150,20 @@ def make_training_state(
         optimizer = accelerator.prepare_optimizer(optimizer)
         return ShardedState(accelerator, prepared, unet, ema, optimizer, lr_schedule, plan.progress)
     prepared, optimizer = accelerator.prepare(unet, optimizer)
+    if should_use_graphs(accelerator, settings):
+        prepared = GraphedUNet(prepared)
     return TrainingState(accelerator, prepared, unet, ema, optimizer, lr_schedule, plan.progress)
+
+
+def should_use_graphs(accelerator: Accelerator, settings: Settings) -> bool:
+    """Whether the steps replay CUDA graphs: not by default with gradient checkpointing, a sign of scarce memory."""
+    run = settings.run
+    obstacle = find_obstacle(accelerator.num_processes, settings.optimization.fused_backward)
+    if run.cuda_graphs == "yes" and obstacle:
+        logger.warning("--cuda_graphs yes is ignored: %s", obstacle)
+    is_recomputed = run.gradient_checkpointing or run.gradient_checkpointing_blocks
+    is_wanted = run.cuda_graphs == "yes" or (run.cuda_graphs == "auto" and not is_recomputed)
+    return is_wanted and not obstacle
 
 
 def compile_for_training(unet: UNet2DConditionModel, device: str) -> None:

@@ -216,6 +216,8 @@ def _add_precision(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--gradient_checkpointing_blocks", nargs="+", metavar="BLOCK", help=blocks)
     compiled = "compile the UNet's blocks, which takes minutes; measure whether it helps (docs/performance.md)"
     group.add_argument("--compile", action="store_true", help=compiled)
+    graphs = "replay recorded GPU work in place of starting each kernel (auto: without --gradient_checkpointing)"
+    group.add_argument("--cuda_graphs", choices=("auto", "yes", "no"), default="auto", help=graphs)
     dtype = "dtype of the trained weights; bf16 halves their memory and rounds updates stochastically"
     group.add_argument("--weights_dtype", choices=("fp32", "bf16"), default="fp32", help=dtype)
     fused = "update each weight in the backward pass and free its gradient at once; needs --max_grad_norm 0"

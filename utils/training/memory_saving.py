@@ -7,11 +7,12 @@ import shutil
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from utils.errors import InputError
 
@@ -47,7 +48,10 @@ def checkpoint_blocks(unet: UNet2DConditionModel, blocks: list[str] | None) -> N
     """
     if blocks is not None and (problems := find_block_problems(blocks, unet.config)):
         raise InputError.from_problems(problems)
-    unet.enable_gradient_checkpointing()  # diffusers enables it in all blocks; disable it in the others
+    # Only an adapter's dropout draws random numbers, whose state CUDA graphs cannot save and restore.
+    has_dropout = any(isinstance(module, torch.nn.Dropout) and module.p > 0 for module in unet.modules())
+    recompute = partial(torch_checkpoint, use_reentrant=False, preserve_rng_state=has_dropout)
+    unet.enable_gradient_checkpointing(recompute)  # in all blocks; disable it in the others
     chosen = list_blocks(unet.config) if blocks is None or ALL_BLOCKS in blocks else blocks
     for name in set(list_blocks(unet.config)) - set(chosen):
         for module in unet.get_submodule(name).modules():  # the block and the transformers inside have a switch each

@@ -51,6 +51,7 @@ class RunOptions:
     gradient_checkpointing_blocks: list[str] | None = None
     vae_precision: str | None = None
     compile: bool = False
+    cuda_graphs: str = "auto"
     use_ema: bool = False
     ema_decay: float = 0.9999
     ema_update_interval: int = 1
