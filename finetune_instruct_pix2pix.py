@@ -11,7 +11,8 @@ import sys
 
 from utils.cli import pick
 from utils.errors import exit_on_input_error
-from utils.training.flags import parse_training_flags, prepare_process
+from utils.training.flags import parse_training_flags
+from utils.training.launcher import prepare_process
 
 
 def main(argv: list[str] | None = None) -> int:

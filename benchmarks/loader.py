@@ -10,6 +10,7 @@ float32 tensors in [-1, 1]; ours stay uint8 until they are on the device. Prints
 
 import argparse
 import io
+import json
 import sys
 import tempfile
 import time
@@ -26,7 +27,7 @@ from safetensors.numpy import save_file  # noqa: E402
 
 from utils.cli import FlagParser  # noqa: E402
 from utils.data.geometry import Geometry, prepare_pair  # noqa: E402
-from utils.data.latent_cache import ROWS_PER_SHARD, LatentCache, shard_path  # noqa: E402
+from utils.data.latent_cache import ROWS_PER_SHARD, CachedRows, LatentCache  # noqa: E402
 
 PHOTOGRAPHS = ("astronaut.jpg", "raccoon.jpg", "coffee.jpg", "cat.jpg")
 
@@ -71,10 +72,12 @@ def milliseconds(function: Callable[[int], object], seconds: float) -> float:
 def write_cache(folder: Path, resolution: int) -> LatentCache:
     """A shard of a latent cache, as of Stable Diffusion 1.5."""
     side = resolution // 8
-    moments = np.random.default_rng(0).standard_normal((ROWS_PER_SHARD, 2, 12, side, side)).astype(np.float16)
-    sizes = np.zeros((ROWS_PER_SHARD, 2, 3, 2), np.int64)
-    save_file({"moments": moments, "sizes": sizes}, shard_path(folder, 0), metadata={"bad_rows": "{}"})
-    return LatentCache([folder], Geometry(resolution, center_crop=True, random_flip=True))
+    rows, normal = range(ROWS_PER_SHARD), np.random.default_rng(0).standard_normal
+    tensors = {str(row): normal((2, 12, side, side)).astype(np.float16) for row in rows}
+    tensors["sizes"] = np.zeros((ROWS_PER_SHARD, 2, 3, 2), np.int64)
+    metadata = {"rows": json.dumps(list(rows)), "bad_rows": "{}"}
+    save_file(tensors, folder / "rows-00000-0.safetensors", metadata=metadata)
+    return LatentCache([CachedRows(folder, np.array(rows))], Geometry(resolution, center_crop=True, random_flip=True))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -176,7 +176,7 @@ def test_without_a_gpu(flags: list[str], no_gpu: None, extra: str, words: tuple[
 def test_the_launchers_precision(
     flags: list[str], no_gpu: None, monkeypatch: pytest.MonkeyPatch, precision: str, words: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr("utils.training.flags.follow_launcher", lambda: None)
+    monkeypatch.setattr("utils.training.launcher.follow_launcher", lambda: None)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     fails_early(flags, *words)
 

@@ -19,7 +19,7 @@ from tests.mistakes import finishes
 from tests.pairs import save_pairs
 from tests.runs import BIN, ENVIRONMENT, REPOSITORY, TORCHRUN, start, training_flags
 from train_instruct_pix2pix import main as train
-from utils.data import latent_cache
+from utils.data import latent_cache, latent_encoding
 from utils.data.geometry import Geometry
 from utils.data.sources import open_source
 from utils.errors import InputError
@@ -114,7 +114,8 @@ def test_no_shard_of_the_latent_cache_is_lost(tiny_editor, pairs, tmp_path, monk
     """The second process lists the folder when the first has written its shards."""
     from utils.editing.loading import load_editor
 
-    monkeypatch.setattr(latent_cache, "ROWS_PER_SHARD", 1)
+    for module in (latent_cache, latent_encoding):
+        monkeypatch.setattr(module, "ROWS_PER_SHARD", 1)
     source, vae, barrier = open_source(str(pairs)), load_editor(tiny_editor).vae, threading.Barrier(2)
     geometry, folder, problems = Geometry(resolution=32, center_crop=True), tmp_path / "latent-cache", []
 
@@ -122,7 +123,8 @@ def test_no_shard_of_the_latent_cache_is_lost(tiny_editor, pairs, tmp_path, monk
         while rank and len(list(folder.glob("*/rows-*"))) < 4:
             time.sleep(0.01)
         try:
-            cache = latent_cache.make_latent_cache(Rank(rank, barrier), folder, [source], geometry, vae)
+            encoder = latent_encoding.Encoder(geometry, vae)
+            cache = latent_encoding.make_latent_cache(Rank(rank, barrier), folder, [source], encoder)
             for row in range(7):
                 if row != 3:  # a bad row of `save_pairs`, or not: reading it must not miss a file
                     cache.read(0, row, False)

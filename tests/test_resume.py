@@ -255,7 +255,7 @@ def test_two_processes_equal_one_with_accumulation_two(request, pairs, tmp_path,
 
 def test_a_script_ends_with_its_launcher(tmp_path):
     """It receives SIGTERM when the launcher dies."""
-    child = "import time, utils.training.flags as l; l.follow_launcher(); print('ready', flush=True); time.sleep(60)"
+    child = "import time, utils.training.launcher as l; l.follow_launcher(); print('ready', flush=True); time.sleep(60)"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
     environment = os.environ | {"ACCELERATE_MIXED_PRECISION": "no"}
     process = subprocess.Popen(["python3", "-c", parent], env=environment, stdout=subprocess.PIPE)

@@ -23,8 +23,9 @@ import train_instruct_pix2pix
 from tests.hub_server import hub_server
 from tests.pairs import make_dataset, make_image, make_rows, save_pairs
 from tests.runs import ENVIRONMENT, REPOSITORY, WEIGHTS, losses_of, run, training_flags, weights_of
-from utils.data import latent_cache
+from utils.data import latent_encoding
 from utils.data.geometry import Geometry, prepare_pair
+from utils.data.latent_encoding import encode_variants
 from utils.training.checkpoints import list_checkpoints
 from utils.training.flags import parse_training_flags
 from utils.training.objective import Objective
@@ -327,7 +328,7 @@ def test_training_with_cached_latents(tiny_base, pairs, tmp_path):
     assert apart < 0.01 * moved  # AdamW's first steps have full length even where a gradient is only rounding
     losses = [[loss for _, loss, *_ in losses_of(tmp_path / name) if loss] for name in ("live", "cached")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert list((tmp_path / "cached/latent-cache").glob("*/rows-00000.safetensors"))
+    assert list((tmp_path / "cached/latent-cache").glob("*/rows-00000-*.safetensors"))
 
 
 def test_a_latent_cache_for_several_runs(tiny_base, pairs, tmp_path, monkeypatch, capsys):
@@ -346,7 +347,7 @@ def test_a_latent_cache_for_several_runs(tiny_base, pairs, tmp_path, monkeypatch
         assert sum(encoded) == 2 * 2 * 7  # seven pairs, plain and mirrored
         assert not (tmp_path / name / "latent-cache").exists()
     assert [path.name for path in (tmp_path / "latents").glob("*/.unfinished-*")] == [".unfinished-beside"]
-    monkeypatch.setattr(latent_cache.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
+    monkeypatch.setattr(latent_encoding.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     with pytest.raises(SystemExit):
         TRAIN(training_flags(tiny_base, pairs, tmp_path / "full", *shared, "--latent_cache_dir", str(tmp_path / "new")))
     assert "GB for 7 rows" in capsys.readouterr().err
@@ -368,7 +369,7 @@ def test_cached_pairs(tiny_base, width):
         assert np.array_equal(mirrored.original, expected.original) and np.array_equal(mirrored.edited, expected.edited)
     vae = AutoencoderKL.from_pretrained(tiny_base, subfolder="vae")
     rows = [[pair, pair.mirrored()] for pair in pairs]
-    together, alone = latent_cache._encode(rows, vae), [latent_cache._encode([row], vae)[0] for row in rows]
+    together, alone = encode_variants(rows, vae), [encode_variants([row], vae)[0] for row in rows]
     for (moments, sizes), (expected, expected_sizes) in zip(together, alone, strict=True):
         assert torch.equal(sizes, expected_sizes)
         torch.testing.assert_close(moments, expected, rtol=0, atol=1e-4)

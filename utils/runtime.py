@@ -233,6 +233,11 @@ def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
     return DTYPES.get(accelerator.mixed_precision, torch.float32)
 
 
+def vae_dtype(precision: str | None, is_sdxl: bool, default: torch.dtype) -> torch.dtype:
+    """The dtype of the VAE: that of --vae_precision; else float32 for SDXL, whose own VAE overflows in fp16."""
+    return DTYPES.get(precision, torch.float32 if is_sdxl else default)
+
+
 @dataclass
 class StopSignal:
     """Records SIGTERM or SIGINT, so that training can finish the current step; a second signal stops at once."""

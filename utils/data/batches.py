@@ -13,13 +13,12 @@ from functools import partial
 from itertools import count
 from typing import NamedTuple
 
-import pyarrow as pa
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from tqdm import tqdm
 
+from utils.data.bucket_table import find_buckets
 from utils.data.draws import DrawOrder, check_seed
-from utils.data.geometry import Geometry, Size, make_buckets, nearest_bucket
+from utils.data.geometry import Geometry, Size
 from utils.data.latent_cache import LatentCache
 from utils.data.samples import (
     MAX_CONSECUTIVE_BAD_ROWS,
@@ -33,7 +32,7 @@ from utils.data.sources import Source
 from utils.data.streaming import StreamedBatches, check_streamable
 from utils.errors import InputError
 from utils.parent_process import signal_when_parent_dies
-from utils.pixels import BadRow, peek_size
+from utils.pixels import BadRow
 
 
 def make_loader(
@@ -66,7 +65,7 @@ def make_loader(
         dataset = StreamedBatches(sources[0], settings, batch_size, rank, world_size, start_batch, num_workers)
         sampler, num_workers = None, min(num_workers, 1)
     else:
-        buckets = scan_buckets(sources, geometry) if geometry.resize_mode == "bucket" else None
+        buckets = find_buckets(sources, geometry) if geometry.resize_mode == "bucket" else None
         dataset = PairBatches(sources, settings, cache)
         sampler = VisitSampler(sources, seed, batch_size, rank, world_size, start_batch, buckets)
     return BatchLoader(dataset, sampler, num_workers, pin_memory)
@@ -124,39 +123,11 @@ class VisitSampler(Sampler):
                 queues[bucket] = []
 
 
-def scan_buckets(sources: list[Source], geometry: Geometry) -> list[list[Size]]:
-    """The bucket (h, w) of each row of each source, from the headers of the images alone.
-
-    A row that cannot be opened gets the square bucket: another row will replace it.
-    """
-    buckets = make_buckets(geometry.resolution)
-    square = min(buckets, key=lambda bucket: abs(bucket[0] - bucket[1]))
-    found = []
-    with tqdm(total=sum(len(s.rows) for s in sources), desc="Reading image sizes", disable=None) as progress:
-        for source in sources:
-            found.append([])
-            rows = source.rows.select_columns([source.columns.original]).with_format("arrow")
-            for row in range(len(rows)):
-                try:
-                    found[-1].append(nearest_bucket(peek_size(_stored_image(rows[row])), buckets))
-                except BadRow:
-                    found[-1].append(square)
-                progress.update()
-    return found
-
-
-def _stored_image(row: pa.Table) -> object:
-    """The image file of a row with one column, without copying it."""
-    image = row.column(0)[0]
-    if not image.is_valid or isinstance(image, (pa.ListScalar, pa.LargeListScalar)):
-        return image.as_py()
-    if image["bytes"].is_valid:
-        return pa.BufferReader(image["bytes"].as_buffer())
-    return image["path"].as_py()
-
-
 class PairBatches(Dataset):
-    """A list of visits -> a batch. The next good row of its source replaces a bad row; the draw stays the same."""
+    """A list of visits -> a batch. The next good row of its source replaces a bad row; the draw stays the same.
+
+    With a cache of several buckets, it is the next good row of the same bucket.
+    """
 
     def __init__(self, sources: list[Source], settings: SampleSettings, cache: LatentCache | None = None) -> None:
         self.sources = sources
@@ -180,17 +151,21 @@ class PairBatches(Dataset):
             row = (visit.row + step) % len(source.rows)
             name = source.row_name(row)
             try:
-                return self._sample_of_row(row, visit), name
+                if sample := self._sample_of_row(row, visit):
+                    return sample, name
             except BadRow as error:
                 bad_rows.append((name, error.reason))
         raise too_many_bad_rows(bad_rows[-num_tries:])
 
-    def _sample_of_row(self, row: int, visit: Visit) -> dict:
+    def _sample_of_row(self, row: int, visit: Visit) -> dict | None:
         source = self.sources[visit.source]
         if self.cache is None:
             return make_sample(source.rows[row], source, visit.draw, self.settings, visit.bucket)
         prompt = self.prompts[visit.source][row][source.columns.prompt]
-        return make_cached_sample(prompt, visit.draw, self.settings, partial(self.cache.read, visit.source, row))
+        read = partial(self.cache.read, visit.source, row)
+        sample = make_cached_sample(prompt, visit.draw, self.settings, read, visit.bucket)
+        shape = sample["arrays"]["moments"].shape[1:]
+        return sample if shape == sample["draws"]["noise"].shape[1:] else None  # another bucket
 
 
 class BatchLoader(DataLoader):

@@ -12,6 +12,7 @@ ORDER_KEY = 1 << 63
 SOURCES_KEY = 1 << 62
 SUBSET_KEY = 1 << 61
 HELD_OUT_KEY = 1 << 60
+CROP_KEY = 1 << 59
 CACHED_ORDERS = 2  # per source: of the current and the neighbouring epoch
 
 
@@ -45,6 +46,11 @@ def sample_draws(seed: int, draw: int, latent_shape: tuple[int, int, int], num_t
         noise=generator.standard_normal(latent_shape, dtype=np.float32),
         posterior_noise=generator.standard_normal(latent_shape, dtype=np.float32),
     )
+
+
+def fixed_crop(row: int, crop: int) -> tuple[float, float]:
+    """The position (y, x) in [0, 1) of a row's crop with this number, in every run."""
+    return tuple(_generator(row, ORDER_KEY | CROP_KEY | crop).random(2).tolist())
 
 
 def random_subset(seed: int, num_rows: int, size: int) -> np.ndarray:

@@ -5,11 +5,12 @@ from __future__ import annotations  # a method returns its own class
 import math
 import re
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from utils.pixels import BadRow, decode
+from utils.pixels import BadRow, decode, peek_size
 
 RESIZE_MODES = ("crop", "squash", "bucket")
 MAX_ASPECT_DIFFERENCE = 0.02
@@ -36,6 +37,13 @@ class Geometry:
             raise ValueError(f"--resolution is {self.resolution}; it must be at least 8")
         if not 0 <= self.max_aspect_difference < math.inf:
             raise ValueError(f"--max_aspect_difference is {self.max_aspect_difference}; it must be 0 or more")
+
+
+class DecodedPair(NamedTuple):
+    """Both images of a pair, and the size (h, w) of the stored original image."""
+
+    images: tuple[Image.Image, Image.Image]
+    original_size: Size
 
 
 @dataclass(frozen=True)
@@ -87,6 +95,12 @@ def nearest_bucket(size: Size, buckets: list[Size]) -> Size:
     return min(buckets, key=lambda bucket: (abs(math.log(bucket[0] / bucket[1]) - aspect), -bucket[0] * bucket[1]))
 
 
+def bucket_of(original: object, geometry: Geometry) -> Size | None:
+    """The bucket of a stored original image, from its header; None in other modes. Raises BadRow."""
+    is_bucket = geometry.resize_mode == "bucket"
+    return nearest_bucket(peek_size(original), make_buckets(geometry.resolution)) if is_bucket else None
+
+
 def prepare_pair(
     original: object,
     edited: object,
@@ -101,6 +115,12 @@ def prepare_pair(
     u_crop (y, x), u_flip: uniform draws in [0, 1). bucket: the training size (h, w) in the mode "bucket", by default
     the nearest one. Raises BadRow.
     """
+    pair = crop_pair(decode_pair(original, edited, geometry, bucket), geometry, u_crop, bucket)
+    return pair.mirrored() if is_mirrored(geometry, u_flip, prompt) else pair
+
+
+def decode_pair(original: object, edited: object, geometry: Geometry, bucket: Size | None = None) -> DecodedPair:
+    """Two stored images, decoded at about the size that `crop_pair` needs. Raises BadRow."""
     needed_side = max(bucket) if bucket else geometry.resolution * (2 if geometry.resize_mode == "bucket" else 1)
     images, stored_sizes = [], []
     for name, value in (("original image", original), ("edited image", edited)):
@@ -113,14 +133,21 @@ def prepare_pair(
         stored_sizes.append(size)
     if geometry.resize_mode != "squash":  # which gives both images the same shape
         check_aspects(*stored_sizes, geometry.max_aspect_difference)
-    resized, target = _sizes(stored_sizes[0], geometry, bucket)
+    return DecodedPair(tuple(images), stored_sizes[0])
+
+
+def crop_pair(
+    decoded: DecodedPair, geometry: Geometry, u_crop: tuple[float, float] = (0.5, 0.5), bucket: Size | None = None
+) -> PreparedPair:
+    """The pair at training size. u_crop (y, x): the position of the crop in [0, 1), for a random one."""
+    images, original_size = decoded
+    resized, target = _sizes(original_size, geometry, bucket)
     u_crop = (0.5, 0.5) if geometry.center_crop else u_crop
     top, left = (min(int(u * (r - t + 1)), r - t) for u, r, t in zip(u_crop, resized, target, strict=True))
     pixels = [_resize_and_crop(image, resized, (top, left), target) for image in images]
     original_pixels, edited_pixels = (np.ascontiguousarray(array.transpose(2, 0, 1)) for array in pixels)
     spare = resized[1] - target[1]
-    pair = PreparedPair(original_pixels, edited_pixels, stored_sizes[0], (top, left), target, False, spare)
-    return pair.mirrored() if is_mirrored(geometry, u_flip, prompt) else pair
+    return PreparedPair(original_pixels, edited_pixels, original_size, (top, left), target, False, spare)
 
 
 def check_aspects(original_size: Size, edited_size: Size, max_difference: float = MAX_ASPECT_DIFFERENCE) -> None:

@@ -50,15 +50,20 @@ def make_sample(row: dict, source: Source, draw: int, settings: SampleSettings, 
 
 
 def make_cached_sample(
-    prompt_value: object, draw: int, settings: SampleSettings, read_cache: Callable[[bool], tuple]
+    prompt_value: object,
+    draw: int,
+    settings: SampleSettings,
+    read_cache: Callable[[bool, float], tuple],
+    bucket: Size | None = None,
 ) -> dict:
     """Like `make_sample`, with the moments of the latent cache instead of pixels. Raises BadRow.
 
-    read_cache: is_mirrored -> moments float32 (3C, h, w) and sizes (3, 2).
+    read_cache: (is_mirrored, the uniform draw that chooses the crop) -> moments float32 (3C, h, w) and sizes (3, 2).
     """
-    draws = settings.draws(draw)
+    draws = settings.draws(draw, bucket)
     prompt = choose_prompt(prompt_value, draws["u_prompt"])
-    moments, sizes = read_cache(is_mirrored(settings.geometry, draws["u_flip"], prompt))
+    is_flipped = is_mirrored(settings.geometry, draws["u_flip"], prompt)
+    moments, sizes = read_cache(is_flipped, draws["u_crop"][0])
     return dict(arrays=dict(moments=moments), sizes=sizes, prompt=prompt, draws=draws)
 
 

@@ -39,6 +39,7 @@ class Source:
     weight: float = 1.0  # share of the draws, relative to the weights of the other sources
     is_streaming: bool = False
     row_numbers: np.ndarray | None = None  # of a subset: the number of each row in the dataset
+    all_rows: datasets.Dataset | None = None  # of a subset: the rows of the dataset
 
     def row_name(self, row: int) -> str:
         """The name of a row in messages, such as "train[12]"."""
@@ -47,7 +48,15 @@ class Source:
     def select(self, rows: np.ndarray) -> Source:
         """The source with only these rows (integers), which keep their numbers."""
         numbers = rows if self.row_numbers is None else self.row_numbers[rows]
-        return replace(self, rows=self.rows.select(rows), row_numbers=numbers)
+        return replace(self, rows=self.rows.select(rows), row_numbers=numbers, all_rows=self.whole().rows)
+
+    def whole(self) -> Source:
+        """The source with all rows of its dataset."""
+        return self if self.all_rows is None else replace(self, rows=self.all_rows, row_numbers=None, all_rows=None)
+
+    def numbers(self) -> np.ndarray:
+        """The number of each row in the dataset, int64 (rows,)."""
+        return np.arange(len(self.rows)) if self.row_numbers is None else np.asarray(self.row_numbers, dtype=np.int64)
 
 
 def open_source(
@@ -121,13 +130,13 @@ def open_mix(
 
 
 def images_digest(source: Source) -> str:
-    """A hex digest of the images of a source: its image columns, row numbers, sizes or names of files, some files.
+    """A hex digest of the images of a source's dataset: its image columns, sizes or names of files, some files.
 
-    The same for other prompts and weights. Of a dataset of known length.
+    The same for other prompts, weights and parts of the dataset. Of a dataset of known length.
     """
+    source = source.whole()
     digest = hashlib.sha256()
     _add(digest, [source.columns.original, source.columns.edited, len(source.rows)])
-    _add_row_numbers(digest, source)
     _add_images(digest, source, _add_image_files)
     return digest.hexdigest()[:32]
 

@@ -22,7 +22,7 @@ from utils.models.conditioning import GPU_BATCH, make_prompt_encoder
 from utils.models.quantization import quantize_linears
 from utils.models.stable_diffusion import Configs, StableDiffusion, load_stable_diffusion, widen_conv_in
 from utils.quiet import hide_progress_bars
-from utils.runtime import DTYPES, frozen_dtype, start_accelerator
+from utils.runtime import frozen_dtype, start_accelerator, vae_dtype
 from utils.training.checkpoints import Progress
 from utils.training.cuda_graphs import GraphedUNet, find_obstacle
 from utils.training.dry_run import run_dry
@@ -93,8 +93,8 @@ def make_objective(accelerator: Accelerator, parts: StableDiffusion, plan: RunPl
     If all prompts are known in advance, they are encoded now and the text encoders leave the device.
     """
     dtype = frozen_dtype(accelerator)
-    vae_dtype = DTYPES.get(settings.run.vae_precision, torch.float32 if parts.is_sdxl else dtype)
-    for model, model_dtype in ((parts.vae, vae_dtype), *((encoder, dtype) for encoder in parts.text_encoders)):
+    of_vae = vae_dtype(settings.run.vae_precision, parts.is_sdxl, dtype)
+    for model, model_dtype in ((parts.vae, of_vae), *((encoder, dtype) for encoder in parts.text_encoders)):
         model.requires_grad_(False)
         model.to(accelerator.device, dtype=model_dtype)
     encode_prompts = make_prompt_encoder(parts)

@@ -74,8 +74,17 @@ def _data_conflicts(args: argparse.Namespace) -> Iterator[str]:
         yield "--validation_split needs a dataset of known length; give --validation_samples N for its first N rows"
     if args.validation_samples and not (args.validation_split or args.streaming):
         yield "--validation_samples limits --validation_split and the held-out rows of --streaming; give one of them"
-    if args.cache_latents and (args.resize_mode == "bucket" or not (args.center_crop or args.resize_mode == "squash")):
-        yield "--cache_latents needs a fixed crop; give --center_crop or --resize_mode squash too"
+    has_fixed_crop = args.center_crop or args.resize_mode == "squash"
+    if args.cache_latents and not has_fixed_crop and args.cache_crops == 1:
+        yield (
+            "--cache_latents keeps fixed crops: give --center_crop, --cache_crops N for N random crops of each pair, "
+            "or --resize_mode squash too"
+        )
+    if args.cache_crops > 1 and (has_fixed_crop or not args.cache_latents):
+        yield (
+            "--cache_crops keeps random crops in the cache of --cache_latents: give that flag, and drop --center_crop "
+            "or --resize_mode squash"
+        )
     if args.latent_cache_dir and not args.cache_latents:
         yield "--latent_cache_dir needs --cache_latents; give both or neither"
     if args.train_mix and (args.original_image_column or args.edit_prompt_column or args.edited_image_column):

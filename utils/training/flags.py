@@ -1,17 +1,14 @@
-"""The command line of the training scripts: their flags and their launcher.
+"""The command line of the training scripts.
 
 Flags of diffusers' own InstructPix2Pix examples keep their names, meanings and defaults. Where such a default trains a
 wrong model, ours differs and the help says so. Nothing heavy is imported here.
 """
 
 import argparse
-import os
-import signal
+from collections.abc import Callable
 
 from utils.cli import DefaultsHelpFormatter, FlagParser
 from utils.errors import InputError
-from utils.parent_process import signal_when_parent_dies
-from utils.quiet import quiet_libraries
 from utils.settings_file import add_config_flag
 from utils.training.flag_checks import find_flag_problems
 
@@ -20,10 +17,16 @@ OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "adafactor", "prodigy", "
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "all", "none")
 
 
-def parse_training_flags(argv: list[str] | None, description: str, family: str = "sd") -> argparse.Namespace:
+def parse_training_flags(
+    argv: list[str] | None,
+    description: str,
+    family: str = "sd",
+    add_own_flags: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> argparse.Namespace:
     """Parse and check the flags of a training script; exits with code 2 and one message when they cannot work.
 
     family: the models that the script trains: "sd", "sdxl" or "any". The last two have SDXL's own flags.
+    add_own_flags: adds flags of another script that accepts those of a training.
     """
     usage = "accelerate launch %(prog)s --pretrained_model_name_or_path MODEL --dataset_name PAIRS [flags below]"
     parser = FlagParser(usage=usage, description=description, formatter_class=DefaultsHelpFormatter, allow_abbrev=False)
@@ -32,6 +35,8 @@ def parse_training_flags(argv: list[str] | None, description: str, family: str =
         add_flags(parser)
     if family != "sd":
         _add_sdxl(parser)
+    if add_own_flags:
+        add_own_flags(parser)
     if family == "sdxl":
         parser.set_defaults(vae_precision="fp32")  # as in diffusers' SDXL script
     args, unknown = parser.parse_known_args(argv)
@@ -42,38 +47,6 @@ def parse_training_flags(argv: list[str] | None, description: str, family: str =
         parser.exit(2, f"error: {InputError.from_problems(problems)}\n")
     args.validation_epochs = args.validation_epochs or 1
     return args
-
-
-def prepare_process() -> None:
-    """Call once the flags are checked. Raises `InputError` for a launch that starts too few processes."""
-    follow_launcher()
-    check_num_processes()
-    quiet_libraries()
-
-
-def follow_launcher() -> None:
-    """Ask Linux to send this process SIGTERM when its launcher (`accelerate launch`, `torchrun`) dies.
-
-    `accelerate launch` forwards no signals: if it alone is killed, the training would continue unseen. With SIGTERM
-    it writes a checkpoint and stops.
-    """
-    is_launched = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys()
-    if is_launched:
-        signal_when_parent_dies(signal.SIGTERM)
-
-
-def check_num_processes() -> None:
-    """Refuse `accelerate launch --cpu --num_processes N`, which without MPI (accelerate 1.15) starts a single process.
-
-    In that case accelerate sets a rendezvous address, but no world size.
-    """
-    is_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1")
-    world_sizes = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
-    if is_cpu and "MASTER_ADDR" in os.environ and not world_sizes & os.environ.keys():
-        raise InputError(
-            "accelerate launch --cpu --num_processes N starts one process instead of N when MPI is not installed; use "
-            "`torchrun --nproc_per_node N SCRIPT ...`"
-        )
 
 
 # ---- the flags ------------------------------------------------------------------------------------------------------
@@ -126,10 +99,12 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     workers = "number of data loading processes (default: one for each core, at most 8, on a GPU; none on the CPU)"
     group.add_argument("--dataloader_num_workers", type=int, metavar="N", help=workers)
     cache = (
-        "encode all images once and keep their latents in output_dir/latent-cache; needs --center_crop or "
-        "--resize_mode squash"
+        "encode all images once and keep their latents in output_dir/latent-cache; needs --center_crop, --cache_crops "
+        "or --resize_mode squash"
     )
     group.add_argument("--cache_latents", action="store_true", help=cache)
+    crops = "keep the latents of this many random crops of each pair, of which each epoch takes one"
+    group.add_argument("--cache_crops", type=int, default=1, metavar="N", help=crops)
     shared = "keep the latents of --cache_latents here, for further runs with the same data, geometry and VAE"
     group.add_argument("--latent_cache_dir", metavar="DIR", help=shared)
 

@@ -233,6 +233,8 @@ def describe_run(
     fixed["base"] = Path(settings.model.pretrained_model_name_or_path).name  # a folder may have been moved
     if settings.optimization.lr_scheduler not in ("constant", "constant_with_warmup"):
         fixed["max_train_steps"] = max_train_steps  # every learning rate depends on the number of steps
+    if settings.data.cache_crops > 1:
+        fixed["cache_crops"] = settings.data.cache_crops
     if settings.geometry.resize_mode == "bucket":
         fixed["samples per micro-step"] = settings.data.train_batch_size * accelerator.num_processes
     per_step = "samples per step (train_batch_size x gradient_accumulation_steps x processes)"

@@ -9,7 +9,8 @@ from accelerate import Accelerator
 
 from utils.data.batches import make_loader
 from utils.data.geometry import Geometry
-from utils.data.latent_cache import LatentCache, make_latent_cache
+from utils.data.latent_cache import LatentCache
+from utils.data.latent_encoding import Encoder, make_latent_cache
 from utils.data.sources import Source
 from utils.models.stable_diffusion import StableDiffusion
 from utils.training.loop import TrainingState
@@ -20,6 +21,17 @@ from utils.training.settings import Settings
 Batches = Generator[dict, None, None]
 MAX_DEFAULT_WORKERS = 8
 MAX_WORKERS = 2  # of the held-out rows: they are few, and workers start anew at every validation
+
+
+def latent_cache_folder(settings: Settings) -> Path:
+    """The folder of --cache_latents."""
+    return Path(settings.data.latent_cache_dir or settings.output_dir / "latent-cache")
+
+
+def held_out_geometry(geometry: Geometry) -> Geometry:
+    """Of held-out rows: crops are centred, nothing is mirrored, and no bucket changes the order of the rows."""
+    mode = "crop" if geometry.resize_mode == "bucket" else geometry.resize_mode
+    return replace(geometry, resize_mode=mode, center_crop=True, random_flip=False)
 
 
 @dataclass(frozen=True)
@@ -64,9 +76,7 @@ class TrainingSession:
 
     def held_out_batches(self) -> Batches:
         """This process's share of the held-out rows, from the first; crops are centred and nothing is mirrored."""
-        geometry = replace(self.settings.geometry, center_crop=True, random_flip=False)
-        if geometry.resize_mode == "bucket":  # buckets would change the order of the rows
-            geometry = replace(geometry, resize_mode="crop")
+        geometry = held_out_geometry(self.settings.geometry)
         rows, cache = self.plan.held_out, None
         if self.settings.data.cache_latents:
             cache = self._make_cache(rows, geometry)
@@ -74,8 +84,9 @@ class TrainingSession:
         return iter(make_loader(rows, geometry, **self._loader_settings(), cache=cache, num_workers=workers))
 
     def _make_cache(self, sources: list[Source], geometry: Geometry) -> LatentCache:
-        folder = Path(self.settings.data.latent_cache_dir or self.settings.output_dir / "latent-cache")
-        return make_latent_cache(self.accelerator, folder, sources, geometry, self.parts.vae)
+        folder = latent_cache_folder(self.settings)
+        num_crops = 1 if geometry.center_crop else self.settings.data.cache_crops
+        return make_latent_cache(self.accelerator, folder, sources, Encoder(geometry, self.parts.vae, num_crops))
 
     def _loader_settings(self) -> dict:
         return dict(

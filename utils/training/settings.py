@@ -33,6 +33,7 @@ class DataOptions:
     dataloader_num_workers: int | None = None
     train_batch_size: int = 16
     cache_latents: bool = False
+    cache_crops: int = 1
     latent_cache_dir: str | None = None
 
 
