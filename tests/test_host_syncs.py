@@ -1,5 +1,6 @@
 """A step does not wait for the device: no operation of it returns a value to Python. On a GPU, each would stall it."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import train_instruct_pix2pix
 import train_instruct_pix2pix_sdxl
 from benchmarks.timed_script import count_operations
 from tests.pairs import save_pairs
-from tests.runs import training_flags
+from tests.runs import training_flags, weights_of
 from utils.training import loop
 from utils.training.ema import MovingAverage
 
@@ -51,6 +52,16 @@ def test_steps_return_no_value_to_python(kind, flags, pairs, tmp_path, monkeypat
     assert script.main(training_flags(base, pairs, tmp_path / "out", *flags, "--max_train_steps=3")) == 0
     assert counted["train_step"] == 3 and counted["operations"] > 300
     assert counted["syncs"] == 0
+
+
+def test_a_profile_is_written_and_changes_nothing(tiny_base, pairs, tmp_path):
+    flags = ("--max_train_steps=14", "--use_ema")
+    for name, more in (("plain", ()), ("profiled", (f"--profile={tmp_path / 'trace'}",))):
+        assert train_instruct_pix2pix.main(training_flags(tiny_base, pairs, tmp_path / name, *flags, *more)) == 0
+    assert weights_of(tmp_path / "plain/unet") == weights_of(tmp_path / "profiled/unet")
+    names = [event.get("name") for event in json.loads((tmp_path / "trace/trace.json").read_text())["traceEvents"]]
+    assert names.count("aten::_fused_adamw_") == 3
+    assert "aten::" in (tmp_path / "trace/operations.txt").read_text()
 
 
 def test_the_counter_sees_a_wait():

@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from itertools import chain
 
@@ -23,6 +23,7 @@ from utils.models.quantization import quantize_linears
 from utils.models.stable_diffusion import Configs, StableDiffusion, load_stable_diffusion, widen_conv_in
 from utils.quiet import hide_progress_bars
 from utils.runtime import frozen_dtype, start_accelerator, vae_dtype
+from utils.training.batch_size import fit_batch_size
 from utils.training.checkpoints import Progress
 from utils.training.cuda_graphs import GraphedUNet, find_obstacle
 from utils.training.dry_run import run_dry
@@ -33,6 +34,7 @@ from utils.training.objective import Objective
 from utils.training.optimizers import apply_changed_settings, make_lr_schedule, make_optimizer
 from utils.training.out_of_memory import explaining_out_of_memory
 from utils.training.preflight import RunPlan, count_rows, run_preflight, write_settings
+from utils.training.profiling import make_profiler
 from utils.training.publishing import BestWeights, publish
 from utils.training.session import Batches, TrainingSession
 from utils.training.settings import Settings
@@ -71,6 +73,10 @@ def _train_editor(settings: Settings, check_base: Callable[[Configs, str], None]
         logger.warning("resuming from %s at step %d", plan.checkpoint, plan.progress.global_step)
     write_settings(accelerator, settings, plan)  # replaces an earlier run's, so only once the models are loaded
     session = TrainingSession(settings, plan, parts, objective, state)
+    if settings.run.auto_batch_size and sharding:
+        logger.warning("--auto_batch_size is ignored: the weights are divided between processes")
+    elif settings.run.auto_batch_size:
+        session = fit_batch_size(session)
     best = BestWeights(settings.output_dir, enabled=settings.validation.save_best)
     with closing(session.training_batches()) as batches:
         if settings.run.dry_run:
@@ -219,21 +225,28 @@ def train(session: TrainingSession, batches: Batches, best: BestWeights) -> int:
     settings, progress = session.settings, session.plan.progress
     limit = BadRowLimit(settings.data.max_bad_rows, count_rows(session.plan.sources))
     limit.add(progress.bad_rows)
+    profiler = make_profiler(settings.run.profile, session.accelerator.is_main_process)
 
     def count_bad_rows(batch: dict) -> None:
         if batch["bad_rows"]:
             limit.add(batch["bad_rows"], num_drawn=progress.draws)
             progress.bad_rows = [list(row) for row in limit.reasons.items()]
 
-    return fit(
-        session.state,
-        session.objective,
-        batches,
-        replace(settings.loop, max_train_steps=session.plan.max_train_steps),
-        settings.output_dir,
-        on_batch=count_bad_rows,
-        on_step=lambda step: validate(session, best, step),
-    )
+    def on_step(step: int) -> None:
+        if profiler:
+            profiler.count_step()
+        validate(session, best, step)
+
+    with closing(profiler) if profiler else nullcontext():
+        return fit(
+            session.state,
+            session.objective,
+            batches,
+            replace(settings.loop, max_train_steps=session.plan.max_train_steps),
+            settings.output_dir,
+            on_batch=count_bad_rows,
+            on_step=on_step,
+        )
 
 
 def report_skipped(objective: Objective, progress: Progress) -> None:

@@ -142,6 +142,8 @@ def _model_conflicts(args: argparse.Namespace) -> Iterator[str]:
         yield "--vae_revision and --vae_variant need --pretrained_vae_model_name_or_path; give it too"
     if args.gradient_checkpointing and args.gradient_checkpointing_blocks:
         yield "--gradient_checkpointing recomputes all blocks; drop it or --gradient_checkpointing_blocks"
+    if args.auto_batch_size and args.fused_backward:
+        yield "--auto_batch_size tries a backward pass, in which --fused_backward changes weights; drop one of them"
     if args.compile and args.resize_mode == "bucket":
         yield "--compile compiles for one shape, and --resize_mode bucket has many; drop one of them"
     if args.single_file_config and not args.pretrained_model_name_or_path.endswith((".safetensors", ".ckpt")):

@@ -127,6 +127,8 @@ def _add_objective(parser: argparse.ArgumentParser) -> None:
 def _add_optimization(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("optimization")
     group.add_argument("--train_batch_size", type=int, default=16, help="samples per process and micro-batch")
+    auto = "divide --train_batch_size so that a step fits into the memory, and accumulate as many more micro-batches"
+    group.add_argument("--auto_batch_size", action="store_true", help=auto)
     group.add_argument("--gradient_accumulation_steps", type=int, default=1, help="micro-batches per optimizer step")
     group.add_argument("--num_train_epochs", type=int, default=100, help="number of training epochs")
     group.add_argument("--max_train_steps", type=int, help="optimizer steps; overrides --num_train_epochs")
@@ -215,6 +217,8 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("the run")
     add_config_flag(parser, group)
     group.add_argument("--output_dir", default="instruct-pix2pix-model", help="output folder")
+    profile = "write a trace of three steps here, after the first ten, and a table of their operations"
+    group.add_argument("--profile", metavar="DIR", help=profile)
     group.add_argument("--seed", type=int, help="random seed (default: drawn and written to args.json)")
     group.add_argument("--dry_run", action="store_true", help="check everything and take one step, without saving")
     group.add_argument("--logging_dir", default="logs", help="folder of the tracker's files inside output_dir")

@@ -19,6 +19,8 @@ def prepare_output_dir(settings: Settings) -> None:
         make_writable(settings.output_dir / settings.machine.logging_dir, "--logging_dir")
     if settings.data.latent_cache_dir:
         make_writable(Path(settings.data.latent_cache_dir), "--latent_cache_dir")
+    if settings.run.profile:
+        make_writable(Path(settings.run.profile), "--profile")
     remove_unfinished(settings.output_dir)
 
 

@@ -53,6 +53,8 @@ class RunOptions:
     vae_precision: str | None = None
     compile: bool = False
     cuda_graphs: str = "auto"
+    auto_batch_size: bool = False
+    profile: str | None = None
     use_ema: bool = False
     ema_decay: float = 0.9999
     ema_update_interval: int = 1
