@@ -16,6 +16,7 @@ from utils.compilation import find_missing_compiler
 from utils.editing.edit_images import Editor, explaining_out_of_memory
 from utils.editing.flags import EditorOptions, find_offload_problems
 from utils.editing.loading import load_editor
+from utils.editing.recommended import RECOMMENDED
 from utils.editing.settings import ADAPTED, DEFAULT_SETTINGS, find_setting_problems
 from utils.errors import InputError
 from utils.hub_names import is_hub_id, split_hub_file
@@ -28,14 +29,23 @@ SAMPLED_VALUES = 64  # of each tensor, for the digest
 def read_recommended(
     name: str | Path, revision: str | None = None, cache_dir: str | Path | None = None
 ) -> dict[str, float]:
-    """The settings that a few-step editor's `adapted.json` recommends, keys of `DEFAULT_SETTINGS`; {} without one.
+    """The settings that an editor recommends, keys of `DEFAULT_SETTINGS`; {} where it has no such file.
 
-    The recommended scheduler is already the scheduler of the pipeline. Raises InputError for a damaged file.
+    `recommended.json` has measured ones (evaluation/guidance_curves.py --recommend), and takes precedence over
+    `adapted.json` of a few-step editor, whose scheduler is already the scheduler of the pipeline. Raises InputError for
+    a damaged file.
     """
-    file = Path(name) / ADAPTED
+    adapted = _read_recommended_file(name, ADAPTED, revision, cache_dir)
+    return adapted | _read_recommended_file(name, RECOMMENDED, revision, cache_dir)
+
+
+def _read_recommended_file(
+    name: str | Path, file_name: str, revision: str | None, cache_dir: str | Path | None
+) -> dict[str, float]:
+    file = Path(name) / file_name
     if is_hub_id(str(name)):
         try:
-            file = Path(hf_hub_download(str(name), ADAPTED, revision=revision, cache_dir=cache_dir))
+            file = Path(hf_hub_download(str(name), file_name, revision=revision, cache_dir=cache_dir))
         except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError):
             return {}  # most models have none; loading the model explains why the Hub fails
     if not file.is_file():

@@ -1,0 +1,125 @@
+"""Score editors on a benchmark or on any dataset of pairs, beside copying the input and published figures.
+
+    python evaluation/benchmark.py --model my-editor --dataset_name my-pairs --dataset_split test --output_dir results
+    python evaluation/benchmark.py --model my-editor --benchmark magicbrush --output_dir magicbrush
+    python evaluation/benchmark.py --model my-editor --dataset_name restorations --vae_round_trip --output_dir out
+
+pairs: any dataset that training accepts; with --edited_image_column none, without target images. magicbrush edits every
+turn from its true input, magicbrush_multi from the edit of the turn before, and scores the last turn of each session.
+emu_edit: facebook/emu_edit_test_set. The first row of every table is the input itself: an editor has to beat it.
+Writes results.json, results.md and the edits; run the same command again to resume.
+"""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from evaluation.flags import IP2P_CLIP, MAGICBRUSH_CLIP, check_flags, label_models, make_parser  # noqa: E402
+from utils.cli import pick  # noqa: E402
+from utils.editing.settings import find_setting_problems  # noqa: E402
+from utils.errors import exit_on_input_error  # noqa: E402
+from utils.quiet import quiet_libraries  # noqa: E402
+
+MAGICBRUSH = dict(dataset_name="osunlp/MagicBrush", dataset_split="dev", clip_model=MAGICBRUSH_CLIP)
+EMU_EDIT = dict(
+    dataset_name="facebook/emu_edit_test_set",
+    dataset_split="validation",
+    original_image_column="image",
+    edit_prompt_column="instruction",
+    edited_image_column="none",
+    clip_model=MAGICBRUSH_CLIP,
+)
+BENCHMARKS = {"pairs": {}, "magicbrush": MAGICBRUSH, "magicbrush_multi": MAGICBRUSH, "emu_edit": EMU_EDIT}
+TARGET_SCORES = ("l1", "l2", "clip_target", "dino_target", "clip_text")
+SHOWN = {  # the columns of the table, as the papers have them
+    "magicbrush": TARGET_SCORES,
+    "magicbrush_multi": TARGET_SCORES,
+    "emu_edit": ("clip_direction", "clip_text", "clip_image", "dino", "source_l1"),
+}
+
+
+def parse_flags(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__, IP2P_CLIP)
+    parser.set_defaults(clip_model=None, dataset_name=None, dataset_split=None)
+    for action in parser._actions:
+        action.required = action.required and action.dest != "dataset_name"
+    add = parser.add_argument_group("benchmark").add_argument
+    add(
+        "--benchmark",
+        choices=BENCHMARKS,
+        default="pairs",
+        help="sets the data flags that are not given (default pairs)",
+    )
+    add("--vae_round_trip", action="store_true", help="a row for the target through the editor's VAE: the ceiling")
+    add("--guidance_scale", type=float, metavar="S", help="of the text (default: the editor's)")
+    add("--image_guidance_scale", type=float, metavar="S", help="of the image (default: the editor's)")
+    args = parser.parse_args(argv)
+    for name, value in BENCHMARKS[args.benchmark].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.dataset_split, args.clip_model = args.dataset_split or "train", args.clip_model or IP2P_CLIP
+    return args
+
+
+def find_problems(args: argparse.Namespace) -> list[str]:
+    problems = find_setting_problems({name: getattr(args, name) for name in ("guidance_scale", "image_guidance_scale")})
+    if not args.dataset_name:
+        problems.append("--dataset_name is missing: give a dataset, or a --benchmark that names one")
+    if args.vae_round_trip and args.edited_image_column == "none":
+        problems.append("--vae_round_trip needs target images, and --edited_image_column is none: remove one")
+    return problems
+
+
+def run(args: argparse.Namespace) -> int:
+    check_flags(args, *find_problems(args))
+    quiet_libraries()
+    from accelerate import PartialState
+    from PIL import Image
+
+    from evaluation.editing import edit_in_turns, open_evaluated_editor, round_trip
+    from evaluation.samples import DatasetOptions, last_turns, open_samples
+    from evaluation.scoring import load_scorer
+    from evaluation.tables import TableRow, read_published, write_results
+    from utils.editing.flags import EditorOptions
+    from utils.editing.settings import EditSettings
+
+    state, is_multi = PartialState(), args.benchmark == "magicbrush_multi"
+    samples = open_samples(pick(args, DatasetOptions))
+    scored = last_turns(samples) if is_multi else samples
+    scorer = load_scorer(args.clip_model, args.dino_model, str(state.device)) if state.is_main_process else None
+    originals = [sample.original for sample in scored]
+    rows = [TableRow.measure("input, not edited", scorer, scored, originals)] if scorer else []
+    settings = replace(pick(args, EditSettings), keep_size=True)
+    for model, label in label_models(args.model).items():
+        editor = open_evaluated_editor(EditorOptions(model, device=args.device, dtype=args.dtype), state)
+        folder = args.output_dir / "edits" / label
+        paths = edit_in_turns(editor, samples, settings, folder, args.seed, state, args.batch_size, label, is_multi)
+        if scorer and args.vae_round_trip and len(rows) == 1:
+            decoded = [round_trip(editor, sample.edited, args.resolution) for sample in scored]
+            rows.append(TableRow.measure("target through the VAE", scorer, scored, decoded))
+        del editor
+        if scorer:
+            edits = [Image.open(paths[sample.number]).convert("RGB") for sample in scored]
+            rows.append(TableRow.measure(label, scorer, scored, edits))
+    if scorer:
+        published, shown = read_published(args.benchmark), SHOWN.get(args.benchmark)
+        flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        table = write_results(rows, published, shown, args.output_dir, flags)
+        print(f"\n{table}\nwrote {args.output_dir / 'results.json'} and results.md", flush=True)
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    with exit_on_input_error():
+        try:
+            return run(parse_flags(argv))
+        except KeyboardInterrupt:
+            print("\ninterrupted: run the same command again to resume", file=sys.stderr)
+            return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())
