@@ -76,8 +76,6 @@ def _data_conflicts(args: argparse.Namespace) -> Iterator[str]:
         yield "--validation_samples limits --validation_split and the held-out rows of --streaming; give one of them"
     if args.cache_latents and (args.resize_mode == "bucket" or not (args.center_crop or args.resize_mode == "squash")):
         yield "--cache_latents needs a fixed crop; give --center_crop or --resize_mode squash too"
-    if args.latent_cache_dir and not args.cache_latents:
-        yield "--latent_cache_dir needs --cache_latents; give both or neither"
     if args.train_mix and (args.original_image_column or args.edit_prompt_column or args.edited_image_column):
         yield "--train_mix names the columns of each dataset in the YAML file; drop the column flags"
 

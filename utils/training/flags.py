@@ -130,7 +130,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
         "--resize_mode squash"
     )
     group.add_argument("--cache_latents", action="store_true", help=cache)
-    shared = "keep the latents of --cache_latents here, for further runs with the same data, geometry and VAE"
+    shared = (
+        "keep prompt embeddings and the latents of --cache_latents here, for further runs with the same data and model"
+    )
     group.add_argument("--latent_cache_dir", metavar="DIR", help=shared)
 
 
