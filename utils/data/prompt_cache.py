@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from utils.atomic_files import UNFINISHED, flush_to_disk, remove_unfinished
 from utils.errors import InputError
@@ -216,15 +217,24 @@ def _has_room(folder: Path, num_missing: int, num_prompts: int, encoder: PromptE
     return False
 
 
+def _describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Everything that the tokens of a prompt depend on."""
+    described = [type(tokenizer).__name__, tokenizer.model_max_length]
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        for path in sorted(Path(folder).iterdir()):
+            content = json.loads(path.read_text()) if path.suffix == ".json" else path.read_text()
+            if isinstance(content, dict):  # the last call sets these two
+                content = {key: value for key, value in content.items() if key not in ("padding", "truncation")}
+            described.append([path.name, content])
+    return json.dumps(described, sort_keys=True)
+
+
 def _digest_encoder(encoder: PromptEncoder) -> str:
     """A digest of everything but the prompts that the embeddings depend on."""
     digest = hashlib.sha256(f"1 {encoder.batch_size} {encoder.device.type}".encode())
     for tokenizer in encoder.tokenizers:
-        digest.update(f"{type(tokenizer).__name__} {tokenizer.model_max_length}".encode())
-        with tempfile.TemporaryDirectory() as folder:
-            tokenizer.save_pretrained(folder)
-            for path in sorted(Path(folder).rglob("*.*")):
-                digest.update(path.name.encode() + path.read_bytes())
+        digest.update(_describe_tokenizer(tokenizer).encode())
     for text_encoder in encoder.text_encoders:
         config = text_encoder.config.to_dict()
         for key in ("_name_or_path", "transformers_version", "dtype", "torch_dtype"):
