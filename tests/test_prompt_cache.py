@@ -206,9 +206,9 @@ def test_runs_with_and_without_the_file_are_equal(tiny_base, tmp_path, monkeypat
 
 
 def test_two_processes_share_a_file_that_a_killed_run_began(tiny_base, tmp_path):
-    """SIGKILL while the prompts are encoded; two processes then go on, and train as one does with accumulation."""
+    """SIGKILL while the prompts are encoded; two processes finish what it began, and train."""
     rows = make_rows(7)
-    rows["edit_prompt"] = [[f"{row} and {number}" for number in range(1000)] for row in range(7)]
+    rows["edit_prompt"] = [[f"{row} and {number}" for number in range(400)] for row in range(7)]
     pairs = save_pairs(tmp_path / "pairs", rows=rows)
     shared = ("--max_train_steps=2", f"--latent_cache_dir={tmp_path / 'cache'}", "--mixed_precision=no")
     flags = training_flags(tiny_base, pairs, tmp_path / "killed", *shared)
@@ -220,10 +220,5 @@ def test_two_processes_share_a_file_that_a_killed_run_began(tiny_base, tmp_path)
     times = {path: path.stat().st_mtime_ns for path in written}
     assert written
     run("train_instruct_pix2pix.py", training_flags(tiny_base, pairs, tmp_path / "two", *shared), TORCHRUN)
-    assert len(list((tmp_path / "cache").glob("prompts-*/*.safetensors"))) == 8
+    assert len(list((tmp_path / "cache").glob("prompts-*/*.safetensors"))) == 4  # 2800 prompts, and the null prompt
     assert all(path.stat().st_mtime_ns == at for path, at in times.items())
-    one = training_flags(tiny_base, pairs, tmp_path / "one", *shared, "--gradient_accumulation_steps=2")
-    run("train_instruct_pix2pix.py", one)
-    assert [loss for _, loss, *_ in losses_of(tmp_path / "one")] == pytest.approx(
-        [loss for _, loss, *_ in losses_of(tmp_path / "two")], rel=1e-5
-    )
