@@ -107,13 +107,9 @@ def store_prompts(
     null_path = folder / f"{_name_of(_digest(''))}.safetensors"
 
     def write_missing(shards: Iterable[int]) -> None:
-        if missing := {shard for shard in shards if not paths[shard].exists()}:
-            count = sum(min(PROMPTS_PER_SHARD, len(rows) - shard * PROMPTS_PER_SHARD) for shard in missing)
-            is_hidden = not accelerator.is_main_process or count < 100
-            with tqdm(total=count, desc="encoding prompts", unit="prompt", disable=is_hidden) as bar:
-                for shard, prompts in _prompts_of(list_prompts(), rows, missing):
-                    _write_shard(paths[shard], prompts, encoder)
-                    bar.update(len(prompts))
+        missing = {shard for shard in shards if not paths[shard].exists()}
+        if missing:
+            _write_shards(paths, _prompts_of(list_prompts(), rows, missing), encoder, accelerator.is_main_process)
 
     has_room = _has_room(folder, sum(not path.exists() for path in paths) * PROMPTS_PER_SHARD, len(rows), encoder)
     accelerator.wait_for_everyone()  # every process looks at the disk before one writes
@@ -126,9 +122,7 @@ def store_prompts(
     write_missing(range(len(paths)))  # those of other machines, where the folder is not shared
     for text_encoder in encoder.text_encoders:
         text_encoder.to("cpu")
-    for path in paths:
-        with safe_open(path, framework="pt") as shard:
-            encoder.truncated.update(json.loads(shard.metadata()["truncated"]))
+    encoder.truncated.update(*map(_read_truncated, paths))
     encoder.null_embeds = encoder.as_null(_read_shard(null_path).to(encoder.device))
     encoder.stored = StoredPrompts(paths, rows, encoder.device, len(rows) * _row_bytes(encoder)) if paths else None
     return True
@@ -167,6 +161,20 @@ def _prompts_of(prompts: Iterable[str], rows: dict[bytes, int], shards: set[int]
             texts = []
             if next_row == len(rows):
                 return
+
+
+def _read_truncated(path: Path) -> list[str]:
+    with safe_open(path, framework="pt") as shard:
+        return json.loads(shard.metadata()["truncated"])
+
+
+def _write_shards(
+    paths: list[Path], shards: Iterator[tuple[int, list[str]]], encoder: PromptEncoder, shows_progress: bool
+) -> None:
+    with tqdm(desc="encoding prompts", unit="prompt", disable=not shows_progress) as bar:
+        for shard, prompts in shards:
+            _write_shard(paths[shard], prompts, encoder)
+            bar.update(len(prompts))
 
 
 def _write_shard(path: Path, prompts: list[str], encoder: PromptEncoder) -> None:
