@@ -112,8 +112,8 @@ def test_small_cache_gives_equal_embeddings(encoder, pipeline, monkeypatch) -> N
 
 def count_encodings(encoder: PromptEncoder, monkeypatch) -> list[str]:
     encoded = []
-    real = encoder._encode
-    monkeypatch.setattr(encoder, "_encode", lambda prompts: encoded.extend(prompts) or real(prompts))
+    real = encoder.encode
+    monkeypatch.setattr(encoder, "encode", lambda prompts: encoded.extend(prompts) or real(prompts))
     return encoded
 
 

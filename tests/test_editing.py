@@ -152,10 +152,8 @@ def test_each_image_and_prompt_is_encoded_once(editor, photos) -> None:
 
 @pytest.mark.parametrize(("scales", "expected"), [((1.0, 1.0), ["x"]), ((2.0, 1.0), ["", "x"])], ids=str)
 def test_null_prompt_is_encoded_only_if_needed(editor, photos, monkeypatch, scales, expected) -> None:
-    encoded, encode = [], PromptEncoder._encode
-    monkeypatch.setattr(
-        PromptEncoder, "_encode", lambda self, prompts: encoded.extend(prompts) or encode(self, prompts)
-    )
+    encoded, encode = [], PromptEncoder.encode
+    monkeypatch.setattr(PromptEncoder, "encode", lambda self, prompts: encoded.extend(prompts) or encode(self, prompts))
     settings = dict(num_inference_steps=2, guidance_scale=scales[0], image_guidance_scale=scales[1])
     encodings = Encodings(editor)
     for _ in range(2):

@@ -346,7 +346,7 @@ def test_a_latent_cache_for_several_runs(tiny_base, pairs, tmp_path, monkeypatch
         assert TRAIN(training_flags(tiny_base, pairs, tmp_path / name, *shared, "--report_to=none", *more)) == 0
         assert sum(encoded) == 2 * 2 * 7  # seven pairs, plain and mirrored
         assert not (tmp_path / name / "latent-cache").exists()
-    assert [path.name for path in (tmp_path / "latents").glob("*/.unfinished-*")] == [".unfinished-beside"]
+    assert {path.name for path in (tmp_path / "latents").glob("*/.unfinished-*")} == {".unfinished-beside"}
     monkeypatch.setattr(latent_encoding.shutil, "disk_usage", lambda path: SimpleNamespace(free=100))
     with pytest.raises(SystemExit):
         TRAIN(training_flags(tiny_base, pairs, tmp_path / "full", *shared, "--latent_cache_dir", str(tmp_path / "new")))

@@ -16,9 +16,10 @@ import train_instruct_pix2pix_sdxl
 from tests.mistakes import copy_of, fails_early, fails_late
 from tests.original_names import write_single_file
 from tests.pairs import encode, make_dataset, make_image, save_pairs
-from tests.runs import ACCELERATE, WEIGHTS, run, training_flags
+from tests.runs import ACCELERATE, WEIGHTS, run, training_flags, weights_of
 from tests.tiny import make_vae
 from utils.models.conditioning import PromptEncoder
+from utils.training import assembly
 from utils.training.flags import parse_training_flags
 from utils.training.objective import Objective
 
@@ -213,17 +214,17 @@ def test_time_ids_of_buckets_and_of_given_crops(tiny_sdxl, shapes, tmp_path, mon
 
 
 def test_each_prompt_is_encoded_once_before_the_first_step(tiny_sdxl, pairs, tmp_path, monkeypatch):
-    """Afterwards the text encoders are not needed and leave the GPU."""
-    encoded, moved, encode_one, encode_all = [], [], PromptEncoder._encode, PromptEncoder.encode_all
-    monkeypatch.setattr(PromptEncoder, "_encode", lambda self, p: encoded.extend(p) or encode_one(self, p))
+    """Afterwards the text encoders are not needed and leave the GPU; a second run encodes nothing."""
+    encoded, moved, encode_one, store_all = [], [], PromptEncoder.encode, assembly.store_prompts
+    monkeypatch.setattr(PromptEncoder, "encode", lambda self, p: encoded.extend(p) or encode_one(self, p))
 
-    def encode_before_the_first_step(*prompts, **settings) -> bool:
+    def store_before_the_first_step(*arguments) -> bool:
         moved.append(len(encoded))
-        has_moved = encode_all(*prompts, **settings)
+        has_moved = store_all(*arguments)
         moved.append(len(encoded))
         return has_moved
 
-    monkeypatch.setattr(PromptEncoder, "encode_all", encode_before_the_first_step)
+    monkeypatch.setattr(assembly, "store_prompts", store_before_the_first_step)
     image = tmp_path / "image.png"
     make_image(3).save(image)
     flags = (
@@ -232,10 +233,13 @@ def test_each_prompt_is_encoded_once_before_the_first_step(tiny_sdxl, pairs, tmp
         "--validation_steps=6",
         "--num_validation_images=1",
         "--max_train_steps=12",
+        f"--latent_cache_dir={tmp_path / 'cache'}",
     )
-    assert TRAIN(training_flags(tiny_sdxl, pairs, tmp_path / "out", *flags)) == 0
+    for name in ("out", "again"):
+        assert TRAIN(training_flags(tiny_sdxl, pairs, tmp_path / name, *flags)) == 0
+    assert weights_of(tmp_path / "out/unet") == weights_of(tmp_path / "again/unet")
     assert sorted(encoded) == sorted(["", "red", *(f"edit number {n}" for n in range(7))])
-    assert moved == [0, len(encoded)]  # with the null prompt, and nothing afterwards
+    assert moved == [0, *[len(encoded)] * 3]  # with the null prompt, and nothing afterwards
 
 
 # ---- the autoencoder ------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ class PromptEmbeds(NamedTuple):
     def to(self, *args: Any, **kwargs: Any) -> PromptEmbeds:
         return PromptEmbeds(*(value if value is None else value.to(*args, **kwargs) for value in self))
 
-    def rows(self, indices: list[int]) -> PromptEmbeds:
+    def rows(self, indices: list[int] | slice) -> PromptEmbeds:
         return PromptEmbeds(*(value if value is None else value[indices] for value in self))
 
 
@@ -39,8 +39,9 @@ class PromptEncoder:
 
     tokenizers, text_encoders: one each for SD; two for SDXL, the second of which gives the pooled embeddings.
     zero_null: the null prompt is zeros (SDXL's `force_zeros_for_empty_prompt`) and not the encoded "".
-    Each distinct prompt is encoded once and cached on the CPU, up to `PROMPT_CACHE_BYTES`. Without `caches`, every call
-    encodes its prompts on the device, and nothing waits for it: for more prompts than the cache holds, on a GPU.
+    stored: gives the embeddings of prompts that are already encoded (`data/prompt_cache.py`), or None; asked first.
+    Each other prompt is encoded once and cached on the CPU, up to `PROMPT_CACHE_BYTES`. Without `caches`, every call
+    encodes its prompts on the device, and nothing waits for it: for a stream, or more prompts than the cache holds.
     batch_size: prompts that are encoded together, filled up to this number. With 1, the last bits do not depend on the
     other prompts; with more, on a prompt's place among them. One at a time leaves a GPU mostly idle.
     `truncated` collects the prompts that are longer than the text encoder's context; their end has no effect.
@@ -54,25 +55,31 @@ class PromptEncoder:
         self.truncated: set[str] = set()
         self.device = _device_of(text_encoders[0])
         self.caches, self.batch_size = True, 1
+        self.stored: Callable[[list[str]], PromptEmbeds | None] | None = None
         self._zero_null = zero_null
         self._cache: OrderedDict[str, PromptEmbeds] = OrderedDict()  # batch size 1 each
 
     @cached_property
     def null_embeds(self) -> PromptEmbeds:
         """The null prompt, batch size 1, on `device`. Encoded on first use: editing without guidance never needs it."""
-        null = self._encode([""])
+        return self.as_null(self.encode([""]))
+
+    def as_null(self, encoded: PromptEmbeds) -> PromptEmbeds:
+        """The null prompt's embeddings, where `encoded` is the encoded ""."""
         if not self._zero_null:
-            return null
-        return PromptEmbeds(*(value if value is None else torch.zeros_like(value) for value in null))
+            return encoded
+        return PromptEmbeds(*(value if value is None else torch.zeros_like(value) for value in encoded))
 
     def __call__(self, prompts: list[str]) -> PromptEmbeds:
-        """Embeddings of B prompts, on the device where the text encoders were at first."""
+        """Embeddings of B prompts, on `device`."""
+        if self.stored and (embeds := self.stored(prompts)):
+            return embeds
         missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._cache]
         if missing and not self.caches:
-            encoded = self._encode(distinct := list(dict.fromkeys(prompts)))
+            encoded = self.encode(distinct := list(dict.fromkeys(prompts)))
             return encoded.rows([distinct.index(prompt) for prompt in prompts])
         if missing:
-            encoded = self._encode(missing).to("cpu")
+            encoded = self.encode(missing).to("cpu")
             self._cache |= {prompt: encoded.rows([index]) for index, prompt in enumerate(missing)}
         for prompt in prompts:
             self._cache.move_to_end(prompt)
@@ -114,8 +121,8 @@ class PromptEncoder:
         return True
 
     @torch.no_grad()
-    def _encode(self, prompts: list[str]) -> PromptEmbeds:
-        """Any number of prompts, in batches of one shape."""
+    def encode(self, prompts: list[str]) -> PromptEmbeds:
+        """Encode any number of prompts, in batches of one shape, and cache nothing."""
         parts = []
         for start in range(0, len(prompts), self.batch_size):
             own = prompts[start : start + self.batch_size]

@@ -5,20 +5,22 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from itertools import chain
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DConditionModel
 
 from utils.compilation import compile_blocks, find_missing_compiler
+from utils.data.prompt_cache import store_prompts
 from utils.data.samples import BadRowLimit, list_prompts
 from utils.hub import redact
 from utils.models.adapters import add_adapter, cast_frozen
-from utils.models.conditioning import GPU_BATCH, make_prompt_encoder
+from utils.models.conditioning import GPU_BATCH, PromptEncoder, make_prompt_encoder
 from utils.models.quantization import quantize_linears
 from utils.models.stable_diffusion import Configs, StableDiffusion, load_stable_diffusion, widen_conv_in
 from utils.quiet import hide_progress_bars
@@ -94,28 +96,45 @@ def _train_editor(settings: Settings, check_base: Callable[[Configs, str], None]
 
 
 def make_objective(accelerator: Accelerator, parts: StableDiffusion, plan: RunPlan, settings: Settings) -> Objective:
-    """Freeze the VAE and the text encoders, and move them to the device in their dtypes.
-
-    If all prompts are known in advance, they are encoded now and the text encoders leave the device.
-    """
+    """Freeze the VAE and the text encoders in their dtypes, and move the VAE to the device."""
     dtype = frozen_dtype(accelerator)
     of_vae = vae_dtype(settings.run.vae_precision, parts.is_sdxl, dtype)
-    for model, model_dtype in ((parts.vae, of_vae), *((encoder, dtype) for encoder in parts.text_encoders)):
-        model.requires_grad_(False)
-        model.to(accelerator.device, dtype=model_dtype)
-    encode_prompts = make_prompt_encoder(parts)
-    if accelerator.device.type == "cuda":
-        encode_prompts.batch_size = GPU_BATCH
-    if count_rows(plan.sources) is not None and not settings.run.dry_run:
-        validation_prompts = (prompt for _, prompt in plan.validation_pairs)
-        prompts = chain(*map(list_prompts, plan.sources + plan.held_out), validation_prompts)
-        encode_prompts.encode_all(prompts, show_progress=accelerator.is_main_process)
-    elif accelerator.device.type == "cuda":
-        encode_prompts.caches = False  # of a stream, whose prompts are not known
+    parts.vae.requires_grad_(False)
+    parts.vae.to(accelerator.device, dtype=of_vae)
+    for text_encoder in parts.text_encoders:
+        text_encoder.requires_grad_(False)
+        text_encoder.to(dtype=dtype)
+    encode_prompts = prepare_prompts(accelerator, parts, plan, settings)
     condition_scale = parts.vae.config.scaling_factor if parts.is_cosxl_edit else 1.0
     return Objective(
         parts.vae, encode_prompts, plan.schedule.to(accelerator.device), settings.objective, condition_scale
     )
+
+
+def prepare_prompts(
+    accelerator: Accelerator, parts: StableDiffusion, plan: RunPlan, settings: Settings
+) -> PromptEncoder:
+    """The prompt encoder. If all prompts are known in advance, they are encoded, and its weights leave the device."""
+    encode_prompts = make_prompt_encoder(parts)
+    encode_prompts.device = accelerator.device
+    if accelerator.device.type == "cuda":
+        encode_prompts.batch_size = GPU_BATCH
+    is_known = count_rows(plan.sources) is not None and not settings.run.dry_run
+
+    def list_all() -> Iterator[str]:
+        validation_prompts = (prompt for _, prompt in plan.validation_pairs)
+        return chain(*map(list_prompts, plan.sources + plan.held_out), validation_prompts)
+
+    folder = Path(settings.data.latent_cache_dir or settings.output_dir / "prompt-cache")
+    if is_known and store_prompts(accelerator, folder, list_all, encode_prompts):
+        return encode_prompts
+    for text_encoder in parts.text_encoders:
+        text_encoder.to(accelerator.device)
+    if is_known:
+        encode_prompts.encode_all(list_all(), show_progress=accelerator.is_main_process)
+    elif accelerator.device.type == "cuda":
+        encode_prompts.caches = False  # of a stream, whose prompts are not known
+    return encode_prompts
 
 
 def make_training_state(

@@ -85,8 +85,6 @@ def _data_conflicts(args: argparse.Namespace) -> Iterator[str]:
             "--cache_crops keeps random crops in the cache of --cache_latents: give that flag, and drop --center_crop "
             "or --resize_mode squash"
         )
-    if args.latent_cache_dir and not args.cache_latents:
-        yield "--latent_cache_dir needs --cache_latents; give both or neither"
     if args.train_mix and (args.original_image_column or args.edit_prompt_column or args.edited_image_column):
         yield "--train_mix names the columns of each dataset in the YAML file; drop the column flags"
 

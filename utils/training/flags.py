@@ -105,7 +105,9 @@ def _add_data(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--cache_latents", action="store_true", help=cache)
     crops = "keep the latents of this many random crops of each pair, of which each epoch takes one"
     group.add_argument("--cache_crops", type=int, default=1, metavar="N", help=crops)
-    shared = "keep the latents of --cache_latents here, for further runs with the same data, geometry and VAE"
+    shared = (
+        "keep prompt embeddings and the latents of --cache_latents here, for further runs with the same data and model"
+    )
     group.add_argument("--latent_cache_dir", metavar="DIR", help=shared)
 
 
