@@ -23,14 +23,18 @@ from utils.training.ema import MovingAverage
 TOY = Path(__file__).resolve().parents[1] / "assets/toy-sd/unet"
 
 
-def make_trained(share: float | None) -> tuple[UNet2DConditionModel, MovingAverage, torch.optim.Optimizer]:
-    """A UNet with its EMA, and AdamW with its state. share: of SD 1.5's parameters, about; None for toy-sd."""
+def make_unet(share: float | None) -> UNet2DConditionModel:
+    """Random weights. share: of SD 1.5's parameters, about; None for toy-sd."""
     torch.manual_seed(0)
     if share is None:
-        unet = UNet2DConditionModel.from_pretrained(TOY)
-    else:
-        channels = [32 * round(width * share**0.5 / 32) for width in UNETS["sd15"]["block_out_channels"]]
-        unet = UNet2DConditionModel(**UNETS["sd15"] | {"block_out_channels": channels})
+        return UNet2DConditionModel.from_pretrained(TOY)
+    channels = [32 * round(width * share**0.5 / 32) for width in UNETS["sd15"]["block_out_channels"]]
+    return UNet2DConditionModel(**UNETS["sd15"] | {"block_out_channels": channels})
+
+
+def make_trained(share: float | None) -> tuple[UNet2DConditionModel, MovingAverage, torch.optim.Optimizer]:
+    """A UNet of `make_unet` with its EMA, and AdamW with its state."""
+    unet = make_unet(share)
     optimizer = torch.optim.AdamW(unet.parameters())
     for parameter in unet.parameters():
         moments = {name: torch.rand_like(parameter).detach() for name in ("exp_avg", "exp_avg_sq")}

@@ -1,11 +1,12 @@
 """Measures saving and loading a checkpoint beside accelerate's `save_state`, which diffusers' examples use.
 
-    python benchmarks/checkpoints.py                              # toy-sd, and half of SD 1.5's parameters
+    python benchmarks/checkpoints.py                              # toy-sd
+    python benchmarks/checkpoints.py --sizes half                 # half of SD 1.5's parameters
     python benchmarks/checkpoints.py --sizes sd15 --save_only     # SD 1.5: 13.8 GB of memory, and as much disk
 
 A checkpoint holds the UNet, its EMA and the state of AdamW in float32, random. Both sides take turns on the same disk.
-Ours also flushes every file to the disk, and verifies every digest when it loads; the peer does neither, so ours is
-also measured without the flush. Loading takes the peer twice the memory. Prints Markdown and adds to
+Ours also flushes every file to the disk, and verifies every digest when it loads; it is also measured without the
+flush. Loading takes the peer twice the memory. Prints Markdown and adds to
 benchmarks/results/checkpoints.json.
 """
 
@@ -16,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -33,7 +35,7 @@ LIMIT = "the disk; ours also flushes every file when it saves and verifies every
 
 def main(argv: list[str] | None = None) -> None:
     parser = FlagParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["toy", "half"], help="what is saved")
+    parser.add_argument("--sizes", nargs="+", choices=SIZES, default=["toy"], help="what is saved")
     parser.add_argument("--rounds", type=int, default=3, help="the median of so many rounds (default 3)")
     parser.add_argument("--save_only", action="store_true", help="do not load")
     parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
@@ -58,22 +60,21 @@ def measure(size: str, folder: Path, rounds: int, save_only: bool) -> dict[str, 
     from benchmarks.checkpoint_sides import Ours, Peer, make_trained
 
     unet, ema, optimizer = make_trained(SIZES[size])
-    peer, ours = Peer(unet, ema, optimizer), Ours(unet, ema, optimizer)
-    seconds: dict[str, list[tuple[float, float]]] = {"save": [], "save, not flushed": [], "load": []}
-    for _ in range(rounds):
-        shutil.rmtree(folder / "peer", ignore_errors=True)
-        saved_by_peer = _time(partial(peer.save, folder / "peer"))
-        loaded_by_peer = 0.0 if save_only else _time(partial(peer.load, folder / "peer"))
-        shutil.rmtree(folder / "peer")
-        with mock.patch("utils.training.checkpoints.flush_to_disk"):
-            unflushed = _time(partial(ours.save, folder / "ours"))
-        shutil.rmtree(folder / "ours")
-        seconds["save"].append((saved_by_peer, _time(partial(ours.save, folder / "ours"))))
-        seconds["save, not flushed"].append((saved_by_peer, unflushed))
-        if not save_only:
-            seconds["load"].append((loaded_by_peer, _time(partial(ours.load, folder / "ours"))))
-        shutil.rmtree(folder / "ours")
-    return {name: tuple(map(statistics.median, zip(*pairs, strict=True))) for name, pairs in seconds.items() if pairs}
+    sides = {"peer": Peer(unet, ema, optimizer), "ours": Ours(unet, ema, optimizer)}
+    seconds: dict[tuple[str, str], list[float]] = {}
+    for number in range(rounds):
+        for name in (*sides, "unflushed") if number % 2 == 0 else ("unflushed", *reversed(sides)):
+            is_flushed, side = name != "unflushed", sides["peer" if name == "peer" else "ours"]
+            with nullcontext() if is_flushed else mock.patch("utils.training.checkpoints.flush_to_disk"):
+                seconds.setdefault((name, "save"), []).append(_time(partial(side.save, folder / name)))
+            if is_flushed and not save_only:
+                seconds.setdefault((name, "load"), []).append(_time(partial(side.load, folder / name)))
+            shutil.rmtree(folder / name)
+    print({" ".join(key): [round(value, 2) for value in values] for key, values in seconds.items()}, file=sys.stderr)
+    median = {key: statistics.median(values) for key, values in seconds.items()}
+    compared = {"save": (median["peer", "save"], median["ours", "save"])}
+    compared["save, not flushed"] = (median["peer", "save"], median["unflushed", "save"])
+    return compared | ({} if save_only else {"load": (median["peer", "load"], median["ours", "load"])})
 
 
 def _time(function: Callable[[], object]) -> float:
