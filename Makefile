@@ -38,10 +38,15 @@ bench: $(INSTALLED) ## Measure speed on the CPU beside diffusers' example: make 
 	@test -d "$(PEER)" || { echo "error: PEER must name diffusers' examples/instruct_pix2pix, such as make bench PEER=../diffusers/examples/instruct_pix2pix"; exit 2; }
 	$(BIN)/python benchmarks/training.py --peer $(PEER) --cells toy depth
 	$(BIN)/python benchmarks/loader.py
+	$(BIN)/python benchmarks/optimizer.py --size toy
+	$(BIN)/python benchmarks/checkpoints.py --sizes toy
+	$(BIN)/python benchmarks/performance_page.py
 
 bench-gpu: $(INSTALLED) ## The same on a GPU with 80 GB: make bench-gpu PEER=... [CELLS="sd15-256"]
 	@test -d "$(PEER)" || { echo "error: PEER must name diffusers' examples/instruct_pix2pix, such as make bench-gpu PEER=../diffusers/examples/instruct_pix2pix"; exit 2; }
 	$(BIN)/python benchmarks/training.py --peer $(PEER) --cells $(or $(CELLS),sd15-256 sd15-512 sdxl-1024)
+	$(BIN)/python benchmarks/optimizer.py
+	$(BIN)/python benchmarks/performance_page.py
 
 clean: ## Remove the environment and what the demo made
 	rm -rf $(VENV) demo-output

@@ -167,7 +167,8 @@ def run_variant(args: argparse.Namespace, cell: Cell, name: str) -> dict[str, fl
 
 
 def write_results(path: Path, name: str, cell: Cell, measured: dict[str, dict[str, float]]) -> None:
-    """Replace the cell's rows in the results file."""
+    """Replace the cell's rows in the results file. The ratio and the goal are of the tuned peer, where there is one."""
+    base = next((peer for peer in ("peer_tuned", "peer") if peer in measured), None)
     rows = [
         {
             "metric": "seconds for a sample",
@@ -175,12 +176,9 @@ def write_results(path: Path, name: str, cell: Cell, measured: dict[str, dict[st
             "peer_tuned": round(measured["peer_tuned"]["sample_s"], 5) if "peer_tuned" in measured else None,
             "ours": round(measured[variant]["sample_s"], 5),
             "variant": variant,
-            "ratios": {
-                peer: round(measured[variant]["sample_s"] / measured[peer]["sample_s"], 3)
-                for peer in measured
-                if peer.startswith("peer")
-            },
-            "goals": {peer: round(goal, 3) for (peer, ours), goal in cell.goals.items() if ours == variant},
+            "ratio": round(measured[variant]["sample_s"] / measured[base]["sample_s"], 3) if base else None,
+            "goal": round(cell.goals[base, variant], 3) if (base, variant) in cell.goals else None,
+            "limit": None,
             "details": {key: round(value, 5) for key, value in measured[variant].items()},
         }
         for variant in measured

@@ -194,3 +194,14 @@ def test_on_a_gpu_copies_are_ordered_and_swapping_takes_no_memory() -> None:
     with average.swapped_into(model):
         assert torch.cuda.memory_allocated() == before
     assert all(torch.equal(now, then) for now, then in zip(model.parameters(), live, strict=True))
+
+
+def test_an_update_follows_weights_that_were_replaced_in_place_and_another_model():
+    """Parameters are looked up once: their tensors may still be replaced, as `Module.to` does."""
+    models = [torch.nn.Linear(2, 2) for _ in range(2)]
+    average = MovingAverage(models[0], decay=0.0)
+    average.update(models[0], 1)
+    models[0].weight.data = torch.full((2, 2), 3.0)
+    for model in models:
+        average.update(model, 2)
+        torch.testing.assert_close(average.state_dict()["weight"], model.weight.detach())

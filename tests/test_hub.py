@@ -62,6 +62,7 @@ def trained(tiny_editor: Path, tmp_path: Path) -> Path:
         "wandb/run/x.json",
         "trackio/x.db",
         "latent-cache/0.safetensors",
+        "prompt-cache/0.safetensors",
         ".cache/x",
         "unet/.lock",
         "run.log",

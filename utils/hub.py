@@ -36,6 +36,7 @@ NOT_PUBLISHED = [
     "wandb/*",
     "trackio/*",
     "latent-cache/*",
+    "prompt-cache/*",
     "*events.out.tfevents*",
     "*.tmp*",
     "*.log",

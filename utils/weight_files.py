@@ -16,8 +16,9 @@ import torch
 from diffusers import ModelMixin
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from utils.digests import DigestedFile, Fingerprint
 from utils.errors import InputError, first_line
 
 WINDOW = 32 << 20  # bytes read before a file is mapped again
@@ -145,8 +146,8 @@ def split_rows(shape: Sequence[int], chunk: int = CHUNK) -> Iterator[slice]:
 
 def write_safetensors(
     path: Path, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], rows: Iterable[tuple[str, torch.Tensor]]
-) -> None:
-    """Write a .safetensors file front to back under a temporary name, then rename it.
+) -> Fingerprint:
+    """Write a .safetensors file front to back under a temporary name, then rename it; returns its fingerprint.
 
     tensors: name -> (shape, dtype), in the order of `rows`, which yields (name, its next rows).
     Format: https://github.com/huggingface/safetensors#format. Raises ValueError if `rows` do not match `tensors`.
@@ -159,7 +160,7 @@ def write_safetensors(
     text += b" " * (-len(text) % 8)  # the data starts at a multiple of eight bytes
     unfinished = path.with_name(f".{os.getpid()}-{path.name}")
     try:
-        with unfinished.open("wb") as file:
+        with DigestedFile(unfinished) as file:
             file.write(struct.pack("<Q", len(text)) + text)
             for name, value in rows:
                 expected = len(text) + 8 + header[name]["data_offsets"][0]
@@ -169,18 +170,22 @@ def write_safetensors(
             if file.tell() != len(text) + 8 + end:
                 raise ValueError("rows are missing")
         unfinished.replace(path)
+        return file.fingerprint()
     finally:
         unfinished.unlink(missing_ok=True)
 
 
-def save_weights(folder: Path, model: ModelMixin, state: dict[str, torch.Tensor]) -> None:
+def save_weights(folder: Path, model: ModelMixin, state: dict[str, torch.Tensor]) -> dict[str, Fingerprint]:
     """Write a folder that `from_pretrained` loads: the model's configuration with `state` as the weights.
 
-    diffusers' `save_pretrained` ignores its `state_dict` argument and saves the model's own weights.
+    diffusers' `save_pretrained` ignores its `state_dict` argument and saves the model's own weights. Returns the
+    fingerprint of the file of weights by its name.
     """
     model.save_config(folder)
-    contiguous = {name: value.contiguous() for name, value in state.items()}  # channels_last cannot be stored
-    save_file(contiguous, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    names = sorted(state, key=lambda name: (-state[name].itemsize, name))  # every tensor is aligned to its dtype
+    tensors = {name: (tuple(state[name].shape), state[name].dtype) for name in names}
+    rows = ((name, state[name].detach().cpu()) for name in names)  # one tensor at a time
+    return {SAFETENSORS_WEIGHTS_NAME: write_safetensors(folder / SAFETENSORS_WEIGHTS_NAME, tensors, rows)}
 
 
 def load_weights(folder: Path) -> dict[str, torch.Tensor]:

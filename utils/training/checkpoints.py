@@ -14,17 +14,16 @@ import logging
 import re
 import zlib
 from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import xxhash
 from diffusers import UNet2DConditionModel
 from torch.utils.serialization import config as serialization_config
 
 from utils.atomic_files import atomic_folder, flush_to_disk, remove_path
+from utils.digests import DigestedFile, Fingerprint, fingerprint_files
 from utils.errors import InputError
 from utils.models.adapters import has_adapter, read_adapter, save_adapter
 from utils.weight_files import load_weights, save_weights
@@ -60,15 +59,15 @@ def trained_weights(unet: UNet2DConditionModel) -> Weights:
     return {name: value.detach() for name, value in unet.named_parameters() if value.requires_grad}
 
 
-def save_trained(folder: Path, unet: UNet2DConditionModel, weights: Weights | None = None) -> None:
+def save_trained(folder: Path, unet: UNet2DConditionModel, weights: Weights | None = None) -> dict[str, Fingerprint]:
     """Write what stock diffusers loads: a UNet folder, or an adapter in LoRA format.
 
-    weights: values to write instead of the UNet's own, such as the EMA.
+    weights: values to write instead of the UNet's own, such as the EMA. Returns the fingerprints of the large files.
     """
     if has_adapter(unet):
         save_adapter(folder, unet, weights)
-    else:
-        save_weights(folder, unet, unet.state_dict() | (weights or {}))
+        return {}
+    return save_weights(folder, unet, unet.state_dict() | (weights or {}))
 
 
 def read_trained(folder: Path, unet: UNet2DConditionModel) -> Weights:
@@ -98,33 +97,39 @@ def put_weights(unet: UNet2DConditionModel, weights: Weights) -> None:
 def save_checkpoint(
     output_dir: Path,
     progress: Progress,
-    models: dict[str, Callable[[Path], None]],
+    models: dict[str, Callable[[Path], dict[str, Fingerprint]]],
     training_state: dict,
     limit: int | None,
 ) -> Path:
     """Write `checkpoint-<global_step>` as `new_checkpoint` does.
 
-    models: folder name -> function that writes the model into the folder. training_state: passed to `torch.save`.
+    models: folder name -> function that writes the model into the folder, and returns the fingerprints of files whose
+    digest it knows. training_state: passed to `torch.save`.
     """
-    with new_checkpoint(output_dir, progress, limit) as folder:
+    known: dict[str, Fingerprint] = {}
+    with new_checkpoint(output_dir, progress, limit, known) as folder:
         for name, save in models.items():
-            save(folder / name)
-        _save_state(training_state, folder / TRAINING_STATE)
+            known |= {f"{name}/{file}": value for file, value in save(folder / name).items()}
+        known[TRAINING_STATE] = save_state(training_state, folder / TRAINING_STATE)
     return output_dir / f"checkpoint-{progress.global_step}"
 
 
 @contextmanager
-def new_checkpoint(output_dir: Path, progress: Progress, limit: int | None) -> Iterator[Path]:
+def new_checkpoint(
+    output_dir: Path, progress: Progress, limit: int | None, known: dict[str, Fingerprint] | None = None
+) -> Iterator[Path]:
     """An empty folder that becomes `checkpoint-<global_step>` at the end; then the oldest ones above `limit` go.
 
-    Raises `InputError` when it cannot be written (full disk); existing checkpoints stay complete.
+    known: filled by the caller with fingerprints that were taken while writing; other files are read again. Raises
+    `InputError` when it cannot be written (full disk); existing checkpoints stay complete.
     """
     path = output_dir / f"checkpoint-{progress.global_step}"
     existing = list_checkpoints(output_dir)
     advice = f"resume from {existing[-1].name} with --resume_from_checkpoint latest" if existing else "start again"
     with atomic_folder(path, advice) as unfinished:
         yield unfinished
-        files = _fingerprints(unfinished, [str(file.relative_to(unfinished)) for file in _files_in(unfinished)])
+        names, known = [str(file.relative_to(unfinished)) for file in _files_in(unfinished)], known or {}
+        files = known | fingerprint_files(unfinished, [name for name in names if name not in known])
         content = asdict(progress) | {"files": files}
         (unfinished / "progress.json").write_text(json.dumps(content | {"checksum": _checksum(content)}, indent=1))
         for file in [*_files_in(unfinished), unfinished]:
@@ -141,34 +146,16 @@ def _files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
-def _fingerprints(folder: Path, names: list[str], is_old: bool = False) -> dict[str, list]:
-    """The fingerprint of each file by its name, several at a time: the digests release Python's lock."""
-    with ThreadPoolExecutor(4) as threads:
-        return dict(zip(names, threads.map(lambda name: _fingerprint(folder / name, is_old), names), strict=True))
-
-
-def _fingerprint(path: Path, is_old: bool) -> list:
-    """Size and XXH3 digest: they detect truncated and damaged files, at the speed of memory. is_old: with CRC-32."""
-    digest, checksum, size = xxhash.xxh3_64(), 0, 0
-    buffer = memoryview(bytearray(1 << 22))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            if is_old:
-                checksum = zlib.crc32(buffer[:count], checksum)
-            else:
-                digest.update(buffer[:count])
-            size += count
-    return [size, checksum if is_old else digest.hexdigest()]
-
-
-def _save_state(state: dict, path: Path) -> None:
-    """torch.save without the CRC-32 of its archive, which takes as long as writing; `progress.json` has a digest."""
+def save_state(state: dict, path: Path) -> Fingerprint:
+    """torch.save without the CRC-32 of its archive, which takes as long as writing; returns the file's fingerprint."""
     before = serialization_config.save.compute_crc32
     serialization_config.save.compute_crc32 = False
     try:
-        torch.save(state, path)
+        with DigestedFile(path) as file:
+            torch.save(state, file)
     finally:
         serialization_config.save.compute_crc32 = before
+    return file.fingerprint()
 
 
 def _checksum(content: dict) -> int:
@@ -208,7 +195,7 @@ def find_damage(checkpoint: Path) -> str | None:
     if missing := [name for name in content["files"] if not (checkpoint / name).is_file()]:
         return f"{missing[0]} is missing"
     is_old = any(isinstance(checksum, int) for _, checksum in content["files"].values())  # with CRC-32
-    found = _fingerprints(checkpoint, list(content["files"]), is_old)
+    found = fingerprint_files(checkpoint, content["files"], is_old)
     return next((f"{name} is damaged" for name, stored in content["files"].items() if found[name] != stored), None)
 
 
@@ -288,5 +275,8 @@ def check_same_run(stored: Progress, identity: dict, allowed: Collection[str] = 
 
 
 def load_training_state(checkpoint: Path) -> dict:
-    """The `training_state` that `save_checkpoint` wrote; tensors on the CPU."""
-    return torch.load(checkpoint / TRAINING_STATE, map_location="cpu", weights_only=True)
+    """The `training_state` that `save_checkpoint` wrote; tensors on the CPU, read from the file when they are used.
+
+    The file is mapped copy-on-write: what changes the tensors does not change the checkpoint.
+    """
+    return torch.load(checkpoint / TRAINING_STATE, map_location="cpu", weights_only=True, mmap=True)

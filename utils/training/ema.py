@@ -1,5 +1,6 @@
 """The exponential moving average (EMA) of the trained weights, on their device or on the CPU in a thread."""
 
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ class MovingAverage:
             for name, value in live.items()
         }
         self._worker = _AveragingThread(list(live.values())) if device == "cpu" else None
+        self._model, self._parameters = None, []  # of the last update: walking a UNet's modules takes milliseconds
 
     @torch.no_grad()
     def update(self, model: torch.nn.Module, step: int) -> None:
@@ -39,7 +41,7 @@ class MovingAverage:
         if step % self.interval:
             return
         weight = 1 - min(self.decay, (1 + step) / (10 + step)) ** self.interval
-        live, averages = list(self._live(model).values()), list(self._weights.values())
+        live, averages = self._kept_live(model), list(self._weights.values())
         if self._worker:
             self._worker.start(averages, live, weight)
         else:
@@ -73,8 +75,19 @@ class MovingAverage:
 
     def close(self) -> None:
         """End the thread; the average can still be read."""
+        self._parameters.clear()
         if self._worker:
             self._worker.close()
+
+    def _kept_live(self, model: torch.nn.Module) -> list[torch.Tensor]:
+        """The weights in the order of the average, from parameters that are looked up once for each model."""
+        if not self._parameters or self._model() is not model:
+            parameters = dict(model.named_parameters())
+            found = [parameters[name] for name in self._weights]
+            if any(hasattr(value, "to_local") for value in found):  # a divided model may replace its parameters
+                return [value.detach() for value in found]
+            self._model, self._parameters = weakref.ref(model), found
+        return [value.detach() for value in self._parameters]
 
     def _live(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         parameters = dict(model.named_parameters())
