@@ -62,7 +62,8 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         {name: getattr(args, name) for name in ("steps", "resolution", "seed", "batch_size")}
     )
     for model in args.model:
-        yield from find_missing_path("model", model)
+        for name in model.split("+"):  # an editor, and adapters of compare_models.py
+            yield from find_missing_path("model", name)
     if len(set(args.model)) < len(args.model):
         yield "--model names the same editor twice: remove one"
     if args.num_samples is not None and args.num_samples < 1:

@@ -57,6 +57,15 @@ def running_chromium() -> Iterator:
         chromium.close()
 
 
+@contextmanager
+def open_page() -> Iterator:
+    """An empty page of a new browser."""
+    with running_chromium() as chromium:
+        page = chromium.new_page()
+        page.set_default_timeout(PATIENCE)
+        yield page
+
+
 class Visitor:
     """One open page with its own cookies and session."""
 
