@@ -73,12 +73,11 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
 
 
 def label_models(models: list[str]) -> dict[str, str]:
-    """A short, distinct label for each editor, for files and plots."""
-    labels = {}
-    for model in models:
-        parts, size = model.rstrip("/").split("/"), 1
-        while "-".join(parts[-size:]) in labels and size < len(parts):
-            size += 1
-        label = "-".join(part for part in parts[-size:] if part)
-        labels["".join(c if c.isalnum() or c in "-_." else "-" for c in label)] = model
-    return {model: label for label, model in labels.items()}
+    """A short, distinct label for each editor, for files and plots: as many last parts of the paths as it takes."""
+    parts = [[part for part in model.split("/") if part] for model in models]
+    for size in range(1, max(map(len, parts)) + 1):
+        labels = ["-".join(each[-size:]) for each in parts]
+        labels = ["".join(c if c.isalnum() or c in "-_.+" else "-" for c in label) for label in labels]
+        if len(set(labels)) == len(labels):
+            break
+    return dict(zip(models, labels, strict=True))

@@ -84,7 +84,7 @@ def test_votes_in_a_browser(server, tmp_path):
         assert "other" not in page.content()
         for count, vote in enumerate((lambda: page.click("#vote-first"), lambda: page.keyboard.press("ArrowDown")), 1):
             vote()
-            page.wait_for_function(f"document.querySelector('#count').textContent == '{count} votes'")
+            page.wait_for_function(f"parseInt(document.querySelector('#count').textContent) == {count}")
         page.click("#show")
         page.wait_for_selector("#ratings td")
         assert page.locator("#ratings tr").count() == 3
