@@ -17,7 +17,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.flags import IP2P_CLIP, MAGICBRUSH_CLIP, check_flags, label_models, make_parser  # noqa: E402
+from evaluation.flags import (  # noqa: E402
+    IP2P_CLIP,
+    MAGICBRUSH_CLIP,
+    add_judge_flags,
+    check_flags,
+    find_judge_problems,
+    label_models,
+    make_parser,
+)
 from utils.cli import pick  # noqa: E402
 from utils.editing.settings import find_setting_problems  # noqa: E402
 from utils.errors import exit_on_input_error  # noqa: E402
@@ -34,6 +42,7 @@ EMU_EDIT = dict(
 )
 BENCHMARKS = {"pairs": {}, "magicbrush": MAGICBRUSH, "magicbrush_multi": MAGICBRUSH, "emu_edit": EMU_EDIT}
 TARGET_SCORES = ("l1", "l2", "clip_target", "dino_target", "clip_text")
+JUDGED = ("judge_sc", "judge_pq", "judge_o")
 SHOWN = {  # the columns of the table, as the papers have them
     "magicbrush": TARGET_SCORES,
     "magicbrush_multi": TARGET_SCORES,
@@ -56,6 +65,7 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--vae_round_trip", action="store_true", help="a row for the target through the editor's VAE: the ceiling")
     add("--guidance_scale", type=float, metavar="S", help="of the text (default: the editor's)")
     add("--image_guidance_scale", type=float, metavar="S", help="of the image (default: the editor's)")
+    add_judge_flags(parser)
     args = parser.parse_args(argv)
     for name, value in BENCHMARKS[args.benchmark].items():
         if getattr(args, name) is None:
@@ -66,11 +76,23 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
 
 def find_problems(args: argparse.Namespace) -> list[str]:
     problems = find_setting_problems({name: getattr(args, name) for name in ("guidance_scale", "image_guidance_scale")})
+    problems += find_judge_problems(args)
     if not args.dataset_name:
         problems.append("--dataset_name is missing: give a dataset, or a --benchmark that names one")
     if args.vae_round_trip and args.edited_image_column == "none":
         problems.append("--vae_round_trip needs target images, and --edited_image_column is none: remove one")
     return problems
+
+
+def start_judge(args: argparse.Namespace) -> object | None:
+    """The judge of --judge, after it has checked itself. Raises InputError."""
+    if not args.judge:
+        return None
+    from evaluation.judge import Judge, JudgeOptions
+
+    judge = Judge(pick(args, JudgeOptions), args.output_dir)
+    print(judge.check_itself(), flush=True)
+    return judge
 
 
 def run(args: argparse.Namespace) -> int:
@@ -90,8 +112,9 @@ def run(args: argparse.Namespace) -> int:
     samples = open_samples(pick(args, DatasetOptions))
     scored = last_turns(samples) if is_multi else samples
     scorer = load_scorer(args.clip_model, args.dino_model, str(state.device)) if state.is_main_process else None
+    judge = start_judge(args) if scorer else None
     originals = [sample.original for sample in scored]
-    rows = [TableRow.measure("input, not edited", scorer, scored, originals)] if scorer else []
+    rows = [TableRow.measure("input, not edited", scorer, scored, originals, judge)] if scorer else []
     settings = replace(pick(args, EditSettings), keep_size=True)
     for model, label in label_models(args.model).items():
         editor = open_evaluated_editor(EditorOptions(model, device=args.device, dtype=args.dtype), state)
@@ -103,11 +126,14 @@ def run(args: argparse.Namespace) -> int:
         del editor
         if scorer:
             edits = [Image.open(paths[sample.number]).convert("RGB") for sample in scored]
-            rows.append(TableRow.measure(label, scorer, scored, edits))
+            rows.append(TableRow.measure(label, scorer, scored, edits, judge))
     if scorer:
         published, shown = read_published(args.benchmark), SHOWN.get(args.benchmark)
+        shown = (*shown, *JUDGED) if shown else None
         flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
         table = write_results(rows, published, shown, args.output_dir, flags)
+        if judge:
+            print(f"{judge.num_malformed} malformed answers of the judge, {judge.num_refused} questions refused")
         print(f"\n{table}\nwrote {args.output_dir / 'results.json'} and results.md", flush=True)
     return 0
 

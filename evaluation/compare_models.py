@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.flags import IP2P_CLIP, check_flags, label_models, make_parser  # noqa: E402
+from evaluation.flags import IP2P_CLIP, add_judge_flags, check_flags, find_judge_problems, label_models, make_parser  # noqa: E402
 from utils.cli import pick  # noqa: E402
 from utils.editing.settings import find_setting_problems  # noqa: E402
 from utils.errors import exit_on_input_error  # noqa: E402
@@ -32,11 +32,15 @@ def parse_flags(argv: list[str] | None) -> argparse.Namespace:
     add("--image_guidance_scale", type=float, metavar="S", help="of the image (default: each editor's)")
     add("--vote", action="store_true", help="serve the page for blind votes, until Ctrl-C")
     add("--port", type=int, default=DEFAULT_PORT, metavar="N", help=f"of --vote, on localhost (default {DEFAULT_PORT})")
+    add_judge_flags(parser)
     return parser.parse_args(argv)
 
 
 def find_problems(args: argparse.Namespace) -> list[str]:
     problems = find_setting_problems({name: getattr(args, name) for name in ("guidance_scale", "image_guidance_scale")})
+    problems += find_judge_problems(args)
+    if args.judge and len(args.model) < 2:
+        problems.append("--judge compares two edits: give --model at least twice")
     if not 0 <= args.port < 65536:
         problems.append(f"--port {args.port}: must be from 0 to 65535")
     if args.vote and len(args.model) < 2:
@@ -50,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from accelerate import PartialState
     from PIL import Image
 
-    from evaluation.comparison_page import save_inputs, serve_votes, write_comparison
+    from evaluation.comparison_page import judge_pairs, save_inputs, serve_votes, write_comparison
     from evaluation.editing import edit_samples, open_evaluated_editor
     from evaluation.samples import DatasetOptions, open_samples
     from evaluation.scoring import load_scorer
@@ -77,6 +81,10 @@ def run(args: argparse.Namespace) -> int:
     inputs = save_inputs(samples, args.output_dir)
     write_comparison(samples, inputs, paths, rows, args.output_dir)
     print(f"wrote {args.output_dir / 'index.html'}, sheet-1.png and results.json", flush=True)
+    if args.judge:
+        from evaluation.judge import Judge, JudgeOptions
+
+        judge_pairs(Judge(pick(args, JudgeOptions), args.output_dir), samples, paths, args.output_dir)
     if args.vote:
         serve_votes(samples, inputs, paths, args.output_dir, args.port)
     return 0

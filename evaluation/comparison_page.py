@@ -1,10 +1,12 @@
 """What compare_models.py shows: index.html, contact sheets, and the page of votes."""
 
+import itertools
 import json
 from pathlib import Path
 
 from PIL import Image
 
+from evaluation.judge import Judge
 from evaluation.samples import Sample
 from evaluation.tables import TableRow
 from evaluation.vote_server import make_vote_server
@@ -87,6 +89,27 @@ def serve_votes(
         pass
     finally:
         server.server_close()
+    print_ratings(ballot)
+
+
+def print_ratings(ballot: Ballot) -> None:
+    """One line for each editor, best first."""
     for rating in ballot.ratings():
         interval = f"{rating.low:.0f} to {rating.high:.0f}"
         print(f"{rating.name}: {rating.rating:.0f} ({interval}), {rating.num_votes} votes", flush=True)
+
+
+def judge_pairs(judge: Judge, samples: list[Sample], paths: dict[str, list[Path]], folder: Path) -> None:
+    """Let the judge, after it has checked itself, vote on every pair of edits; its votes are beside those of people.
+
+    Raises InputError.
+    """
+    print(judge.check_itself(), flush=True)
+    ballot = Ballot([sample.number for sample in samples], list(paths), folder)
+    known = {(vote.first, vote.second, vote.sample) for vote in ballot.votes if vote.voter != "person"}
+    for first, second in itertools.combinations(paths, 2):
+        own = [(i, sample) for i, sample in enumerate(samples) if (first, second, sample.number) not in known]
+        edits = [[Image.open(paths[name][i]).convert("RGB") for i, _ in own] for name in (first, second)]
+        for vote in judge.compare([sample for _, sample in own], (first, second), *edits):
+            ballot.add(vote)
+    print_ratings(ballot)

@@ -50,6 +50,27 @@ def make_parser(description: str, clip_model: str) -> FlagParser:
     return parser
 
 
+def add_judge_flags(parser: FlagParser) -> None:
+    add = parser.add_argument_group("judge").add_argument
+    add("--judge", metavar="URL", help="server with OpenAI's API and a vision model that judges the edits")
+    add("--judge_model", metavar="NAME", help="its model")
+    key = "OPENAI_API_KEY"
+    add("--judge_key_env", default=key, metavar="NAME", help=f"environment variable of the key (default {key})")
+    add("--judge_concurrency", type=int, default=4, metavar="N", help="questions at a time (default 4)")
+    add("--judge_retries", type=int, default=4, metavar="N", help="further attempts of a question (default 4)")
+
+
+def find_judge_problems(args: argparse.Namespace) -> list[str]:
+    """What is wrong with the flags of the judge."""
+    problems = []
+    if bool(args.judge) != bool(args.judge_model):
+        problems.append("--judge and --judge_model belong together: give both or neither")
+    for name, least in (("judge_concurrency", 1), ("judge_retries", 0)):
+        if not least <= getattr(args, name) <= 100:
+            problems.append(f"--{name} {getattr(args, name)}: must be from {least} to 100")
+    return problems
+
+
 def check_flags(args: argparse.Namespace, *more: str) -> None:
     """Raise one InputError with all problems of the shared flags. more: further problems."""
     problems = [*_problems(args), *more]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from evaluation.judge import Judge
 from evaluation.samples import Sample
 from evaluation.scoring import Scorer
 from evaluation.statistics import summarize
@@ -27,9 +28,13 @@ class TableRow:
     samples: list[dict]
 
     @classmethod
-    def measure(cls, name: str, scorer: Scorer, samples: list[Sample], edits: list[Image.Image]) -> TableRow:
+    def measure(
+        cls, name: str, scorer: Scorer, samples: list[Sample], edits: list[Image.Image], judge: Judge | None = None
+    ) -> TableRow:
         """Score one edit of each sample."""
         rows = scorer.score(samples, edits)
+        if judge:
+            rows = [row | marks for row, marks in zip(rows, judge.mark(samples, edits), strict=True)]
         scores = summarize(rows)
         discrepancy = scorer.discrepancy(samples, edits)
         if discrepancy is not None:
@@ -60,7 +65,8 @@ def write_results(
 
 def draw_table(rows: list[TableRow], published: dict, shown: tuple[str, ...] | None) -> str:
     """A Markdown table: mean ± half of the 95 % interval; an arrow tells which direction is better."""
-    names = list(shown or [name for name in rows[-1].scores if not name.startswith("source")][:MAX_COLUMNS])
+    names = list(shown or [name for name in rows[-1].scores if not name.startswith("source")])
+    names = names[:MAX_COLUMNS] + [name for name in names[MAX_COLUMNS:] if name.startswith("judge")]
     names = [name for name in names if any(name in row.scores for row in rows)]
     heads = [f"{name} {LOWER if name.rpartition('_')[2] in LOWER_IS_BETTER else HIGHER}" for name in names]
     lines = [f"| {' | '.join(['', *heads])} |", "|---" * (len(names) + 1) + "|"]

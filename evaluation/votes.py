@@ -1,13 +1,12 @@
 """The votes on blind pairs of edits: asked, checked, and kept in votes.jsonl."""
 
-import json
 import random
 import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from evaluation.ratings import WINS, Rating, Vote, rate
-from utils.json_lines import parse_json_object
+from utils.json_lines import append_json_line, parse_json_object
 
 VOTES = "votes.jsonl"
 
@@ -57,11 +56,17 @@ class Ballot:
             if winner not in WINS:
                 return f"the answer must be one of {', '.join(WINS)}"
             self._asked[number] = None
-            vote = Vote(question.first, question.second, winner, question.sample)
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(vote)) + "\n")
-            self.votes.append(vote)
+            self._store(Vote(question.first, question.second, winner, question.sample))
         return None
+
+    def add(self, vote: Vote) -> None:
+        """Store the vote of a judge."""
+        with self._lock:
+            self._store(vote)
+
+    def _store(self, vote: Vote) -> None:
+        append_json_line(self._path, asdict(vote))
+        self.votes.append(vote)
 
     def ratings(self) -> list[Rating]:
         with self._lock:

@@ -92,7 +92,8 @@ def chat(server: ChatServer, body: dict) -> dict:
     structure = (body.get("response_format") or {}).get("type", "text")
     if structure not in (*server.structures, "text"):
         raise ErrorResponse(400, f"response_format.type {structure!r} is not supported")
-    caption = body["messages"][-1]["content"].removeprefix("Caption: ")
+    content = body["messages"][-1]["content"]
+    caption = content.removeprefix("Caption: ") if isinstance(content, str) else content  # of images: a list of parts
     message = {"role": "assistant", "content": (server.reply or default_reply)(caption, body)}
     return complete(server, body, {"message": message}, str(body["messages"]))
 

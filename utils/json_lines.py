@@ -30,3 +30,12 @@ def parse_json_object(text: str, where: str) -> dict:
     if not isinstance(value, dict):
         raise InputError(f'{where} is not a JSON object such as {{"name": "value"}}: {text.strip()[:60]}')
     return value
+
+
+def append_json_line(path: Path, values: dict) -> None:
+    """Append one object; a half-written last line, as a killed run leaves it, is ended first. Raises OSError."""
+    with path.open("ab+") as file:
+        if file.seek(0, 2):
+            file.seek(-1, 2)
+        is_ended = file.read(1) in (b"", b"\n")
+        file.write((b"" if is_ended else b"\n") + json.dumps(values).encode() + b"\n")
