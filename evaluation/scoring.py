@@ -27,8 +27,8 @@ from evaluation.feature_metrics import (
     load_image_encoder,
     load_image_text_encoder,
 )
-from evaluation.pixel_metrics import pixel_scores
 from evaluation.samples import Sample
+from utils.pixel_metrics import pixel_scores
 
 BATCH = 32
 AREA_SCORES = ("l1", "psnr", "ssim")

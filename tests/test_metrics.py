@@ -12,13 +12,13 @@ from PIL import Image
 from transformers import CLIPModel, CLIPTokenizer, ViTImageProcessor, ViTModel
 
 from evaluation.feature_metrics import cmmd, direction_similarity, load_image_encoder, load_image_text_encoder
-from evaluation.pixel_metrics import MAX_PSNR, changed_area, pixel_scores, same_size, ssim
 from evaluation.samples import DatasetOptions, open_samples
 from evaluation.scoring import Scorer
 from evaluation.statistics import area_under_front, bootstrap_mean, find_front, summarize
 from tests.encoders import SIDE, save_clip, save_dino
 from tests.pairs import make_image
 from utils.errors import InputError
+from utils.pixel_metrics import MAX_PSNR, changed_area, pixel_scores, same_size, ssim
 
 RNG = np.random.default_rng(0)
 

@@ -11,14 +11,14 @@ from diffusers import UNet2DConditionModel
 from tqdm.auto import tqdm
 
 from data_preparation.generation.processes import run_on_ray
-from utils.data.geometry import Geometry
+from utils.data.geometry import Geometry, held_out_geometry
 from utils.data.latent_encoding import Encoder, encode_missing, name_folders, open_latent_cache
 from utils.data.sources import Source
 from utils.errors import InputError
 from utils.models.stable_diffusion import load_stable_diffusion, read_configs
 from utils.runtime import DTYPES, start_accelerator, vae_dtype
 from utils.training.preflight import open_checked_sources
-from utils.training.session import held_out_geometry, latent_cache_folder
+from utils.training.session import latent_cache_folder
 from utils.training.settings import Settings
 
 MAX_RAY_JOBS = 256

@@ -46,6 +46,12 @@ class DecodedPair(NamedTuple):
     original_size: Size
 
 
+def held_out_geometry(geometry: Geometry) -> Geometry:
+    """Of held-out rows: crops are centred, nothing is mirrored, and no bucket changes the order of the rows."""
+    mode = "crop" if geometry.resize_mode == "bucket" else geometry.resize_mode
+    return replace(geometry, resize_mode=mode, center_crop=True, random_flip=False)
+
+
 @dataclass(frozen=True)
 class PreparedPair:
     """Both images at training size, and the sizes and crop for SDXL's time ids."""

@@ -30,6 +30,7 @@ from utils.training.checkpoints import Progress
 from utils.training.cuda_graphs import GraphedUNet, find_obstacle
 from utils.training.dry_run import run_dry
 from utils.training.ema import MovingAverage
+from utils.training.evaluation import validate_edits
 from utils.training.loop import TrainingState, fit
 from utils.training.memory_saving import checkpoint_blocks
 from utils.training.objective import Objective
@@ -79,7 +80,7 @@ def _train_editor(settings: Settings, check_base: Callable[[Configs, str], None]
         logger.warning("--auto_batch_size is ignored: the weights are divided between processes")
     elif settings.run.auto_batch_size:
         session = fit_batch_size(session)
-    best = BestWeights(settings.output_dir, enabled=settings.validation.save_best)
+    best = BestWeights(settings.output_dir, settings.validation.save_best)
     with closing(session.training_batches()) as batches:
         if settings.run.dry_run:
             return run_dry(session, batches)
@@ -123,7 +124,8 @@ def prepare_prompts(
 
     def list_all() -> Iterator[str]:
         validation_prompts = (prompt for _, prompt in plan.validation_pairs)
-        return chain(*map(list_prompts, plan.sources + plan.held_out), validation_prompts)
+        eval_prompts = (row.prompt for row in plan.eval_rows)
+        return chain(*map(list_prompts, plan.sources + plan.held_out), validation_prompts, eval_prompts)
 
     folder = Path(settings.data.latent_cache_dir or settings.output_dir / "prompt-cache")
     if is_known and store_prompts(accelerator, folder, list_all, encode_prompts):
@@ -255,6 +257,7 @@ def train(session: TrainingSession, batches: Batches, best: BestWeights) -> int:
         if profiler:
             profiler.count_step()
         validate(session, best, step)
+        validate_edits(session, best, step)
 
     with closing(profiler) if profiler else nullcontext():
         return fit(

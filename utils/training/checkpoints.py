@@ -47,6 +47,8 @@ class Progress:
     identity: dict = field(default_factory=dict)
     validated_step: int = 0
     best_loss: float | None = None
+    evaluated_step: int = 0
+    best_score: float | None = None
     bad_rows: list[list[str]] = field(default_factory=list)
     changes: list[list] = field(default_factory=list)  # of --allow_changed: step, setting, before, after
 

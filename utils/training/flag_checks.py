@@ -90,8 +90,14 @@ def _data_conflicts(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _validation_conflicts(args: argparse.Namespace) -> Iterator[str]:
-    if args.save_best and not (args.validation_split or args.validation_samples):
+    if args.save_best == "loss" and not (args.validation_split or args.validation_samples):
         yield "--save_best compares held-out losses; give --validation_split too, such as 0.02"
+    if args.save_best not in (None, "loss") and not args.eval_steps:
+        yield f"--save_best {args.save_best} is a score of --eval_steps; give it too, such as 500"
+    if args.eval_steps and not args.eval_dataset and (args.streaming or not args.validation_split):
+        yield "--eval_steps needs rows that are not trained on; give --eval_dataset, or --validation_split such as 0.02"
+    if args.eval_dataset and not args.eval_steps:
+        yield "--eval_dataset has the rows of --eval_steps; give it too, such as 500"
     if args.validation_epochs and args.validation_steps:
         yield "--validation_epochs and --validation_steps exclude each other; give one of them"
     names = ("guidance_scale", "image_guidance_scale", "guidance_rescale", "negative_prompt")

@@ -14,6 +14,7 @@ from utils.training.flag_checks import find_flag_problems
 
 LR_SCHEDULERS = ("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup")
 OPTIMIZERS = ("adamw", "adamw8bit", "paged_adamw8bit", "adafactor", "prodigy", "schedulefree_adamw")
+BEST = ("loss", "psnr", "ssim", "l1")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "trackio", "all", "none")
 
 
@@ -254,7 +255,15 @@ def _add_validation(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--validation_split", type=float, default=0.0, help="share of the rows to hold out for a loss")
     samples = "at most so many held-out rows (default: 512); with --streaming, the number of its first rows to hold out"
     group.add_argument("--validation_samples", type=int, metavar="N", help=samples)
-    group.add_argument("--save_best", action="store_true", help="publish the weights with the lowest held-out loss")
+    best = "publish the weights with the best of this: held-out loss (the default), or a score of --eval_steps"
+    group.add_argument("--save_best", nargs="?", const="loss", choices=BEST, help=best)
+    edits = "edit held-out rows every this many steps, and log how close the edits are to their targets"
+    group.add_argument("--eval_steps", type=int, metavar="N", help=edits)
+    group.add_argument(
+        "--eval_dataset", metavar="DATASET", help="rows of --eval_steps (default: of --validation_split)"
+    )
+    group.add_argument("--eval_split", default="train", metavar="SPLIT", help="split of --eval_dataset")
+    group.add_argument("--eval_samples", type=int, default=16, metavar="N", help="number of rows of --eval_steps")
 
 
 def _add_checkpoints(parser: argparse.ArgumentParser) -> None:

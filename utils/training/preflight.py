@@ -22,6 +22,7 @@ from utils.models.noise_schedules import NoiseSchedule, make_noise_schedule
 from utils.models.stable_diffusion import EDITOR_CHANNELS, Configs, read_configs
 from utils.training.agreement import require_equal, run_everywhere, run_on_main
 from utils.training.checkpoints import Progress, check_same_run, read_progress
+from utils.training.eval_rows import EvalRow, read_eval_rows
 from utils.training.initial_adapter import digest_adapter, read_initial_adapter
 from utils.training.memory_saving import find_block_problems
 from utils.training.optimizer_checks import check_lr_schedule, find_optimizer_problems
@@ -44,6 +45,7 @@ class RunPlan:
 
     sources: list[Source]
     held_out: list[Source]
+    eval_rows: list[EvalRow]
     validation_pairs: list[tuple[Image.Image, str]]  # (image, edit prompt)
     schedule: NoiseSchedule
     checkpoint: Path | None
@@ -90,6 +92,7 @@ def run_preflight(accelerator: Accelerator, settings: Settings, check_base: Call
     return RunPlan(
         sources=sources,
         held_out=held_out,
+        eval_rows=run_everywhere(accelerator, lambda: read_eval_rows(settings, held_out, progress.seed)),
         validation_pairs=run_everywhere(accelerator, lambda: load_validation_pairs(settings.run)),
         schedule=schedule,
         checkpoint=checkpoint,

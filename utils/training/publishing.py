@@ -24,32 +24,46 @@ from utils.training.preflight import publishes_pipeline
 from utils.training.session import TrainingSession
 from utils.training.training_log import draw_curve, read_log
 
+LOGGED = {"loss": "held_out_loss"} | {name: f"eval_{name}" for name in ("psnr", "ssim", "l1")}
+MEASURES = {  # their names in the model card
+    "held_out_loss": "held-out loss",
+    "eval_psnr": "PSNR of held-out edits (dB)",
+    "eval_no_edit_psnr": "PSNR of the unedited inputs (dB)",
+    "eval_ssim": "SSIM of held-out edits",
+    "eval_l1": "L1 of held-out edits",
+}
+
 
 @dataclass(frozen=True)
 class BestWeights:
-    """The trained weights with the lowest held-out loss so far, in `checkpoint-best/`."""
+    """The trained weights with the best value of a metric so far, in `checkpoint-best/`. metric: None saves nothing."""
 
     output_dir: Path
-    enabled: bool
+    metric: str | None
+
+    def is_better(self, value: float, best: float | None) -> bool:
+        """Whether a value is better than the best so far; never NaN."""
+        sign = -1 if self.metric in ("psnr", "ssim") else 1
+        return sign * value < (float("inf") if best is None else sign * best)
 
     @property
     def path(self) -> Path:
         return self.output_dir / "checkpoint-best"
 
-    def save(self, unet: UNet2DConditionModel, step: int, loss: float) -> None:
+    def save(self, unet: UNet2DConditionModel, step: int, value: float) -> None:
         """Replace the saved weights with the UNet's current ones."""
         with atomic_folder(self.path) as unfinished:
             save_trained(unfinished / "unet", unet)
-            (unfinished / "best.json").write_text(json.dumps({"global_step": step, "held_out_loss": loss}))
+            (unfinished / "best.json").write_text(json.dumps({"global_step": step, LOGGED[self.metric]: value}))
             remove_path(self.path)
             unfinished.rename(self.path)
 
-    def load(self, unet: UNet2DConditionModel) -> tuple[Weights, float] | None:
-        """(weights, held-out loss), or None if nothing is saved."""
-        if not self.enabled or not (self.path / "best.json").exists():
+    def load(self, unet: UNet2DConditionModel) -> tuple[Weights, int] | None:
+        """(weights, their step), or None if nothing is saved."""
+        if not self.metric or not (self.path / "best.json").exists():
             return None
         description = json.loads((self.path / "best.json").read_text())
-        return read_trained(self.path / "unet", unet), description["held_out_loss"]
+        return read_trained(self.path / "unet", unet), description["global_step"]
 
 
 def publish(session: TrainingSession, best: BestWeights) -> None:
@@ -81,15 +95,21 @@ def choose_weights(session: TrainingSession, best: BestWeights) -> dict[str, flo
     """Copy the weights to be published into the model; returns their evaluation results by name."""
     state = session.state
     if saved := best.load(state.model):
-        weights, loss = saved
+        weights, step = saved
         put_weights(state.model, weights)
-        return {"held-out loss": loss}
+        return read_measures(session.settings.output_dir, step)
     if state.ema:
         if session.settings.optimization.weights_dtype == "bf16":
             state.model.to(torch.float32)  # bf16 would round the average
         put_weights(state.model, state.ema.state_dict())
-    losses = [entry["held_out_loss"] for entry in read_log(session.settings.output_dir) if "held_out_loss" in entry]
-    return {"held-out loss": losses[-1]} if losses else {}
+    return read_measures(session.settings.output_dir)
+
+
+def read_measures(output_dir: Path, step: int | None = None) -> dict[str, float]:
+    """What the log says about the weights of a step, by default about the last ones, by its name in the card."""
+    entries = [entry for entry in read_log(output_dir) if step is None or entry["step"] == step]
+    last = {name: entry[name] for entry in entries for name in MEASURES if name in entry}
+    return {MEASURES[name]: last[name] for name in MEASURES if name in last}
 
 
 def make_final_pipeline(session: TrainingSession) -> DiffusionPipeline:

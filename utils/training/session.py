@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Generator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from accelerate import Accelerator
 
 from utils.data.batches import make_loader
-from utils.data.geometry import Geometry
+from utils.data.geometry import Geometry, held_out_geometry
 from utils.data.latent_cache import LatentCache
 from utils.data.latent_encoding import Encoder, make_latent_cache
 from utils.data.sources import Source
@@ -26,12 +26,6 @@ MAX_WORKERS = 2  # of the held-out rows: they are few, and workers start anew at
 def latent_cache_folder(settings: Settings) -> Path:
     """The folder of --cache_latents."""
     return Path(settings.data.latent_cache_dir or settings.output_dir / "latent-cache")
-
-
-def held_out_geometry(geometry: Geometry) -> Geometry:
-    """Of held-out rows: crops are centred, nothing is mirrored, and no bucket changes the order of the rows."""
-    mode = "crop" if geometry.resize_mode == "bucket" else geometry.resize_mode
-    return replace(geometry, resize_mode=mode, center_crop=True, random_flip=False)
 
 
 @dataclass(frozen=True)

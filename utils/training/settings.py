@@ -72,7 +72,11 @@ class ValidationOptions:
     num_validation_images: int = 4
     validation_epochs: int = 1
     validation_steps: int | None = None
-    save_best: bool = False
+    save_best: str | None = None
+    eval_steps: int | None = None
+    eval_dataset: str | None = None
+    eval_split: str = "train"
+    eval_samples: int = 16
     validation_num_inference_steps: int = 20
     validation_guidance_scale: float = 7.0
     validation_image_guidance_scale: float = 1.5

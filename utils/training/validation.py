@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DConditionModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 
 from utils.compilation import without_compiling
@@ -75,11 +75,10 @@ def log_held_out_loss(session: TrainingSession, best: BestWeights, step: int) ->
         count_rows(session.plan.held_out),
     )
     session.accelerator.log(losses, step=step)
-    best_loss = float("inf") if progress.best_loss is None else progress.best_loss
-    is_best = losses["held_out_loss"] < best_loss  # False for NaN
+    is_best = best.metric in (None, "loss") and best.is_better(losses["held_out_loss"], progress.best_loss)
     if is_best:
         progress.best_loss = losses["held_out_loss"]
-    unet = session.state.whole_unet() if is_best and best.enabled else None
+    unet = session.state.whole_unet() if is_best and best.metric else None
     if session.accelerator.is_main_process:
         append_log(session.settings.output_dir, {"step": step} | losses)
         if unet is not None:
@@ -121,11 +120,7 @@ def make_validation_images(session: TrainingSession, unet: UNet2DConditionModel)
     """For every (image, prompt): the resized image, then `num_validation_images` edits."""
     plan, options = session.plan, session.settings.validation
     num_images, sampling = options.num_validation_images, sampling_settings(options)
-    parts = session.parts
-    if unet is not parts.unet:  # gathered for this
-        parts = replace(parts, unet=unet.to(session.accelerator.device, frozen_dtype(session.accelerator)))
-    editor = make_editor(parts, make_inference_scheduler(parts.scheduler, plan.schedule))
-    encodings, rows = Encodings(editor, session.objective.encode_prompts), []
+    (editor, encodings), rows = make_validation_editor(session, unet), []
     for image, prompt in plan.validation_pairs:
         resized = fit_image(image, session.settings.geometry.resolution, size_multiple(editor))
         seeds = [plan.progress.seed + index for index in range(num_images)]
@@ -135,6 +130,15 @@ def make_validation_images(session: TrainingSession, unet: UNet2DConditionModel)
             )
         rows.append([resized, *edits])
     return rows
+
+
+def make_validation_editor(session: TrainingSession, unet: UNet2DConditionModel) -> tuple[DiffusionPipeline, Encodings]:
+    """The editor of the current weights, and what encodes its prompts."""
+    parts = session.parts
+    if unet is not parts.unet:  # gathered for this
+        parts = replace(parts, unet=unet.to(session.accelerator.device, frozen_dtype(session.accelerator)))
+    editor = make_editor(parts, make_inference_scheduler(parts.scheduler, session.plan.schedule))
+    return editor, Encodings(editor, session.objective.encode_prompts)
 
 
 def sampling_settings(options: ValidationOptions) -> SamplingSettings:
@@ -152,11 +156,16 @@ def save_validation_images(
 ) -> None:
     """Save a contact sheet as `validation/step-N.png`; each row is an image and its edits."""
     sheet = draw_grid(rows, [prompt for _, prompt in pairs], cell=max(128, *(max(row[0].size) for row in rows)))
+    save_sheet(sheet, output_dir, f"step-{step}")
+
+
+def save_sheet(sheet: Image.Image, output_dir: Path, name: str) -> None:
+    """Save `validation/NAME.png`."""
     folder = output_dir / "validation"
     folder.mkdir(exist_ok=True)
-    unfinished = folder / f".unfinished-step-{step}.png"
+    unfinished = folder / f".unfinished-{name}.png"
     sheet.save(unfinished)
-    unfinished.rename(folder / f"step-{step}.png")
+    unfinished.rename(folder / f"{name}.png")
 
 
 def log_images(accelerator: Accelerator, images: dict[str, list[Image.Image]], step: int) -> None:
