@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     scores = score(output, heldout)
     scores |= {"steps": args.steps, "pairs": args.pairs, "minutes": round((time.monotonic() - started) / 60, 1)}
     (output / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    recommend(output / "editor", scores["train"]["psnr"], len(list(heldout.glob("*.png"))))
     draw_grid(output, heldout)
     print_scores(scores, output)
     return 0
@@ -188,6 +189,15 @@ def score(output: Path, heldout: Path) -> dict:
         tasks = {task: mean_scores(values) for task, values in rows.items()}
         scores[kind] = mean_scores([row for values in rows.values() for row in values]) | {"tasks": tasks}
     return scores
+
+
+def recommend(editor: Path, psnr: float, num_photographs: int) -> None:
+    """Store the settings of these edits in the editor, for infer.py, app.py and its card."""
+    from data_preparation.toy_edits import EDITS
+    from utils.editing.recommended import Recommendation, store_recommendation
+
+    values = {name: value for name, value in EDITING.items() if name != "resolution"}
+    store_recommendation(editor, Recommendation(values, "psnr", psnr, num_photographs * len(EDITS), "toy photographs"))
 
 
 def draw_grid(output: Path, heldout: Path) -> None:

@@ -21,8 +21,8 @@ class EvalRow:
     prompt: str
 
 
-def read_eval_rows(settings: Settings, held_out: list[Source], seed: int) -> list[EvalRow]:
-    """Up to --eval_samples rows, evenly spread; without --eval_steps none. Raises `InputError` where none can be read."""
+def read_eval_rows(settings: Settings, held_out: list[Source]) -> list[EvalRow]:
+    """Up to --eval_samples rows, evenly spread; none without --eval_steps. Raises `InputError` if none can be read."""
     options, data = settings.validation, settings.data
     if not options.eval_steps:
         return []

@@ -1,4 +1,4 @@
-"""--eval_steps: edits of rows that are not trained on, compared with their targets, with the weights to be published."""
+"""--eval_steps: edits of rows that are not trained on, by the weights to be published, compared with their targets."""
 
 import numpy as np
 import torch

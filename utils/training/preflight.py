@@ -92,7 +92,7 @@ def run_preflight(accelerator: Accelerator, settings: Settings, check_base: Call
     return RunPlan(
         sources=sources,
         held_out=held_out,
-        eval_rows=run_everywhere(accelerator, lambda: read_eval_rows(settings, held_out, progress.seed)),
+        eval_rows=run_everywhere(accelerator, lambda: read_eval_rows(settings, held_out)),
         validation_pairs=run_everywhere(accelerator, lambda: load_validation_pairs(settings.run)),
         schedule=schedule,
         checkpoint=checkpoint,
