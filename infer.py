@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,10 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("--guidance_interval", type=float, nargs=2, metavar=("START", "STOP"), help=interval)
     add("--steps", type=int, metavar="N", help="denoising steps (default 20; edit_cli.py uses 100)")
     add("--seed", type=int, metavar="N", help="the same seed gives the same edit (default: random, and printed)")
+    add("--best_of", type=int, metavar="N", help="edit with N seeds and keep the edit that --judge likes best")
+    judge = "clip_text, clip_image, clip_product (default) or the address of a server with a vision model"
+    add("--judge", metavar="METRIC", help=judge)
+    add("--judge_model", metavar="NAME", help="its CLIP model or the server's model (default: CLIP ViT-L/14)")
     add("--scheduler", choices=SCHEDULERS, metavar="NAME", help="%(choices)s (default: the model's own)")
     add("--timestep_spacing", choices=SPACINGS, help="spacing of the timesteps; trailing is best for few steps")
     add("--karras_sigmas", action="store_true", help="noise levels of Karras et al. (euler, heun, dpm++, unipc)")
@@ -142,8 +147,8 @@ def plan(args: argparse.Namespace) -> tuple[list[Job], dict]:
     return plan_input(args.input, args.output, *planned, args.recursive, lambda line: print(line, file=sys.stderr)), {}
 
 
-def edit_jobs(service: Any, jobs: list[Job], seed: int) -> Counter:
-    """Edit and save every job; counts "edited", "finished" before and "failed" ones."""
+def edit_jobs(service: Any, jobs: list[Job], seed: int, best_of: Any | None = None) -> Counter:
+    """Edit and save every job; counts "edited", "finished" before and "failed" ones. best_of: chooses among seeds."""
     counts, problems, notes = Counter(), {}, {}
 
     def save(result: Any) -> None:
@@ -154,8 +159,13 @@ def edit_jobs(service: Any, jobs: list[Job], seed: int) -> Counter:
     def show_step(step: int, steps: int, _: int) -> None:
         bar.set_postfix_str(f"step {step} of {steps}")
 
+    def edit() -> Iterator[Any]:
+        if not best_of:
+            return service.edit(jobs, seed, show_step)
+        return best_of.choose(service.edit(best_of.expand(jobs), seed, show_step))
+
     with tqdm(total=len(jobs), unit="edit", leave=False, disable=None) as bar, FileWriter() as writer:
-        for result in service.edit(jobs, seed, show_step):
+        for result in edit():
             bar.update(1)
             if result.image is not None:
                 writer.submit(save, result)
@@ -204,7 +214,12 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     service = EditService(editor, args.batch_size, lambda line: tqdm.write(line, file=sys.stderr), args.keep_metadata)
     seed = service.choose_seed(jobs) if args.seed is None else args.seed
-    counts = edit_jobs(service, jobs, seed)
+    best_of = None
+    if args.best_of:
+        from evaluation.best_of import BestOf
+
+        best_of = BestOf(args.best_of, args.judge or "clip_product", args.judge_model, str(editor.pipeline.device))
+    counts = edit_jobs(service, jobs, seed, best_of)
     report(jobs, counts, seed, time.monotonic() - started, args)
     return 1 if counts["failed"] else 0
 

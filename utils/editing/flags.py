@@ -13,6 +13,7 @@ RECORDED = ("edit", "jobs", "surprise_me", "num_images", "seed")
 RECORDED_OPTIONS = ("dtype", "compile", "vae_slicing", "vae_tiling", "no_safety_checker", "lora_scale")
 
 
+JUDGE_METRICS = ("clip_text", "clip_image", "clip_product")
 OFFLOADS = ("model", "sequential")  # which part of the weights is on the GPU: one model, or one layer
 
 
@@ -39,7 +40,10 @@ class EditorOptions:
 def find_flag_problems(flags: Mapping[str, Any]) -> list[str]:
     """Everything that is wrong with infer.py's flags by themselves, one line each."""
     return (
-        _find_model_problems(flags) + _find_input_problems(flags) + find_setting_problems({**flags, "lora_scale": None})
+        _find_model_problems(flags)
+        + _find_input_problems(flags)
+        + _find_judge_problems(flags)
+        + find_setting_problems({**flags, "lora_scale": None})
     )
 
 
@@ -83,6 +87,21 @@ def _find_model_problems(flags: Mapping[str, Any]) -> list[str]:
     problems += find_scale_problems(flags["lora"], flags["lora_scale"])
     if flags["single_file_config"] and flags["model"] and Path(flags["model"]).is_dir():
         problems.append(f"--config is for a --model in one file, and {flags['model']} is a folder: remove it")
+    return problems
+
+
+def _find_judge_problems(flags: Mapping[str, Any]) -> list[str]:
+    problems, judge = [], flags.get("judge")
+    if flags.get("best_of") is not None and not 2 <= flags["best_of"] <= 1000:
+        problems.append(f"--best_of {flags['best_of']}: must be from 2 to 1000")
+    if not flags.get("best_of") and (judge or flags.get("judge_model")):
+        problems.append("--judge and --judge_model choose one of --best_of edits: add --best_of N")
+    if flags.get("best_of") and flags["repeat"]:
+        problems.append("--repeat makes one edit again: remove --best_of")
+    if judge and judge not in JUDGE_METRICS and "://" not in judge:
+        problems.append(f"--judge {judge}: give {', '.join(JUDGE_METRICS)} or an address such as http://localhost:8000")
+    if judge and "://" in judge and not flags.get("judge_model"):
+        problems.append("--judge names a server: give the name of its model, too, with --judge_model")
     return problems
 
 

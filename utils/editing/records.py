@@ -37,7 +37,7 @@ RECORDED_CHOICES = {
     "dtype": {"fp32", "fp16", "bf16"},
 }
 MAX_ADAPTERS = 64
-NOT_COMPARED = ("machine", "batch")  # they decide the last bits alone
+NOT_COMPARED = ("machine", "batch", "best_of")  # the first two decide the last bits alone
 ADVICE = "give an image that infer.py or the page saved (editing or sending an image often removes its record)"
 
 

@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 
 from utils.atomic_files import atomic_folder, remove_path
+from utils.editing.recommended import RECOMMENDED
 from utils.hub import upload
 from utils.hub_names import public_name
 from utils.model_cards import TrainedModel, write_trained_card
@@ -83,6 +84,7 @@ def publish(session: TrainingSession, best: BestWeights) -> None:
             save_result(
                 lambda folder: save_trained(folder, session.state.model, weights), settings.output_dir, "adapter"
             )
+    (settings.output_dir / RECOMMENDED).unlink(missing_ok=True)  # of an earlier editor in this folder
     write_trained_card(settings.output_dir, describe_model(session, results), options.hub_token)
     result = "pipeline" if publishes_pipeline(settings) else "adapter"
     print(f"the {result} is saved in {settings.output_dir}", file=sys.stderr, flush=True)
