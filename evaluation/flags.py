@@ -33,7 +33,8 @@ def make_parser(description: str, clip_model: str) -> FlagParser:
         extra = "; none: the dataset has no target images" if role == "edited_image" else ""
         add(f"--{role}_column", metavar="NAME", help=f"default: found as in training{extra}")
     for role in ("original_caption", "edited_caption", "mask"):
-        add(f"--{role}_column", metavar="NAME", help="default: found by the names of published datasets")
+        extra = "; exact: where the target differs from the original" if role == "mask" else ""
+        add(f"--{role}_column", metavar="NAME", help=f"default: found by the names of published datasets{extra}")
     add("--num_samples", type=int, metavar="N", help="a random subset of N rows, always the same (default: all)")
     add("--cache_dir", metavar="FOLDER", help="cache folder of downloaded datasets")
     add = parser.add_argument_group("edits").add_argument

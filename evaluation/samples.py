@@ -13,7 +13,8 @@ from utils.data.columns import is_image_feature, is_prompt_feature, resolve_colu
 from utils.data.draws import random_subset
 from utils.data.rows import open_rows
 from utils.errors import InputError
-from utils.pixels import BadRow, decode_image
+from utils.pixel_metrics import changed_area
+from utils.pixels import BadRow, decode_image, open_image
 
 logger = logging.getLogger(__name__)
 CAPTIONS = {  # what published datasets call them
@@ -22,7 +23,8 @@ CAPTIONS = {  # what published datasets call them
 }
 SESSION, TURN = "img_id", "turn_index"  # of MagicBrush
 MASKS = ("mask", "mask_img", "mask_image", "MASK_IMG")
-NONE = "none"
+NONE, EXACT = "none", "exact"
+EXACT_THRESHOLD = 8  # of 255: below it, a target that was stored as a JPEG differs from its original everywhere
 EMPTY_CAPTION = "none"  # Emu Edit's test set has such rows
 
 
@@ -30,7 +32,8 @@ EMPTY_CAPTION = "none"  # Emu Edit's test set has such rows
 class DatasetOptions:
     """Which rows to evaluate on; the fields are flags.
 
-    edited_image_column: "none" for a dataset without target images. num_samples: a random subset, always the same.
+    edited_image_column: "none" for a dataset without target images; mask_column: "exact" marks where the target differs
+    from the original, for targets that are exact; num_samples: a random subset, always the same.
     """
 
     dataset_name: str
@@ -87,7 +90,7 @@ def open_samples(options: DatasetOptions) -> list[Sample]:
     rows = open_rows(name, False, options.dataset_config_name, options.dataset_split, False, options.cache_dir)
     columns = find_columns(rows.features, options)
     for column in (columns["original"], columns["edited"], columns["mask"]):
-        if column and isinstance(rows.features[column], datasets.Image):
+        if isinstance(rows.features.get(column), datasets.Image):
             rows = rows.cast_column(column, datasets.Image(decode=False))
     numbers, samples, bad = list(range(len(rows))), [], []
     if options.num_samples is not None and options.num_samples < len(rows):
@@ -126,6 +129,11 @@ def find_columns(features: datasets.Features, options: DatasetOptions) -> dict[s
         columns = {"original": found.original, "prompt": found.prompt, "edited": found.edited}
     for part, known in (*((f"{side}_caption", names) for side, names in CAPTIONS.items()), ("mask", MASKS)):
         flag = getattr(options, f"{part}_column")
+        if part == "mask" and flag == EXACT:
+            if edited == NONE:
+                raise InputError("--mask_column exact compares the target images, and --edited_image_column is none")
+            columns[part] = EXACT
+            continue
         if flag and flag not in features:
             raise InputError(f"--{part}_column {flag}: {name} has the columns {', '.join(features)}")
         columns[part] = flag or next((column for column in known if column in features), None)
@@ -141,12 +149,17 @@ def read_sample(number: int, row: dict, columns: dict[str, str | None]) -> Sampl
     captions = {
         f"{side}_caption": row[columns[f"{side}_caption"]] if columns[f"{side}_caption"] else None for side in CAPTIONS
     }
+    edited, mask = decode_image(row[columns["edited"]]) if columns["edited"] else None, None
+    if columns["mask"] == EXACT:
+        mask = changed_area(np.asarray(original), np.asarray(edited), EXACT_THRESHOLD)
+    elif columns["mask"] and row[columns["mask"]]:
+        mask = read_mask(row[columns["mask"]], original.size)
     return Sample(
         number,
         original,
         prompts[0],
-        decode_image(row[columns["edited"]]) if columns["edited"] else None,
-        mask=read_mask(row[columns["mask"]], original.size) if columns["mask"] and row[columns["mask"]] else None,
+        edited,
+        mask=mask,
         session=str(row[SESSION]) if SESSION in row else "",
         turn=int(row[TURN]) if SESSION in row and TURN in row else 1,
         **captions,
@@ -158,8 +171,6 @@ def read_mask(value: object, size: tuple[int, int]) -> np.ndarray:
 
     A mask with an alpha channel marks the area by transparent pixels, as MagicBrush's do.
     """
-    from utils.pixels import open_image
-
     image = open_image(value)
     if image.mode in ("RGBA", "LA"):
         marked = image.getchannel("A").resize(size, Image.Resampling.NEAREST)

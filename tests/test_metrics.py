@@ -220,6 +220,11 @@ def test_samples_of_other_datasets(tmp_path):
     columns = dict(original_image_column="original_image", edit_prompt_column="edit_prompt")
     samples = open_samples(DatasetOptions(folder, edited_image_column="none", **columns, num_samples=2, seed=1))
     assert len(samples) == 2 and samples[0].edited is None
+    exact = open_samples(DatasetOptions(folder, mask_column="exact"))
+    assert all((sample.mask == (sample.pixels != sample.target_pixels).any(axis=2)).mean() > 0.9 for sample in exact)
+    assert [sample.mask[8:24, 8:24].mean() > 0.9 and sample.mask.sum() <= 256 for sample in exact] == [True] * 4
+    with pytest.raises(InputError, match="--mask_column exact compares"):
+        open_samples(DatasetOptions(folder, edited_image_column="none", **columns, mask_column="exact"))
     with pytest.raises(InputError, match="--mask_column area"):
         open_samples(DatasetOptions(folder, mask_column="area"))
     with pytest.raises(InputError, match="--original_image_column None"):
