@@ -23,7 +23,7 @@ from utils.training.checkpoints import Weights, put_weights, read_trained, save_
 from utils.training.optimizers import averaged_weights
 from utils.training.preflight import publishes_pipeline
 from utils.training.session import TrainingSession
-from utils.training.training_log import draw_curve, read_log
+from utils.training.training_log import CURVE, draw_curve, read_log
 
 LOGGED = {"loss": "held_out_loss"} | {name: f"eval_{name}" for name in ("psnr", "ssim", "l1")}
 MEASURES = {  # their names in the model card
@@ -161,7 +161,9 @@ def apply_umask(folder: Path) -> None:
 def describe_model(session: TrainingSession, results: dict[str, float]) -> TrainedModel:
     """What the model card says about this run."""
     settings, plan = session.settings, session.plan
-    curve = draw_curve(settings.output_dir)
+    curve = settings.output_dir / CURVE
+    if not (curve.exists() and plan.progress.validated_step == plan.progress.global_step):  # else it is just drawn
+        curve = draw_curve(settings.output_dir)
     sheets = sorted((settings.output_dir / "validation").glob("step-*.png"), key=lambda path: int(path.stem[5:]))
     hyperparameters = {"steps": plan.progress.global_step, "samples per step": plan.samples_per_step}
     hyperparameters |= asdict(settings.objective) | asdict(settings.optimization) | asdict(settings.geometry)

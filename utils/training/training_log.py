@@ -8,6 +8,9 @@ import numpy as np
 from utils.atomic_files import UNFINISHED
 
 
+CURVE = "training_curve.png"
+
+
 def append_log(output_dir: Path, entry: dict) -> None:
     """Add a line to `training_log.jsonl`."""
     with (output_dir / "training_log.jsonl").open("a") as file:
@@ -62,7 +65,7 @@ def draw_curve(output_dir: Path) -> Path | None:
     rate_axis.set_ylim(bottom=0)
     handles = [handle for axis in (loss_axis, rate_axis) for handle in axis.get_legend_handles_labels()[0]]
     loss_axis.legend(handles=handles, loc="upper right")
-    path = output_dir / "training_curve.png"
+    path = output_dir / CURVE
     figure.savefig(path, dpi=110)
     return path
 
