@@ -44,9 +44,12 @@ def main(argv: list[str] | None = None) -> None:
             {
                 "metric": "prompts per second",
                 "peer": round(rates["peer"], 1),
+                "peer_tuned": None,
                 "ours": round(rate, 1),
                 "variant": variant,
-                "ratios": {"peer": round(rate / rates["peer"], 3)},
+                "ratio": round(rate / rates["peer"], 3),
+                "goal": None,
+                "limit": None,
                 "details": {"prompts": args.prompts, "batch_size": args.batch_size},
             }
             for variant, rate in ours.items()

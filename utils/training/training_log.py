@@ -7,7 +7,6 @@ import numpy as np
 
 from utils.atomic_files import UNFINISHED
 
-
 CURVE = "training_curve.png"
 
 
