@@ -105,6 +105,8 @@ def store_prompts(
     remove_unfinished(folder, older_than=DAY)  # of killed runs; younger ones may belong to a run beside this one
     paths = [folder / f"{name}.safetensors" for name in names]
     null_path = folder / f"{_name_of(_digest(''))}.safetensors"
+    if accelerator.is_main_process:
+        _remove_damaged([*paths, null_path])
 
     def write_missing(shards: Iterable[int]) -> None:
         missing = {shard for shard in shards if not paths[shard].exists()}
@@ -161,6 +163,16 @@ def _prompts_of(prompts: Iterable[str], rows: dict[bytes, int], shards: set[int]
             texts = []
             if next_row == len(rows):
                 return
+
+
+def _remove_damaged(paths: list[Path]) -> None:
+    """Remove files that a full or failing disk cut off, so that their prompts are encoded again."""
+    for path in filter(Path.exists, paths):
+        try:
+            _read_truncated(path)
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError):
+            logger.warning("%s is damaged: its prompts are encoded again", path)
+            path.unlink(missing_ok=True)
 
 
 def _read_truncated(path: Path) -> list[str]:
