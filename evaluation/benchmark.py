@@ -25,10 +25,10 @@ from evaluation.flags import (  # noqa: E402
     find_judge_problems,
     label_models,
     make_parser,
+    run_script,
 )
 from utils.cli import pick  # noqa: E402
 from utils.editing.settings import find_setting_problems  # noqa: E402
-from utils.errors import exit_on_input_error  # noqa: E402
 from utils.quiet import quiet_libraries  # noqa: E402
 
 MAGICBRUSH = dict(dataset_name="osunlp/MagicBrush", dataset_split="dev", clip_model=MAGICBRUSH_CLIP)
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
     from accelerate import PartialState
     from PIL import Image
 
-    from evaluation.editing import edit_in_turns, open_evaluated_editor, round_trip
+    from evaluation.editing import SampleEditor, round_trip
     from evaluation.samples import DatasetOptions, last_turns, open_samples
     from evaluation.scoring import load_scorer
     from evaluation.tables import TableRow, read_published, write_results
@@ -117,11 +117,14 @@ def run(args: argparse.Namespace) -> int:
     rows = [TableRow.measure("input, not edited", scorer, scored, originals, judge)] if scorer else []
     settings = replace(pick(args, EditSettings), keep_size=True)
     for model, label in label_models(args.model).items():
-        editor = open_evaluated_editor(EditorOptions(model, device=args.device, dtype=args.dtype), state)
+        options = EditorOptions(model, device=args.device, dtype=args.dtype)
+        editor = SampleEditor.open(options, state, args.seed, args.batch_size)
         folder = args.output_dir / "edits" / label
-        paths = edit_in_turns(editor, samples, settings, folder, args.seed, state, args.batch_size, label, is_multi)
+        edit = editor.edit_turns if is_multi else editor.edit
+        edited = zip(samples, edit(samples, settings, folder, label), strict=True)
+        paths = {sample.number: path for sample, path in edited}
         if scorer and args.vae_round_trip and len(rows) == 1:
-            decoded = [round_trip(editor, sample.edited, args.resolution) for sample in scored]
+            decoded = [round_trip(editor.editor, sample.edited, args.resolution) for sample in scored]
             rows.append(TableRow.measure("target through the VAE", scorer, scored, decoded))
         del editor
         if scorer:
@@ -139,12 +142,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    with exit_on_input_error():
-        try:
-            return run(parse_flags(argv))
-        except KeyboardInterrupt:
-            print("\ninterrupted: run the same command again to resume", file=sys.stderr)
-            return 130
+    return run_script(parse_flags, run, argv)
 
 
 if __name__ == "__main__":

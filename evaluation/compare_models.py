@@ -16,10 +16,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.flags import IP2P_CLIP, add_judge_flags, check_flags, find_judge_problems, label_models, make_parser  # noqa: E402
+from evaluation.flags import (  # noqa: E402
+    IP2P_CLIP,
+    add_judge_flags,
+    check_flags,
+    find_judge_problems,
+    label_models,
+    make_parser,
+    run_script,
+)
 from utils.cli import pick  # noqa: E402
 from utils.editing.settings import find_setting_problems  # noqa: E402
-from utils.errors import exit_on_input_error  # noqa: E402
 from utils.quiet import quiet_libraries  # noqa: E402
 
 DEFAULT_PORT = 7870
@@ -55,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from PIL import Image
 
     from evaluation.comparison_page import judge_pairs, save_inputs, serve_votes, write_comparison
-    from evaluation.editing import edit_samples, open_evaluated_editor
+    from evaluation.editing import SampleEditor
     from evaluation.samples import DatasetOptions, open_samples
     from evaluation.scoring import load_scorer
     from evaluation.tables import TableRow
@@ -68,9 +75,9 @@ def run(args: argparse.Namespace) -> int:
     for model, label in label_models(args.model).items():
         name, *adapters = model.split("+")
         options = EditorOptions(name, lora=tuple(adapters) or None, device=args.device, dtype=args.dtype)
-        editor = open_evaluated_editor(options, state)
+        editor = SampleEditor.open(options, state, args.seed, args.batch_size)
         folder = args.output_dir / "edits" / label
-        paths[label] = edit_samples(editor, samples, settings, folder, args.seed, state, args.batch_size, label)
+        paths[label] = editor.edit(samples, settings, folder, label)
         del editor
         if scorer:
             edits = [Image.open(path).convert("RGB") for path in paths[label]]
@@ -91,12 +98,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    with exit_on_input_error():
-        try:
-            return run(parse_flags(argv))
-        except KeyboardInterrupt:
-            print("\ninterrupted: run the same command again to resume", file=sys.stderr)
-            return 130
+    return run_script(parse_flags, run, argv)
 
 
 if __name__ == "__main__":

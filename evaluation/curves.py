@@ -4,15 +4,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate import PartialState
 from PIL import Image
 
-from evaluation.editing import edit_samples
+from evaluation.editing import SampleEditor
 from evaluation.samples import Sample
 from evaluation.scoring import Scorer
 from evaluation.statistics import area_under_front, summarize
 from utils.atomic_files import write_atomically
-from utils.editing.editor_setup import OpenedEditor
 from utils.editing.settings import EditSettings
 
 X, Y = "clip_direction", "clip_image"
@@ -30,19 +28,11 @@ class CurvePoint:
 
 
 def measure_point(
-    editor: OpenedEditor,
-    samples: list[Sample],
-    settings: EditSettings,
-    folder: Path,
-    seed: int,
-    state: PartialState,
-    batch_size: int,
-    label: str,
-    scorer: Scorer | None,
+    editor: SampleEditor, samples: list[Sample], settings: EditSettings, folder: Path, label: str, scorer: Scorer | None
 ) -> CurvePoint | None:
     """Edit all samples and score them, the latter in the main process alone; None in the others."""
     what = f"{label}, text {settings.guidance_scale:g}, image {settings.image_guidance_scale:g}"
-    paths = edit_samples(editor, samples, settings, folder, seed, state, batch_size, what)
+    paths = editor.edit(samples, settings, folder, what)
     if not scorer:
         return None
     rows = scorer.score(samples, [Image.open(path).convert("RGB") for path in paths])

@@ -1,8 +1,10 @@
 """Edits all samples with one editor, the way infer.py edits, into a folder; what is there already is kept."""
 
+from __future__ import annotations
+
 import io
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -25,97 +27,69 @@ from utils.models.latents import encode_moments
 logger = logging.getLogger(__name__)
 
 
-def open_evaluated_editor(options: EditorOptions, state: PartialState) -> OpenedEditor:
-    """The editor on this process's own GPU. Raises InputError."""
-    is_own = options.device == "auto" and state.device.type == "cuda"
-    editor = open_editor(replace(options, device=str(state.device)) if is_own else options)
-    for message in editor.messages:
-        logger.warning(message)
-    return editor
-
-
-def edit_samples(
-    editor: OpenedEditor,
-    samples: list[Sample],
-    settings: EditSettings,
-    folder: Path,
-    seed: int,
-    state: PartialState,
-    batch_size: int = 1,
-    label: str = "editing",
-) -> list[Path]:
-    """The edit of each sample in `folder`, of the size of its original; made in all processes together.
+@dataclass(frozen=True)
+class SampleEditor:
+    """Edits samples with one editor, in all processes together.
 
     The seed of an edit is seed + the number of its row. An edit that exists with the same settings is kept, so a killed
-    run is resumed. Raises InputError for the first edit that fails.
+    run is resumed.
     """
-    paths = [folder / f"{sample.name}.png" for sample in samples]
-    folder.mkdir(parents=True, exist_ok=True)
-    own = list(zip(samples, paths, strict=True))[state.process_index :: state.num_processes]
-    jobs = [
-        Job(
-            f"{sample.name}.png",
-            partial(_as_png, sample.original),
-            sample.instruction,
-            settings,
-            seed,
-            sample.number,
-            path,
-        )
-        for sample, path in own
-    ]
-    service = EditService(editor, batch_size, say=logger.warning)
-    with tqdm(total=len(jobs), desc=label, unit="edit", disable=not state.is_main_process) as bar:
-        for result in service.edit(jobs, seed):
-            if result.problem:
-                raise InputError(f"row {result.job.offset}: {result.problem}")
-            if result.image is not None:
-                result.save(result.job.output)
-            bar.update()
-    state.wait_for_everyone()
-    return paths
 
+    editor: OpenedEditor
+    state: PartialState
+    seed: int = 0
+    batch_size: int = 1
 
-def _as_png(image: Image.Image) -> bytes:
-    content = io.BytesIO()
-    image.save(content, "PNG", compress_level=1)
-    return content.getvalue()
+    @classmethod
+    def open(cls, options: EditorOptions, state: PartialState, seed: int, batch_size: int) -> SampleEditor:
+        """The editor on this process's own GPU. Raises InputError."""
+        is_own = options.device == "auto" and state.device.type == "cuda"
+        editor = open_editor(replace(options, device=str(state.device)) if is_own else options)
+        for message in editor.messages:
+            logger.warning(message)
+        return cls(editor, state, seed, batch_size)
 
-
-def edit_in_turns(
-    editor: OpenedEditor,
-    samples: list[Sample],
-    settings: EditSettings,
-    folder: Path,
-    seed: int,
-    state: PartialState,
-    batch_size: int,
-    label: str,
-    is_multi: bool,
-) -> dict[int, Path]:
-    """The edit of each sample by its number. is_multi: every turn edits the edit of the turn before it.
-
-    Raises `InputError` where the rows have no sessions.
-    """
-    if not is_multi:
-        paths = edit_samples(editor, samples, settings, folder, seed, state, batch_size, label)
-        return {sample.number: path for sample, path in zip(samples, paths, strict=True)}
-    if not all(sample.session for sample in samples):
-        raise InputError("--benchmark magicbrush_multi needs the columns img_id and turn_index: use magicbrush")
-    found: dict[int, Path] = {}
-    former: dict[str, Path] = {}
-    for turn in sorted({sample.turn for sample in samples}):
-        now = [sample for sample in samples if sample.turn == turn]
-        now = [
-            replace(sample, original=Image.open(former[sample.session]).convert("RGB"))
-            if sample.session in former
-            else sample
-            for sample in now
+    def edit(self, samples: list[Sample], settings: EditSettings, folder: Path, label: str) -> list[Path]:
+        """The edit of each sample in `folder`, of the size of its original. Raises InputError for one that fails."""
+        paths = [folder / f"{sample.name}.png" for sample in samples]
+        folder.mkdir(parents=True, exist_ok=True)
+        own = list(zip(samples, paths, strict=True))[self.state.process_index :: self.state.num_processes]
+        jobs = [
+            Job(path.name, partial(_as_png, one.original), one.instruction, settings, self.seed, one.number, path)
+            for one, path in own
         ]
-        paths = edit_samples(editor, now, settings, folder, seed, state, batch_size, f"{label}, turn {turn}")
-        former |= {sample.session: path for sample, path in zip(now, paths, strict=True)}
-        found |= {sample.number: path for sample, path in zip(now, paths, strict=True)}
-    return found
+        service = EditService(self.editor, self.batch_size, say=logger.warning)
+        with tqdm(total=len(jobs), desc=label, unit="edit", disable=not self.state.is_main_process) as bar:
+            for result in service.edit(jobs, self.seed):
+                if result.problem:
+                    raise InputError(f"row {result.job.offset}: {result.problem}")
+                if result.image is not None:
+                    result.save(result.job.output)
+                bar.update()
+        self.state.wait_for_everyone()
+        return paths
+
+    def edit_turns(self, samples: list[Sample], settings: EditSettings, folder: Path, label: str) -> list[Path]:
+        """As `edit`, but every turn of a session edits the edit of the turn before it.
+
+        Raises `InputError` where the rows have no sessions.
+        """
+        if not all(sample.session for sample in samples):
+            raise InputError("--benchmark magicbrush_multi needs the columns img_id and turn_index: use magicbrush")
+        found: dict[int, Path] = {}
+        former: dict[str, Path] = {}
+        for turn in sorted({sample.turn for sample in samples}):
+            now = [sample for sample in samples if sample.turn == turn]
+            now = [
+                replace(sample, original=Image.open(former[sample.session]).convert("RGB"))
+                if sample.session in former
+                else sample
+                for sample in now
+            ]
+            paths = self.edit(now, settings, folder, f"{label}, turn {turn}")
+            former |= {sample.session: path for sample, path in zip(now, paths, strict=True)}
+            found |= {sample.number: path for sample, path in zip(now, paths, strict=True)}
+        return [found[sample.number] for sample in samples]
 
 
 @torch.no_grad()
@@ -128,3 +102,9 @@ def round_trip(editor: OpenedEditor, image: Image.Image, resolution: int | None)
     decoded = pipeline.vae.decode(mean.to(pipeline.vae.dtype)).sample.float()[0]
     values = ((decoded / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(values).resize(image.size, Image.Resampling.LANCZOS)
+
+
+def _as_png(image: Image.Image) -> bytes:
+    content = io.BytesIO()
+    image.save(content, "PNG", compress_level=1)
+    return content.getvalue()

@@ -1,13 +1,14 @@
 """Flags that the evaluation scripts share. Nothing heavy is imported here."""
 
 import argparse
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from utils.cli import FlagParser
 from utils.editing.flags import find_missing_path
 from utils.editing.settings import find_setting_problems
-from utils.errors import InputError
+from utils.errors import InputError, exit_on_input_error
 from utils.settings_file import add_config_flag
 
 IP2P_CLIP, MAGICBRUSH_CLIP, DINO = (
@@ -49,6 +50,20 @@ def make_parser(description: str, clip_model: str) -> FlagParser:
     add("--dino_model", default=DINO, metavar="MODEL", help=f"DINO or DINOv2, or none (default {DINO})")
     add_config_flag(parser)
     return parser
+
+
+def run_script(
+    parse: Callable[[list[str] | None], argparse.Namespace],
+    run: Callable[[argparse.Namespace], int],
+    argv: list[str] | None,
+) -> int:
+    """The exit code of an evaluation script: `run` of its flags, an error as one message, and 130 after Ctrl-C."""
+    with exit_on_input_error():
+        try:
+            return run(parse(argv))
+        except KeyboardInterrupt:
+            print("\ninterrupted: run the same command again to resume", file=sys.stderr)
+            return 130
 
 
 def add_judge_flags(parser: FlagParser) -> None:

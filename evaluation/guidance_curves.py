@@ -16,10 +16,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluation.flags import IP2P_CLIP, check_flags, label_models, make_parser  # noqa: E402
+from evaluation.flags import IP2P_CLIP, check_flags, label_models, make_parser, run_script  # noqa: E402
 from utils.cli import pick  # noqa: E402
 from utils.editing.settings import find_setting_problems  # noqa: E402
-from utils.errors import exit_on_input_error  # noqa: E402
 from utils.quiet import quiet_libraries  # noqa: E402
 
 IMAGE_SCALES = [1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.2]  # of metrics/compute_metrics.py
@@ -64,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from accelerate import PartialState
 
     from evaluation.curves import CurvePoint, draw_curves, measure_point, write_table
-    from evaluation.editing import open_evaluated_editor
+    from evaluation.editing import SampleEditor
     from evaluation.samples import DatasetOptions, open_samples
     from evaluation.scoring import load_scorer
     from utils.editing.flags import EditorOptions
@@ -80,11 +79,11 @@ def run(args: argparse.Namespace) -> int:
     points: list[CurvePoint] = []
     for model, label in label_models(args.model).items():
         options = EditorOptions(model, device=args.device, dtype=args.dtype)
-        editor = open_evaluated_editor(options, state)
+        editor = SampleEditor.open(options, state, args.seed, args.batch_size)
         for text, image in itertools.product(args.guidance_scales, args.image_guidance_scales):
             settings = EditSettings(steps, text, image, resolution=resolution, keep_size=True)
             folder = args.output_dir / "edits" / label / f"text-{text:g}-image-{image:g}"
-            point = measure_point(editor, samples, settings, folder, args.seed, state, args.batch_size, label, scorer)
+            point = measure_point(editor, samples, settings, folder, label, scorer)
             points += [point] if point else []
         del editor
     if not state.is_main_process:
@@ -101,12 +100,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    with exit_on_input_error():
-        try:
-            return run(parse_flags(argv))
-        except KeyboardInterrupt:
-            print("\ninterrupted: run the same command again to resume", file=sys.stderr)
-            return 130
+    return run_script(parse_flags, run, argv)
 
 
 if __name__ == "__main__":
