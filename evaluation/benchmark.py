@@ -6,8 +6,9 @@
 
 pairs: any dataset that training accepts; with --edited_image_column none, without target images. magicbrush edits every
 turn from its true input, magicbrush_multi from the edit of the turn before, and scores the last turn of each session.
-emu_edit: facebook/emu_edit_test_set. The first row of every table is the input itself: an editor has to beat it.
-Writes results.json, results.md and the edits; run the same command again to resume.
+emu_edit: facebook/emu_edit_test_set. gedit, imgedit and kris also save the edits where the official scorers expect
+them (imgedit and kris: --dataset_name is their folder). The first row of every table is the input itself: an editor has
+to beat it. Writes results.json, results.md and the edits; run the same command again to resume.
 """
 
 import argparse
@@ -40,7 +41,11 @@ EMU_EDIT = dict(
     edited_image_column="none",
     clip_model=MAGICBRUSH_CLIP,
 )
-BENCHMARKS = {"pairs": {}, "magicbrush": MAGICBRUSH, "magicbrush_multi": MAGICBRUSH, "emu_edit": EMU_EDIT}
+GEDIT = EMU_EDIT | dict(
+    dataset_name="stepfun-ai/GEdit-Bench", dataset_split="train", original_image_column="input_image"
+)
+OFFICIAL = {"gedit": GEDIT, "imgedit": {"edited_image_column": "none"}, "kris": {"edited_image_column": "none"}}
+BENCHMARKS = {"pairs": {}, "magicbrush": MAGICBRUSH, "magicbrush_multi": MAGICBRUSH, "emu_edit": EMU_EDIT} | OFFICIAL
 TARGET_SCORES = ("l1", "l2", "clip_target", "dino_target", "clip_text")
 JUDGED = ("judge_sc", "judge_pq", "judge_o")
 SHOWN = {  # the columns of the table, as the papers have them
@@ -102,6 +107,7 @@ def run(args: argparse.Namespace) -> int:
     from PIL import Image
 
     from evaluation.editing import SampleEditor, round_trip
+    from evaluation.official import open_official_samples, write_official
     from evaluation.samples import DatasetOptions, last_turns, open_samples
     from evaluation.scoring import load_scorer
     from evaluation.tables import TableRow, read_published, write_results
@@ -109,7 +115,9 @@ def run(args: argparse.Namespace) -> int:
     from utils.editing.settings import EditSettings
 
     state, is_multi = PartialState(), args.benchmark == "magicbrush_multi"
-    samples = open_samples(pick(args, DatasetOptions))
+    is_folder = args.benchmark in ("imgedit", "kris")
+    options = pick(args, DatasetOptions)
+    samples = open_official_samples(args.benchmark, options) if is_folder else open_samples(options)
     scored = last_turns(samples) if is_multi else samples
     scorer = load_scorer(args.clip_model, args.dino_model, str(state.device)) if state.is_main_process else None
     judge = start_judge(args) if scorer else None
@@ -129,6 +137,9 @@ def run(args: argparse.Namespace) -> int:
         del editor
         if scorer:
             edits = [Image.open(paths[sample.number]).convert("RGB") for sample in scored]
+            if args.benchmark in OFFICIAL:
+                place = write_official(args.benchmark, scored, edits, label, args.output_dir / "official")
+                print(f"for the official scorer: {place}", flush=True)
             rows.append(TableRow.measure(label, scorer, scored, edits, judge))
     if scorer:
         published, shown = read_published(args.benchmark), SHOWN.get(args.benchmark)

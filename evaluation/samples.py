@@ -22,6 +22,7 @@ CAPTIONS = {  # what published datasets call them
     "edited": ("edited_prompt", "output_caption", "target_caption", "edited_caption", "target_global_caption"),
 }
 SESSION, TURN = "img_id", "turn_index"  # of MagicBrush
+PLACE = ("task_type", "instruction_language", "key")  # of GEdit-Bench
 MASKS = ("mask", "mask_img", "mask_image", "MASK_IMG")
 NONE, EXACT = "none", "exact"
 EXACT_THRESHOLD = 8  # of 255: below it, a target that was stored as a JPEG differs from its original everywhere
@@ -53,7 +54,8 @@ class DatasetOptions:
 @dataclass(frozen=True)
 class Sample:
     """original and edited (the target, if there is one): RGB; mask: bool (H, W) of the original, True where it is to be
-    edited; number: of the row in the dataset; session, turn: of datasets whose rows continue each other, from 1 on."""
+    edited; number: of the row in the dataset; session, turn: of datasets whose rows continue each other, from 1 on;
+    place: where the scorer of a benchmark expects the edit."""
 
     number: int
     original: Image.Image
@@ -62,6 +64,7 @@ class Sample:
     original_caption: str | None = None
     edited_caption: str | None = None
     mask: np.ndarray | None = None
+    place: tuple[str, ...] = ()
     session: str = ""
     turn: int = 1
 
@@ -89,6 +92,8 @@ def open_samples(options: DatasetOptions) -> list[Sample]:
     name = options.dataset_name
     rows = open_rows(name, False, options.dataset_config_name, options.dataset_split, False, options.cache_dir)
     columns = find_columns(rows.features, options)
+    used = {*columns.values(), SESSION, TURN, *PLACE}
+    rows = rows.select_columns([column for column in rows.features if column in used])
     for column in (columns["original"], columns["edited"], columns["mask"]):
         if isinstance(rows.features.get(column), datasets.Image):
             rows = rows.cast_column(column, datasets.Image(decode=False))
@@ -160,6 +165,7 @@ def read_sample(number: int, row: dict, columns: dict[str, str | None]) -> Sampl
         prompts[0],
         edited,
         mask=mask,
+        place=tuple(str(row[name]) for name in PLACE) if set(PLACE) <= set(row) else (),
         session=str(row[SESSION]) if SESSION in row else "",
         turn=int(row[TURN]) if SESSION in row and TURN in row else 1,
         **captions,

@@ -95,6 +95,63 @@ def test_without_target_images(flags, tmp_path):
     assert "Emu Edit, published" in (tmp_path / "out/results.md").read_text()
 
 
+def make_official(name: str, folder: Path) -> tuple[Path, list[str]]:
+    """(input of a benchmark with two images, files that its scorer expects)."""
+    images = [make_image(index, (40, 40)) for index in range(2)]
+    if name == "gedit":
+        rows = {"task_type": ["style", "add"], "instruction_language": ["en", "cn"], "key": ["a1", "b2"]}
+        rows |= {"input_image": images, "input_image_raw": images, "instruction": ["be red", "be blue"]}
+        dataset = datasets.Dataset.from_dict(rows)
+        for column in ("input_image", "input_image_raw"):
+            dataset = dataset.cast_column(column, datasets.Image())
+        dataset.save_to_disk(str(folder))
+        files = [f"fullset/{place}{end}.png" for place in ("style/en/a1", "add/cn/b2") for end in ("", "_SRCIMG")]
+        return folder, [f"editor/{file}" for file in files]
+    if name == "imgedit":
+        entries = {str(i): {"id": f"animal/{i}.jpg", "prompt": "be red", "edit_type": "adjust"} for i in range(2)}
+        (folder / "original_images/animal").mkdir(parents=True)
+        for index, image in enumerate(images):
+            image.save(folder / f"original_images/animal/{index}.jpg")
+        (folder / "basic_edit.json").write_text(json.dumps(entries))
+        return folder, ["editor/0.png", "editor/1.png"]
+    (folder / "count_change").mkdir(parents=True)
+    images[0].save(folder / "count_change/1.png")
+    entries = {"1": {"ori_img": "1.png", "ins_en": "be red"}, "2": {"ori_img": ["1.png", "3.png"], "ins_en": "join"}}
+    (folder / "count_change/annotation.json").write_text(json.dumps(entries))
+    return folder, ["results/editor/count_change/1.jpg"]
+
+
+@pytest.mark.parametrize("name", ["gedit", "imgedit", "kris"])
+def test_layouts_of_official_scorers(name, flags, tmp_path, capsys):
+    data, files = make_official(name, tmp_path / "data")
+    more = [f"--benchmark={name}", f"--dataset_name={data}", "--clip_model=none", "--dino_model=none"]
+    assert benchmark.main([*flags, *more, f"--output_dir={tmp_path / 'out'}"]) == 0
+    found = [
+        path.relative_to(tmp_path / "out/official").as_posix() for path in (tmp_path / "out/official").rglob("*.*")
+    ]
+    assert sorted(found) == sorted(files)
+    assert all(Image.open(tmp_path / "out/official" / file).size == (40, 40) for file in files)
+
+
+OUTSIDE = ("imgedit", '{"x": {"id": "../../a.jpg", "prompt": "b"}}')
+
+
+def test_damaged_inputs_of_official_scorers(flags, tmp_path, capsys):
+    for name, content in (
+        ("imgedit", '{"../x": {"id": "a.jpg", "prompt": "b"}}'),
+        ("imgedit", "["),
+        ("kris", None),
+        OUTSIDE,
+    ):
+        if content:
+            (tmp_path / "basic_edit.json").write_text(content)
+        with pytest.raises(SystemExit):
+            benchmark.main(
+                [*flags, f"--benchmark={name}", f"--dataset_name={tmp_path}", f"--output_dir={tmp_path / 'o'}"]
+            )
+        assert "--dataset_name" in (message := capsys.readouterr().err) and "Traceback" not in message
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
