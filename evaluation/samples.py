@@ -13,8 +13,9 @@ from utils.data.columns import is_image_feature, is_prompt_feature, resolve_colu
 from utils.data.draws import random_subset
 from utils.data.rows import open_rows
 from utils.errors import InputError
+from utils.masks import MASK_COLUMNS, read_mask
 from utils.pixel_metrics import changed_area
-from utils.pixels import BadRow, decode_image, open_image
+from utils.pixels import BadRow, decode_image
 
 logger = logging.getLogger(__name__)
 CAPTIONS = {  # what published datasets call them
@@ -23,7 +24,6 @@ CAPTIONS = {  # what published datasets call them
 }
 SESSION, TURN = "img_id", "turn_index"  # of MagicBrush
 PLACE = ("task_type", "instruction_language", "key")  # of GEdit-Bench
-MASKS = ("mask", "mask_img", "mask_image", "MASK_IMG")
 NONE, EXACT = "none", "exact"
 EXACT_THRESHOLD = 8  # of 255: below it, a target that was stored as a JPEG differs from its original everywhere
 EMPTY_CAPTION = "none"  # Emu Edit's test set has such rows
@@ -132,7 +132,7 @@ def find_columns(features: datasets.Features, options: DatasetOptions) -> dict[s
     else:
         found = resolve_columns(name, features, *given, edited)
         columns = {"original": found.original, "prompt": found.prompt, "edited": found.edited}
-    for part, known in (*((f"{side}_caption", names) for side, names in CAPTIONS.items()), ("mask", MASKS)):
+    for part, known in (*((f"{side}_caption", names) for side, names in CAPTIONS.items()), ("mask", MASK_COLUMNS)):
         flag = getattr(options, f"{part}_column")
         if part == "mask" and flag == EXACT:
             if edited == NONE:
@@ -170,18 +170,6 @@ def read_sample(number: int, row: dict, columns: dict[str, str | None]) -> Sampl
         turn=int(row[TURN]) if SESSION in row and TURN in row else 1,
         **captions,
     )
-
-
-def read_mask(value: object, size: tuple[int, int]) -> np.ndarray:
-    """A stored mask as bool (H, W) in the size of the image: True where it is bright. Raises BadRow.
-
-    A mask with an alpha channel marks the area by transparent pixels, as MagicBrush's do.
-    """
-    image = open_image(value)
-    if image.mode in ("RGBA", "LA"):
-        marked = image.getchannel("A").resize(size, Image.Resampling.NEAREST)
-        return np.asarray(marked) < 128
-    return np.asarray(image.convert("L").resize(size, Image.Resampling.NEAREST)) >= 128
 
 
 def batches(samples: list[Sample], size: int) -> Iterator[list[Sample]]:

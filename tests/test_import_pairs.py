@@ -411,16 +411,22 @@ def test_magic_brush_turns_share_their_source(tmp_path):
         instruction=TEXT,
         target_img=IMAGE,
     )
+    transparent = Image.new("RGBA", (10, 8), (9, 9, 9, 255))
+    transparent.paste((0, 0, 0, 0), (0, 0, 5, 8))
     rows = dict(
         img_id=["242", "242"],
         turn_index=[1, 2],
         source_img=stored(image_file(0), image_file(1)),
         instruction=["a", "b"],
-        mask_img=stored(b"not looked at", b"not looked at"),
+        mask_img=stored(encode(transparent), b"no image"),
         target_img=stored(image_file(1), image_file(2)),
     )
     found = run(save_published(tmp_path / "brush", features, rows), tmp_path / "pairs")
     assert [row["source"] for row in found] == ["242", "242"]
+    mask = pixels(found[0]["mask"]["bytes"])  # of the size of the image, white on the left; a damaged one is left out
+    assert mask.shape == (40, 48, 3) and found[1]["mask"] is None
+    half = mask.shape[1] // 2
+    assert mask[:, : half - 2].all() and not mask[:, half + 2 :].any()
     assert [row["settings"] for row in found] == [{"img_id": "242", "turn_index": turn} for turn in (1, 2)]
 
 

@@ -16,11 +16,15 @@ JSON_COLUMNS = ("models", "settings", "scores")  # stored as text
 PROVENANCE_COLUMNS = (*TEXT_COLUMNS, "models", "seed", "settings", "scores")  # all but images and instruction
 
 
-def pair_features() -> datasets.Features:
-    """Columns in order: what training needs, then the provenance of each row (docs/data.md)."""
+def pair_features(has_mask: bool = False) -> datasets.Features:
+    """Columns in order: what training needs, then the provenance of each row (docs/data.md).
+
+    has_mask: with a column `mask`, white where the edit may change the image, for evaluation.
+    """
     text = datasets.Value("string")
     columns = {"original_image": datasets.Image(), "edit_prompt": text, "edited_image": datasets.Image()}
-    return datasets.Features(columns | dict.fromkeys(PROVENANCE_COLUMNS, text) | {"seed": datasets.Value("int64")})
+    columns |= dict.fromkeys(PROVENANCE_COLUMNS, text) | {"seed": datasets.Value("int64")}
+    return datasets.Features(columns | ({"mask": datasets.Image()} if has_mask else {}))
 
 
 def make_pair(original: Any, edit_prompt: str, edited: Any, image_format: str = "png", **provenance: Any) -> dict:

@@ -17,6 +17,7 @@ from utils.data.columns import DEFAULT_COLUMNS, Columns, describe_features, is_i
 from utils.data.rows import open_rows
 from utils.data.sources import COLUMN_KEYS, open_source, sources_digest
 from utils.errors import InputError
+from utils.masks import MASK_COLUMNS
 from utils.pixels import BadRow
 
 SECOND_INPUT = "visual_input"  # Bin1117/AnyEdit: edits that need a second image
@@ -84,7 +85,7 @@ def map_provenance(features: datasets.Features, columns: Columns) -> ProvenanceM
 @dataclass(frozen=True)
 class DatasetSource:
     """second_input: column of a second image, whose rows are rejected. inverse: column of the instruction for the
-    swapped pair, which follows the pair of its row. Both are None if unused."""
+    swapped pair, which follows the pair of its row. mask: column of masks. All are None if unused."""
 
     name: str
     config: str | None
@@ -96,11 +97,12 @@ class DatasetSource:
     digest: str
     second_input: str | None = None
     inverse: str | None = None
+    mask: str | None = None
 
     def open(self) -> ReadPairs:
         rows = open_rows(self.name, False, self.config, self.split, self.is_streaming, None)
         used = {self.columns.original, self.columns.prompt, self.columns.edited, *self.provenance.columns}
-        used |= {self.second_input, self.inverse}
+        used |= {self.second_input, self.inverse, self.mask}
         rows = rows.select_columns([name for name in rows.features if name in used])
         for name, feature in rows.features.items():
             if is_image_feature(feature):
@@ -111,7 +113,8 @@ class DatasetSource:
     def identity(self) -> dict[str, Any]:
         columns = [self.columns.original, self.columns.prompt, self.columns.edited, self.inverse]
         place = {"split": self.split, "config": self.config}
-        return {"format": "dataset", "rows": self.digest, "columns": columns, **place}
+        mask = {"mask": self.mask} if self.mask else {}
+        return {"format": "dataset", "rows": self.digest, "columns": columns, **place, **mask}
 
     def _pairs_of(self, row: Mapping[str, Any] | None, item: int) -> Iterator[PairOrError]:
         if row is None:  # after the end of a stream
@@ -122,9 +125,10 @@ class DatasetSource:
         original, edited = row[self.columns.original], row[self.columns.edited]
         provenance["source"] = provenance.get("source") or self._source_of(original, item)
         is_cartoonized = self.columns.edited == CARTOONS
-        yield SourcePair(original, edited, row[self.columns.prompt], provenance, is_cartoonized)
+        mask = row[self.mask] if self.mask else None
+        yield SourcePair(original, edited, row[self.columns.prompt], provenance, is_cartoonized, mask)
         if self.inverse:
-            yield SourcePair(edited, original, row[self.inverse], _swap(provenance))
+            yield SourcePair(edited, original, row[self.inverse], _swap(provenance), mask=mask)
 
     def _source_of(self, original: Mapping[str, Any] | None, item: int) -> str:
         """The path of an image file in the folder of the dataset, else the row."""
@@ -158,9 +162,13 @@ def find_dataset_pairs(
     num_items = _stream_length(rows, split, max_rows, name) if is_streaming else len(rows)
     second_input = SECOND_INPUT if SECOND_INPUT in features and not _is_null(features[SECOND_INPUT]) else None
     inverse, digest = INVERSE if has_inverse else None, sources_digest([source])
-    return DatasetSource(
-        name, config, split, is_streaming, columns, provenance, num_items, digest, second_input, inverse
-    )
+    place = (name, config, split, is_streaming, columns, provenance, num_items, digest)
+    return DatasetSource(*place, second_input, inverse, _find_mask(features, columns))
+
+
+def _find_mask(features: datasets.Features, columns: Columns) -> str | None:
+    names = [name for name in MASK_COLUMNS if name in features and is_image_feature(features[name])]
+    return next((name for name in names if name not in (columns.original, columns.edited)), None)
 
 
 def finite_numbers(values: Mapping[str, Any]) -> dict[str, float]:

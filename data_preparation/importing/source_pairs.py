@@ -1,6 +1,7 @@
 """From the pairs of any source to rows: which files are stored unchanged, re-encoded or rejected."""
 
 import hashlib
+import io
 import json
 import logging
 from collections import Counter
@@ -19,6 +20,7 @@ from data_preparation.photographs import seeded_rng
 from utils.colour_profiles import is_srgb
 from utils.data.columns import usable_prompts
 from utils.data.geometry import Size, check_aspects
+from utils.masks import read_mask
 from utils.pixels import ORIENTATION_TAG, decode_image, num_frames, open_image
 from utils.stored_images import BadRow, read_image_file
 
@@ -38,7 +40,7 @@ class SourcePair:
 
     original, edited: bytes, a path, or a dict with "bytes" and "path". prompts: one or several, of which one is drawn.
     provenance: further keywords of `make_pair`. is_cartoonized: the edited image was resized, see
-    `cartoonized_size`.
+    `cartoonized_size`. mask: a stored mask of the area to be edited (`masks.read_mask`).
     """
 
     original: Any
@@ -46,6 +48,7 @@ class SourcePair:
     prompts: str | Sequence[str] | None
     provenance: dict[str, Any] = field(default_factory=dict)
     is_cartoonized: bool = False
+    mask: Any = None
 
 
 PairOrError = SourcePair | BadRow
@@ -102,7 +105,11 @@ class ImportedPairs:
         return self.source.num_items
 
     def features(self) -> datasets.Features:
-        return pair_features()
+        return pair_features(self._has_mask)
+
+    @property
+    def _has_mask(self) -> bool:
+        return getattr(self.source, "mask", None) is not None
 
     def open(self, rank: int) -> GenerateRows:
         read, order, num_logged = self.source.open(), None, 0
@@ -139,7 +146,21 @@ class ImportedPairs:
             raise BadRow("no instruction")
         original, edited = stored_images(pair, self.image_format)
         known = self.provenance | {name: value for name, value in pair.provenance.items() if value is not None}
-        return [make_pair(original, prompt, edited, **known) for prompt in prompts]
+        mask = {"mask": stored_mask(pair.mask, original)} if self._has_mask else {}
+        return [make_pair(original, prompt, edited, **known) | mask for prompt in prompts]
+
+
+def stored_mask(value: Any, original: bytes) -> dict | None:
+    """A mask as a black and white PNG of the size of the stored original image; None for none, or a damaged one."""
+    if not value:
+        return None
+    try:
+        mask = read_mask(_read(value), decode_image(original).size)
+    except BadRow:
+        return None
+    content = io.BytesIO()
+    Image.fromarray(mask).save(content, "PNG")
+    return {"bytes": content.getvalue(), "path": None}
 
 
 def stored_images(pair: SourcePair, image_format: str) -> tuple[bytes, bytes]:
