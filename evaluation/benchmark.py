@@ -119,7 +119,9 @@ def run(args: argparse.Namespace) -> int:
     options = pick(args, DatasetOptions)
     samples = open_official_samples(args.benchmark, options) if is_folder else open_samples(options)
     scored = last_turns(samples) if is_multi else samples
-    scorer = load_scorer(args.clip_model, args.dino_model, str(state.device)) if state.is_main_process else None
+    scorer = None
+    if state.is_main_process:
+        scorer = load_scorer(args.clip_model, args.dino_model, str(state.device), args.mask_model)
     judge = start_judge(args) if scorer else None
     originals = [sample.original for sample in scored]
     rows = [TableRow.measure("input, not edited", scorer, scored, originals, judge)] if scorer else []

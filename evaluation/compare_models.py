@@ -70,7 +70,9 @@ def run(args: argparse.Namespace) -> int:
     from utils.editing.settings import EditSettings
 
     state, samples = PartialState(), open_samples(pick(args, DatasetOptions))
-    scorer = load_scorer(args.clip_model, args.dino_model, str(state.device)) if state.is_main_process else None
+    scorer = None
+    if state.is_main_process:
+        scorer = load_scorer(args.clip_model, args.dino_model, str(state.device), args.mask_model)
     settings, rows, paths = replace(pick(args, EditSettings), keep_size=True), [], {}
     for model, label in label_models(args.model).items():
         name, *adapters = model.split("+")

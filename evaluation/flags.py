@@ -48,6 +48,8 @@ def make_parser(description: str, clip_model: str) -> FlagParser:
     add = parser.add_argument_group("scores").add_argument
     add("--clip_model", default=clip_model, metavar="MODEL", help=f"CLIP or SigLIP, or none (default {clip_model})")
     add("--dino_model", default=DINO, metavar="MODEL", help=f"DINO or DINOv2, or none (default {DINO})")
+    masks = "CLIPSeg model that finds the area of the instruction where the dataset has no mask"
+    add("--mask_model", metavar="MODEL", help=masks)
     add_config_flag(parser)
     return parser
 

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     samples = open_samples(pick(args, DatasetOptions))
     scorer = None
     if state.is_main_process:
-        scorer = load_scorer(args.clip_model, args.dino_model, str(state.device), args.legacy)
+        scorer = load_scorer(args.clip_model, args.dino_model, str(state.device), args.mask_model, args.legacy)
     points: list[CurvePoint] = []
     for model, label in label_models(args.model).items():
         options = EditorOptions(model, device=args.device, dtype=args.dtype)

@@ -27,6 +27,7 @@ from evaluation.feature_metrics import (
     load_image_encoder,
     load_image_text_encoder,
 )
+from evaluation.mask_model import MaskModel, load_mask_model
 from evaluation.samples import Sample
 from utils.pixel_metrics import pixel_scores
 
@@ -37,10 +38,14 @@ Features = torch.Tensor
 
 @dataclass
 class Scorer:
-    """Scores edits. Features of originals, targets and captions are kept, because many edits share them."""
+    """Scores edits. Features of originals, targets and captions are kept, because many edits share them.
+
+    mask_model: finds the area of the instruction in originals without a mask.
+    """
 
     clip: ImageTextEncoder | None = None
     dino: ImageEncoder | None = None
+    mask_model: MaskModel | None = None
     _kept: dict[tuple, Features] = field(default_factory=dict)
 
     def score(self, samples: list[Sample], edits: list[Image.Image]) -> list[dict[str, float]]:
@@ -60,7 +65,7 @@ class Scorer:
 
     def _pixel_scores(self, sample: Sample, edit: np.ndarray) -> dict[str, float]:
         scores = {"source_l1": pixel_scores(edit, sample.pixels)["l1"]}
-        target, mask = sample.target_pixels, sample.mask
+        target, mask = sample.target_pixels, self._mask(sample)
         if target is not None:
             scores |= pixel_scores(edit, target)
         if mask is not None:
@@ -70,6 +75,13 @@ class Scorer:
             inside = pixel_scores(edit, target, mask)
             scores |= {f"inside_{name}": inside[name] for name in AREA_SCORES}
         return scores
+
+    def _mask(self, sample: Sample) -> np.ndarray | None:
+        if sample.mask is not None or not self.mask_model:
+            return sample.mask
+        if ("mask", sample.number) not in self._kept:
+            self._kept["mask", sample.number] = self.mask_model.find(sample.original, sample.instruction)
+        return self._kept["mask", sample.number]
 
     def _add_clip(self, rows: list[dict], samples: list[Sample], edits: list[Image.Image]) -> None:
         edited = self._encode(self.clip, edits)
@@ -124,7 +136,10 @@ def _add(rows: list[dict], name: str, values: Features) -> None:
         row[name] = value
 
 
-def load_scorer(clip_model: str, dino_model: str, device: str, legacy: bool = False) -> Scorer:
+def load_scorer(
+    clip_model: str, dino_model: str, device: str, mask_model: str | None = None, legacy: bool = False
+) -> Scorer:
     """clip_model, dino_model: a Hub id, a folder, or "none". Raises InputError."""
     clip = None if clip_model == "none" else load_image_text_encoder(clip_model, device, legacy)
-    return Scorer(clip, None if dino_model == "none" else load_image_encoder(dino_model, device))
+    dino = None if dino_model == "none" else load_image_encoder(dino_model, device)
+    return Scorer(clip, dino, load_mask_model(mask_model, device) if mask_model else None)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -9,13 +10,21 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPModel, CLIPTokenizer, ViTImageProcessor, ViTModel
+from transformers import CLIPModel, CLIPSegForImageSegmentation, CLIPTokenizer, ViTImageProcessor, ViTModel
 
-from evaluation.feature_metrics import cmmd, direction_similarity, load_image_encoder, load_image_text_encoder
-from evaluation.samples import DatasetOptions, open_samples
+from evaluation.feature_metrics import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    cmmd,
+    direction_similarity,
+    load_image_encoder,
+    load_image_text_encoder,
+)
+from evaluation.mask_model import load_mask_model
+from evaluation.samples import DatasetOptions, Sample, open_samples
 from evaluation.scoring import Scorer
 from evaluation.statistics import area_under_front, bootstrap_mean, find_front, summarize
-from tests.encoders import SIDE, save_clip, save_dino
+from tests.encoders import SIDE, save_clip, save_clipseg, save_dino
 from tests.pairs import make_image
 from utils.errors import InputError
 from utils.pixel_metrics import MAX_PSNR, changed_area, pixel_scores, same_size, ssim
@@ -231,7 +240,30 @@ def test_samples_of_other_datasets(tmp_path):
         open_samples(DatasetOptions(folder, edited_image_column="none"))
 
 
-@pytest.mark.parametrize("load", [load_image_text_encoder, load_image_encoder])
+def test_a_segmentation_model_finds_masks(tmp_path):
+    """Its processor and the model used by hand find the same; a mask of the dataset takes precedence."""
+    folder, image = save_clipseg(tmp_path / "clipseg"), make_image(3, (48, 40))
+    masks = load_mask_model(str(folder), "cpu")
+    settings = dict(size={"height": SIDE, "width": SIDE}, resample=3, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
+    pixels = ViTImageProcessor(**settings)([image], return_tensors="pt").pixel_values
+    tokens = CLIPTokenizer.from_pretrained(folder)(["the sky"], return_tensors="pt")
+    with torch.no_grad():
+        logits = CLIPSegForImageSegmentation.from_pretrained(folder)(pixel_values=pixels, **tokens).logits
+    expected = np.asarray(
+        Image.fromarray(logits.reshape(SIDE, SIDE).numpy()).resize(image.size, Image.Resampling.BILINEAR)
+    )
+    found = masks.find(image, "the sky")
+    assert found.shape == (48, 40) and (found == (expected >= 0)).mean() > 0.95
+    sample = Sample(0, image, "the sky", image)
+    area = np.zeros((48, 40), bool)
+    changed = Image.fromarray(np.where(found[..., None], 0, np.asarray(image)))
+    rows = Scorer(mask_model=masks).score([sample, replace(sample, mask=area)], [changed, changed])
+    if not found.all():
+        assert rows[0]["outside_l1"] == 0
+    assert rows[1]["outside_l1"] == rows[1]["source_l1"]
+
+
+@pytest.mark.parametrize("load", [load_image_text_encoder, load_image_encoder, load_mask_model])
 def test_encoders_that_do_not_load(load, tmp_path):
     with pytest.raises(InputError, match="_model .*give the folder or Hub id of"):
         load(str(tmp_path), "cpu")
