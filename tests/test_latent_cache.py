@@ -12,7 +12,7 @@ from PIL import Image
 
 import train_instruct_pix2pix
 from tests.pairs import make_image, save_pairs
-from tests.runs import ACCELERATE, TORCHRUN, losses_of, run, training_flags, weights_of
+from tests.runs import TORCHRUN, losses_of, run, training_flags, weights_of
 from utils.data import bucket_table
 from utils.data.geometry import Geometry, prepare_pair
 from utils.data.latent_cache import crop_positions
@@ -138,15 +138,15 @@ def test_bad_rows_are_named_and_replaced(tiny_base, tmp_path):
     assert cache.read(0, 3, False)[0].shape == (12, 16, 16)
 
 
-@pytest.mark.parametrize("how", ["process", "two processes", "ray"])
+@pytest.mark.parametrize("how", ["two processes", "ray"])
 def test_cache_latents_prepares_a_training(how, tiny_base, wide_pairs, tmp_path, encoded):
     """With the flags of the training, which then encodes no image."""
     flags = ("--cache_crops=2", "--validation_split=0.2", "--random_flip", f"--latent_cache_dir={tmp_path / 'latents'}")
     flags = training_flags(tiny_base, wide_pairs, tmp_path / "out", *flags)
     if how == "ray":
         pytest.importorskip("ray", reason="Ray is not installed")
-    more, launcher = (["--ray=local", "--num_workers=2"], ()) if how == "ray" else ([], ACCELERATE)
-    printed = run("data_preparation/cache_latents.py", flags + more, TORCHRUN if how == "two processes" else launcher)
+    more, launcher = (["--ray=local", "--num_workers=2"], ()) if how == "ray" else ([], TORCHRUN)
+    printed = run("data_preparation/cache_latents.py", flags + more, launcher)
     assert "--cache_latents --latent_cache_dir" in printed and not (tmp_path / "out").exists()
     assert TRAIN([*flags, "--cache_latents", "--max_train_steps=1"]) == 0
     assert encoded == []
