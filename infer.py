@@ -77,7 +77,7 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, metavar="N", help="denoising steps (default 20; edit_cli.py uses 100)")
     add("--seed", type=int, metavar="N", help="the same seed gives the same edit (default: random, and printed)")
     add("--best_of", type=int, metavar="N", help="edit with N seeds and keep the edit that --judge likes best")
-    judge = "clip_text, clip_image, clip_product (default) or the address of a server with a vision model"
+    judge = "clip_text, clip_image, clip_both (default) or the address of a server with a vision model"
     add("--judge", metavar="METRIC", help=judge)
     add("--judge_model", metavar="NAME", help="its CLIP model or the server's model (default: CLIP ViT-L/14)")
     add("--scheduler", choices=SCHEDULERS, metavar="NAME", help="%(choices)s (default: the model's own)")
@@ -88,7 +88,10 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 
 def _add_model_and_machine(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model").add_argument
-    editor = "an editor: a diffusers folder, a Hub id or one .safetensors file; adapted.json in it sets its defaults"
+    editor = (
+        "an editor: a diffusers folder, a Hub id or one .safetensors file; recommended.json or adapted.json in it sets "
+        "its defaults"
+    )
     add("--model", "--ckpt", help=editor)
     adapter = (
         "LoRAs or DoRAs for --model, or one that turns a text-to-image --model into an editor: folder, file or Hub id"
@@ -218,7 +221,7 @@ def run(args: argparse.Namespace) -> int:
     if args.best_of:
         from evaluation.best_of import BestOf
 
-        best_of = BestOf(args.best_of, args.judge or "clip_product", args.judge_model, str(editor.pipeline.device))
+        best_of = BestOf(args.best_of, args.judge or "clip_both", args.judge_model, str(editor.pipeline.device))
     counts = edit_jobs(service, jobs, seed, best_of)
     report(jobs, counts, seed, time.monotonic() - started, args)
     return 1 if counts["failed"] else 0

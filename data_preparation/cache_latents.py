@@ -22,7 +22,6 @@ from utils.errors import exit_on_input_error  # noqa: E402
 from utils.training.flags import parse_training_flags  # noqa: E402
 from utils.training.launcher import prepare_process  # noqa: E402
 
-MAX_RAY_JOBS = 256
 INTERRUPTED = "interrupted: run the same command again to resume"
 
 

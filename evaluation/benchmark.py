@@ -104,7 +104,6 @@ def run(args: argparse.Namespace) -> int:
     check_flags(args, *find_problems(args))
     quiet_libraries()
     from accelerate import PartialState
-    from PIL import Image
 
     from evaluation.editing import SampleEditor, round_trip
     from evaluation.official import open_official_samples, write_official
@@ -138,7 +137,7 @@ def run(args: argparse.Namespace) -> int:
             rows.append(TableRow.measure("target through the VAE", scorer, scored, decoded))
         del editor
         if scorer:
-            edits = [Image.open(paths[sample.number]).convert("RGB") for sample in scored]
+            edits = [paths[sample.number] for sample in scored]
             if args.benchmark in OFFICIAL:
                 place = write_official(args.benchmark, scored, edits, label, args.output_dir / "official")
                 print(f"for the official scorer: {place}", flush=True)

@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from PIL import Image
 
-from evaluation.feature_metrics import ImageTextEncoder, load_image_text_encoder
+from evaluation.feature_metrics import load_image_text_encoder
 from evaluation.flags import IP2P_CLIP
 from evaluation.samples import Sample
 from utils.editing.flags import JUDGE_METRICS
@@ -23,17 +23,18 @@ class BestOf:
     """Chooses one of `count` edits of each job, which differ in their seeds.
 
     judge: a metric, whose model is CLIP or SigLIP, or the address of a server with a vision model. clip_text: the
-    similarity of edit and instruction; clip_image: of edit and input; clip_product: their product, the first from 0 on.
+    similarity of edit and instruction; clip_image: of edit and input; clip_both: their product, the first from 0 on.
     """
 
     def __init__(self, count: int, judge: str, model: str | None, device: str) -> None:
         self.count, self._name, self._judge, self._clip = count, judge, None, None
         if judge in JUDGE_METRICS:
-            self._clip: ImageTextEncoder = load_image_text_encoder(model or IP2P_CLIP, device)
+            self._clip = load_image_text_encoder(model or IP2P_CLIP, device)
         else:
             from evaluation.judge import Judge, JudgeOptions
 
-            self._judge = Judge(JudgeOptions(judge, model), Path(mkdtemp(prefix="judgements-")))
+            self._folder = TemporaryDirectory(prefix="judgements-")
+            self._judge = Judge(JudgeOptions(judge, model), Path(self._folder.name))
 
     def expand(self, jobs: list[Job]) -> list[Job]:
         """Every job with `count` seeds and the same output."""
@@ -73,5 +74,5 @@ class BestOf:
         features = self._clip.encode_images([original.convert("RGB"), *images])
         with_text = features[1:] @ self._clip.encode_texts([instruction])[0]
         with_input = features[1:] @ features[0]
-        values = {"clip_text": with_text, "clip_image": with_input, "clip_product": with_text.clamp(min=0) * with_input}
+        values = {"clip_text": with_text, "clip_image": with_input, "clip_both": with_text.clamp(min=0) * with_input}
         return torch.as_tensor(values[self._name]).tolist()

@@ -59,7 +59,6 @@ def run(args: argparse.Namespace) -> int:
     check_flags(args, *find_problems(args))
     quiet_libraries()
     from accelerate import PartialState
-    from PIL import Image
 
     from evaluation.comparison_page import judge_pairs, save_inputs, serve_votes, write_comparison
     from evaluation.editing import SampleEditor
@@ -82,8 +81,7 @@ def run(args: argparse.Namespace) -> int:
         paths[label] = editor.edit(samples, settings, folder, label)
         del editor
         if scorer:
-            edits = [Image.open(path).convert("RGB") for path in paths[label]]
-            rows.append(TableRow.measure(label, scorer, samples, edits))
+            rows.append(TableRow.measure(label, scorer, samples, paths[label]))
     if not scorer:
         return 0
     rows.append(TableRow.measure("input, not edited", scorer, samples, [sample.original for sample in samples]))

@@ -109,7 +109,7 @@ def judge_pairs(judge: Judge, samples: list[Sample], paths: dict[str, list[Path]
     known = {(vote.first, vote.second, vote.sample) for vote in ballot.votes if vote.voter != "person"}
     for first, second in itertools.combinations(paths, 2):
         own = [(i, sample) for i, sample in enumerate(samples) if (first, second, sample.number) not in known]
-        edits = [[Image.open(paths[name][i]).convert("RGB") for i, _ in own] for name in (first, second)]
+        edits = [[paths[name][i] for i, _ in own] for name in (first, second)]
         for vote in judge.compare([sample for _, sample in own], (first, second), *edits):
             ballot.add(vote)
     print_ratings(ballot)

@@ -4,8 +4,6 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from evaluation.editing import SampleEditor
 from evaluation.samples import Sample
 from evaluation.scoring import Scorer
@@ -35,8 +33,7 @@ def measure_point(
     paths = editor.edit(samples, settings, folder, what)
     if not scorer:
         return None
-    rows = scorer.score(samples, [Image.open(path).convert("RGB") for path in paths])
-    means = summarize(rows)
+    means = summarize(scorer.score(samples, paths)[0])
     used = {"guidance_scale": settings.guidance_scale, "image_guidance_scale": settings.image_guidance_scale}
     return CurvePoint(
         label,
@@ -53,7 +50,7 @@ def write_table(points: list[CurvePoint], samples: list[Sample], scorer: Scorer,
         for p in points
     ]
     write_atomically(folder / "curves.jsonl", ("\n".join(lines) + "\n").encode())
-    no_edit = summarize(scorer.score(samples, [sample.original for sample in samples]))
+    no_edit = summarize(scorer.score(samples, [sample.original for sample in samples])[0])
     results = {
         "num_samples": len(samples),
         "no_edit": no_edit,

@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
 from utils.errors import explaining_load_errors
+from utils.models.image_text_encoder import ImageTextEncoder
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_ADVICE = "give the folder or Hub id of a CLIP or SigLIP model of transformers, or none"
@@ -23,35 +24,14 @@ CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0  # Jayasumana et al. (2401.09603), section
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
-@dataclass(frozen=True)
-class ImageTextEncoder:
-    """CLIP or SigLIP. legacy: preprocess images as the original InstructPix2Pix's metrics/clip_similarity.py does."""
+class LegacyEncoder(ImageTextEncoder):
+    """CLIP with the preprocessing of the original InstructPix2Pix's metrics/clip_similarity.py, faults included."""
 
-    model: Any
-    tokenizer: Any
-    processor: Any
-    legacy: bool = False
-
-    @torch.no_grad()
     def encode_images(self, images: list[Image.Image]) -> torch.Tensor:
         """Features float32 (N, D) of length 1."""
-        if self.legacy:
-            pixels = torch.cat([self._legacy_pixels(image) for image in images])
-        else:
-            pixels = self.processor(images=images, return_tensors="pt")["pixel_values"]
-        pixels = pixels.to(self.model.device, self.model.dtype)
-        return F.normalize(_features(self.model.get_image_features(pixel_values=pixels)).float(), dim=-1)
+        return self.encode_pixels(torch.cat([self._squashed(image) for image in images]))
 
-    @torch.no_grad()
-    def encode_texts(self, texts: list[str]) -> torch.Tensor:
-        """Features float32 (N, D) of length 1. Longer texts than the model's context are truncated."""
-        config = self.model.config.text_config
-        padding = "max_length" if config.model_type.startswith("siglip") else True  # SigLIP was trained without a mask
-        settings = dict(padding=padding, max_length=config.max_position_embeddings, truncation=True)
-        inputs = self.tokenizer(texts, return_tensors="pt", **settings).to(self.model.device)
-        return F.normalize(_features(self.model.get_text_features(**inputs)).float(), dim=-1)
-
-    def _legacy_pixels(self, image: Image.Image) -> torch.Tensor:
+    def _squashed(self, image: Image.Image) -> torch.Tensor:
         """Squashed to a square without antialiasing, and normalised as if [-1, 1] were [0, 1] (unclamped)."""
         size = self.model.config.vision_config.image_size
         values = torch.from_numpy(np.array(image)).float().permute(2, 0, 1)[None] / 127.5 - 1
@@ -91,9 +71,8 @@ def load_image_text_encoder(name: str, device: str, legacy: bool = False) -> Ima
     """CLIP or SigLIP, of the Hub or a folder. Raises InputError."""
     with explaining_load_errors(f"--clip_model {name}", CLIP_ADVICE):
         model = AutoModel.from_pretrained(name).eval().to(device)
-        return ImageTextEncoder(
-            model, AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name), legacy
-        )
+        parts = (AutoTokenizer.from_pretrained(name), AutoImageProcessor.from_pretrained(name))
+        return (LegacyEncoder if legacy else ImageTextEncoder)(model, *parts)
 
 
 def load_image_encoder(name: str, device: str) -> ImageEncoder:
@@ -121,8 +100,3 @@ def cmmd(first: torch.Tensor, second: torch.Tensor) -> float:
         return torch.exp(-gamma * torch.cdist(a.double(), b.double()) ** 2).mean()
 
     return float(CMMD_SCALE * (kernel(first, first) + kernel(second, second) - 2 * kernel(first, second)))
-
-
-def _features(output: Any) -> torch.Tensor:
-    """transformers 4 returns the features themselves, 5 an object that holds them."""
-    return output if isinstance(output, torch.Tensor) else output.pooler_output

@@ -92,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
     draw_curves(points, args.output_dir)
     if args.recommend:
         for model, label in label_models(args.model).items():
-            best, criterion = choose_best([point for point in points if point.label == label], args.criterion)
-            found = Recommendation(best.settings, criterion, best.scores[criterion], len(samples), args.dataset_name)
+            best, criterion, value = choose_best([point for point in points if point.label == label], args.criterion)
+            found = Recommendation(best.settings, criterion, value, len(samples), args.dataset_name)
             print(store_recommendation(Path(model), found), flush=True)
     print(f"wrote {args.output_dir / 'curves.png'}, curves.pdf, curves.jsonl and results.json", flush=True)
     return 0

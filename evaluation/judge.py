@@ -13,7 +13,7 @@ import json
 import math
 import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from data_preparation.captions.server import RequestRefused, ServerClient
 from data_preparation.photographs import centre_square, list_photographs, read_photograph
 from data_preparation.toy_edits import EDITS
 from evaluation.ratings import Vote
-from evaluation.samples import Sample
+from evaluation.samples import Edit, Sample, read_edit
 from utils.errors import InputError
 from utils.json_lines import append_json_line, parse_json_object
 
@@ -76,31 +76,28 @@ class Judge:
         )
         self._client, self._known = ServerClient(server), read_judgements(self._path)
         self.num_malformed = self.num_refused = 0
+        self._cancelled = threading.Event()
 
-    def mark(self, samples: Sequence[Sample], edits: Sequence[Image.Image]) -> list[dict[str, float]]:
+    def mark(self, samples: Sequence[Sample], edits: Sequence[Edit]) -> list[dict[str, float]]:
         """judge_sc, judge_pq and judge_o of the edit of each sample; {} where the server refuses."""
 
-        def one(sample: Sample, edit: Image.Image) -> dict[str, float]:
+        def one(sample: Sample, edit: Edit) -> dict[str, float]:
             question = POINTWISE.format(instruction=sample.instruction)
-            marks = self._ask(question, [sample.original, edit], read_marks)
+            marks = self._ask(question, [sample.original, read_edit(edit)], read_marks)
             if not marks:
                 return {}
             sc, pq = min(marks["success"], marks["overediting"]), min(marks["naturalness"], marks["artefacts"])
             return {"judge_sc": sc, "judge_pq": pq, "judge_o": math.sqrt(sc * pq)}
 
-        with ThreadPoolExecutor(self._options.judge_concurrency) as threads:
-            return list(threads.map(one, samples, edits))
+        return self._in_threads(one, samples, edits)
 
     def compare(
-        self,
-        samples: Sequence[Sample],
-        names: tuple[str, str],
-        first: Sequence[Image.Image],
-        second: Sequence[Image.Image],
+        self, samples: Sequence[Sample], names: tuple[str, str], first: Sequence[Edit], second: Sequence[Edit]
     ) -> list[Vote]:
         """A vote on the two edits of each sample."""
 
-        def one(sample: Sample, a: Image.Image, b: Image.Image) -> Vote | None:
+        def one(sample: Sample, *edits: Edit) -> Vote | None:
+            a, b = map(read_edit, edits)
             question = PAIRWISE.format(instruction=sample.instruction)
             answers = [self._ask(question, [sample.original, *pair], read_choice) for pair in ((a, b), (b, a))]
             if None in answers:
@@ -109,8 +106,18 @@ class Judge:
             winner = chosen.get(tuple(answer["better"] for answer in answers), "tie")
             return Vote(*names, winner, sample.number, f"judge {self._options.judge_model}")
 
-        with ThreadPoolExecutor(self._options.judge_concurrency) as threads:
-            return [vote for vote in threads.map(one, samples, first, second) if vote]
+        return [vote for vote in self._in_threads(one, samples, first, second) if vote]
+
+    def _in_threads(self, function: Callable, *items: Sequence) -> list:
+        """The results in order. After an error or Ctrl-C no further question is asked."""
+        threads = ThreadPoolExecutor(self._options.judge_concurrency)
+        try:
+            return list(threads.map(function, *items))
+        except BaseException:
+            self._cancelled.set()
+            raise
+        finally:
+            threads.shutdown(cancel_futures=True)
 
     def check_itself(self) -> str:
         """Ask about edits with exact results; returns a sentence. Raises InputError for a judge that fails.
@@ -158,7 +165,10 @@ class Judge:
         body = {"model": self._options.judge_model, "messages": [{"role": "user", "content": parts}], "temperature": 0}
         try:
             answer = self._client.request(
-                self._client.openai.chat.completions.create, body | {"max_tokens": MAX_TOKENS}, read_counted
+                self._client.openai.chat.completions.create,
+                body | {"max_tokens": MAX_TOKENS},
+                read_counted,
+                self._cancelled,
             )
         except RequestRefused:
             self.num_refused += 1

@@ -10,18 +10,13 @@ As in their repositories: stepfun-ai/Step1X-Edit, PKU-YuanGroup/ImgEdit (Benchma
 """
 
 import json
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from PIL import Image
-
-from evaluation.samples import DatasetOptions, Sample
-from utils.data.draws import random_subset
+from evaluation.samples import DatasetOptions, Edit, Sample, read_chosen, read_edit
 from utils.errors import InputError
 from utils.pixels import BadRow, decode_image
 
-logger = logging.getLogger(__name__)
 IMGEDIT_FILE, KRIS_FILE = "basic_edit.json", "annotation.json"
 
 
@@ -29,25 +24,16 @@ def open_official_samples(benchmark: str, options: DatasetOptions) -> list[Sampl
     """The samples of imgedit or kris. Raises InputError, also where none can be read."""
     folder = Path(options.dataset_name)
     entries = list((_list_imgedit if benchmark == "imgedit" else _list_kris)(folder))
-    numbers = range(len(entries))
-    if options.num_samples is not None and options.num_samples < len(entries):
-        numbers = random_subset(options.seed, len(entries), options.num_samples).tolist()
-    samples, bad = [], []
-    for number in numbers:
+
+    def read(number: int) -> Sample:
         place, image, instruction = entries[number]
-        try:
-            if image is None:
-                raise BadRow("needs several images")
-            if not image.resolve().is_relative_to(folder.resolve()):
-                raise BadRow("its image is outside of the folder")
-            samples.append(Sample(number, decode_image(image), instruction, place=place))
-        except (BadRow, OSError) as error:
-            bad.append(f"{'/'.join(place)}: {getattr(error, 'reason', error)}")
-    if bad:
-        logger.warning("%d entries cannot be edited and are left out: %s", len(bad), "; ".join(bad[:5]))
-    if not samples:
-        raise InputError(f"--dataset_name {folder}: no image of its entries can be read ({'; '.join(bad[:2])})")
-    return samples
+        if image is None:
+            raise BadRow(f"{'/'.join(place)} needs several images")
+        if not image.resolve().is_relative_to(folder.resolve()):
+            raise BadRow(f"{'/'.join(place)}: its image is outside of the folder")
+        return Sample(number, decode_image(image), instruction, place=place)
+
+    return read_chosen(len(entries), read, options)
 
 
 def _list_imgedit(folder: Path) -> Iterator[tuple[tuple[str, ...], Path, str]]:
@@ -73,12 +59,12 @@ def _read(file: Path) -> dict:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"--dataset_name: {file} cannot be read: {error}") from error
-    needed = ("ori_img", "ins_en") if file.name == KRIS_FILE else ("id", "prompt")
+    needed = {"ori_img": (str, list), "ins_en": str} if file.name == KRIS_FILE else {"id": str, "prompt": str}
     for key, entry in content.items() if isinstance(content, dict) else [("", None)]:
-        if not isinstance(entry, dict) or not set(needed) <= set(entry) or not is_file_name(key):
-            raise InputError(
-                f"--dataset_name: {file} must map keys to objects with {' and '.join(needed)}, not {key!r}"
-            )
+        is_right = isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in needed.items())
+        if not is_right or not is_file_name(key):
+            what = " and ".join(needed)
+            raise InputError(f"--dataset_name: {file} must map file names to objects with {what}; look at {key!r}")
     return content
 
 
@@ -87,7 +73,7 @@ def is_file_name(part: str) -> bool:
     return bool(part) and not set(part) & set("/\\\0") and part not in (".", "..")
 
 
-def write_official(benchmark: str, samples: list[Sample], edits: list[Image.Image], editor: str, folder: Path) -> Path:
+def write_official(benchmark: str, samples: list[Sample], edits: Sequence[Edit], editor: str, folder: Path) -> Path:
     """Save the edits in the layout of the benchmark's own scorer; returns the folder to give it. Raises InputError."""
     for sample, edit in zip(samples, edits, strict=True):
         if not sample.place or not all(map(is_file_name, sample.place)):
@@ -100,7 +86,7 @@ def write_official(benchmark: str, samples: list[Sample], edits: list[Image.Imag
         else:
             path = folder.joinpath(editor, *(["fullset"] if benchmark == "gedit" else []), *parents, f"{key}.png")
         path.parent.mkdir(parents=True, exist_ok=True)
-        edit.save(path, **({"quality": 95} if benchmark == "kris" else {}))
+        read_edit(edit).save(path, **({"quality": 95} if benchmark == "kris" else {}))
         if benchmark == "gedit":
             sample.original.save(path.with_name(f"{key}_SRCIMG.png"))
     return folder

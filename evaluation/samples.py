@@ -1,9 +1,9 @@
 """The samples of an evaluation: rows of a dataset with what a score needs."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -26,7 +26,7 @@ SESSION, TURN = "img_id", "turn_index"  # of MagicBrush
 PLACE = ("task_type", "instruction_language", "key")  # of GEdit-Bench
 NONE, EXACT = "none", "exact"
 EXACT_THRESHOLD = 8  # of 255: below it, a target that was stored as a JPEG differs from its original everywhere
-EMPTY_CAPTION = "none"  # Emu Edit's test set has such rows
+Edit = Image.Image | Path  # an edited image, or its file
 
 
 @dataclass(frozen=True)
@@ -73,11 +73,11 @@ class Sample:
         """The name of the files of its edits, without a suffix."""
         return f"{self.number:06d}"
 
-    @cached_property
+    @property
     def pixels(self) -> np.ndarray:
         return np.asarray(self.original)
 
-    @cached_property
+    @property
     def target_pixels(self) -> np.ndarray | None:
         return None if self.edited is None else np.asarray(self.edited)
 
@@ -97,18 +97,26 @@ def open_samples(options: DatasetOptions) -> list[Sample]:
     for column in (columns["original"], columns["edited"], columns["mask"]):
         if isinstance(rows.features.get(column), datasets.Image):
             rows = rows.cast_column(column, datasets.Image(decode=False))
-    numbers, samples, bad = list(range(len(rows))), [], []
-    if options.num_samples is not None and options.num_samples < len(rows):
-        numbers = random_subset(options.seed, len(rows), options.num_samples).tolist()
+    return read_chosen(len(rows), lambda number: read_sample(number, rows[number], columns), options)
+
+
+def read_chosen(count: int, read: Callable[[int], Sample], options: DatasetOptions) -> list[Sample]:
+    """The samples of all numbers below `count`, or of --num_samples of them; bad ones are logged.
+
+    read: number -> sample, or raises BadRow. Raises InputError where none is left.
+    """
+    numbers, samples, bad = range(count), [], []
+    if options.num_samples is not None and options.num_samples < count:
+        numbers = random_subset(options.seed, count, options.num_samples).tolist()
     for number in numbers:
         try:
-            samples.append(read_sample(number, rows[number], columns))
+            samples.append(read(number))
         except BadRow as error:
             bad.append(f"{options.dataset_split}[{number}]: {error.reason}")
     if bad:
         logger.warning("%d rows cannot be read and are left out: %s", len(bad), "; ".join(bad[:5]))
     if not samples:
-        raise InputError(f"{name}, split {options.dataset_split!r}, has no row that can be read")
+        raise InputError(f"--dataset_name {options.dataset_name} has no row that can be read: {'; '.join(bad[:2])}")
     return samples
 
 
@@ -175,6 +183,11 @@ def read_sample(number: int, row: dict, columns: dict[str, str | None]) -> Sampl
 def batches(samples: list[Sample], size: int) -> Iterator[list[Sample]]:
     for start in range(0, len(samples), size):
         yield samples[start : start + size]
+
+
+def read_edit(edit: Edit) -> Image.Image:
+    """An edit as an RGB image."""
+    return Image.open(edit).convert("RGB") if isinstance(edit, Path) else edit
 
 
 def last_turns(samples: list[Sample]) -> list[Sample]:

@@ -13,6 +13,7 @@
 | inside_l1, inside_psnr, inside_ssim | | inside the mask, the edit with the target image |
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,14 +22,14 @@ from PIL import Image
 
 from evaluation.feature_metrics import (
     ImageEncoder,
-    ImageTextEncoder,
     cmmd,
     direction_similarity,
     load_image_encoder,
     load_image_text_encoder,
 )
 from evaluation.mask_model import MaskModel, load_mask_model
-from evaluation.samples import Sample
+from evaluation.samples import Edit, Sample, read_edit
+from utils.models.image_text_encoder import ImageTextEncoder
 from utils.pixel_metrics import pixel_scores
 
 BATCH = 32
@@ -48,20 +49,23 @@ class Scorer:
     mask_model: MaskModel | None = None
     _kept: dict[tuple, Features] = field(default_factory=dict)
 
-    def score(self, samples: list[Sample], edits: list[Image.Image]) -> list[dict[str, float]]:
-        """The scores of the edit of each sample that exist for it."""
-        rows = [self._pixel_scores(sample, np.asarray(edit)) for sample, edit in zip(samples, edits, strict=True)]
-        if self.clip:
-            self._add_clip(rows, samples, edits)
-        if self.dino:
-            self._add_dino(rows, samples, edits)
-        return rows
+    def score(self, samples: list[Sample], edits: Sequence[Edit]) -> tuple[list[dict[str, float]], float | None]:
+        """(the scores of the edit of each sample that exist for it, CMMD of all edits and targets).
 
-    def discrepancy(self, samples: list[Sample], edits: list[Image.Image]) -> float | None:
-        """CMMD of the edits and the targets; None without targets or CLIP."""
-        if not self.clip or len(samples) < 2 or any(sample.edited is None for sample in samples):
-            return None
-        return cmmd(self._encode(self.clip, edits), self._features("clip", self.clip, samples, "edited"))
+        Files are read a batch at a time. CMMD is None without CLIP, or where a target is missing.
+        """
+        rows, features = [], []
+        for start in range(0, len(samples), BATCH):
+            part, images = samples[start : start + BATCH], [read_edit(edit) for edit in edits[start : start + BATCH]]
+            found = [self._pixel_scores(sample, np.asarray(image)) for sample, image in zip(part, images, strict=True)]
+            if self.clip:
+                features.append(self._add_clip(found, part, images))
+            if self.dino:
+                self._add_dino(found, part, images)
+            rows += found
+        if not features or len(samples) < 2 or any(sample.edited is None for sample in samples):
+            return rows, None
+        return rows, cmmd(torch.cat(features), self._features("clip", self.clip, samples, "edited"))
 
     def _pixel_scores(self, sample: Sample, edit: np.ndarray) -> dict[str, float]:
         scores = {"source_l1": pixel_scores(edit, sample.pixels)["l1"]}
@@ -83,7 +87,8 @@ class Scorer:
             self._kept["mask", sample.number] = self.mask_model.find(sample.original, sample.instruction)
         return self._kept["mask", sample.number]
 
-    def _add_clip(self, rows: list[dict], samples: list[Sample], edits: list[Image.Image]) -> None:
+    def _add_clip(self, rows: list[dict], samples: list[Sample], edits: list[Image.Image]) -> Features:
+        """Returns the features of the edits."""
         edited = self._encode(self.clip, edits)
         original = self._features("clip", self.clip, samples, "original")
         _add(rows, "clip_image", (edited * original).sum(-1))
@@ -98,6 +103,7 @@ class Scorer:
                     direction_similarity(images, torch.stack([before, texts[index]])[None])
                 )
         self._add_target(rows, samples, edited, "clip", self.clip)
+        return edited
 
     def _add_dino(self, rows: list[dict], samples: list[Sample], edits: list[Image.Image]) -> None:
         edited = self._encode(self.dino, edits)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from evaluation.judge import Judge
-from evaluation.samples import Sample
+from evaluation.samples import Edit, Sample
 from evaluation.scoring import Scorer
 from evaluation.statistics import summarize
 from utils.atomic_files import write_atomically
@@ -29,14 +28,13 @@ class TableRow:
 
     @classmethod
     def measure(
-        cls, name: str, scorer: Scorer, samples: list[Sample], edits: list[Image.Image], judge: Judge | None = None
+        cls, name: str, scorer: Scorer, samples: list[Sample], edits: Sequence[Edit], judge: Judge | None = None
     ) -> TableRow:
         """Score one edit of each sample."""
-        rows = scorer.score(samples, edits)
+        rows, discrepancy = scorer.score(samples, edits)
         if judge:
             rows = [row | marks for row, marks in zip(rows, judge.mark(samples, edits), strict=True)]
         scores = summarize(rows)
-        discrepancy = scorer.discrepancy(samples, edits)
         if discrepancy is not None:
             scores["cmmd"] = {"mean": discrepancy, "low": discrepancy, "high": discrepancy, "count": len(samples)}
         return cls(name, scores, [{"row": sample.number} | row for sample, row in zip(samples, rows, strict=True)])

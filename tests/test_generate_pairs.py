@@ -246,9 +246,9 @@ def test_clip_scores_are_cosines_of_clip_features(clip, tmp_path):
         small = np.asarray(Image.fromarray(image).resize((72, 32), Image.Resampling.BICUBIC))[:, 20:52]
         mean, deviation = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
         normalised = torch.tensor((small / 255 - mean) / deviation, dtype=torch.float32).permute(2, 0, 1)[None]
-        inputs = scorer.tokenizer(text, truncation=True, max_length=77, return_tensors="pt")
+        inputs = scorer.encoder.tokenizer(text, truncation=True, max_length=77, return_tensors="pt")
         with torch.no_grad():
-            output = scorer.model(pixel_values=normalised, **inputs)
+            output = scorer.encoder.model(pixel_values=normalised, **inputs)
         return output.image_embeds[0].double(), output.text_embeds[0].double()
 
     for pair in range(2):

@@ -88,8 +88,8 @@ def test_the_best_point():
 
     followed, copied = point(clip_direction=0.2, clip_image=0.8), point(clip_direction=0.0, clip_image=1.0)
     against = point(clip_direction=-0.1, clip_image=0.9)
-    assert choose_best([copied, followed, against], None) == (followed, "clip_product")
-    assert choose_best([point(l1=0.1), low := point(l1=0.05)], "l1") == (low, "l1")
+    assert choose_best([copied, followed, against], None) == (followed, "clip_product", pytest.approx(0.16))
+    assert choose_best([point(l1=0.1), low := point(l1=0.05)], "l1") == (low, "l1", 0.05)
     with pytest.raises(Exception, match="no such score"):
         choose_best([point(l1=0.1)], "psnr")
 

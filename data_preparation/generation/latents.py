@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import UNet2DConditionModel
 from tqdm.auto import tqdm
 
@@ -64,11 +65,11 @@ def open_parts(settings: Settings, device: torch.device, dtype: torch.dtype) -> 
 
 
 def encode_here(settings: Settings) -> tuple[list[Path], int]:
-    """Encode in the processes of `accelerate launch`: (folders, in the main process; rows that this one encoded)."""
+    """Encode in the processes of `accelerate launch`: (folders, in the main process; rows that all encoded)."""
     accelerator = start_accelerator(settings.machine)
     parts = open_parts(settings, accelerator.device, DTYPES.get(accelerator.mixed_precision, torch.float32))
-    count = sum(part.encode(accelerator.process_index, accelerator.num_processes) for part in parts)
-    accelerator.wait_for_everyone()
+    own = sum(part.encode(accelerator.process_index, accelerator.num_processes) for part in parts)
+    count = sum(gather_object([own]))
     for part in parts:
         part.check()
     folders = [folder for part in parts for folder in part.folders] if accelerator.is_main_process else []

@@ -18,6 +18,7 @@ from PIL import Image
 from data_preparation.generation.user_functions import call_function, load_function
 from data_preparation.pairs.settings import PairSettings
 from utils.errors import InputError
+from utils.models.image_text_encoder import ImageTextEncoder
 
 # (score, its lower bound) in the order of the checks; a rejected candidate counts for the first bound that it violates.
 LOWER_BOUNDS = (
@@ -43,27 +44,13 @@ class CaptionFeatures(NamedTuple):
 
 @dataclass(frozen=True)
 class ClipScorer:
-    """A CLIPModel with its tokenizer and image processor."""
+    """Scores pairs by the features of a CLIP model."""
 
-    model: Any
-    tokenizer: Any
-    image_processor: Any
+    encoder: ImageTextEncoder
 
-    @torch.no_grad()
     def encode_captions(self, original: str, edited: str) -> CaptionFeatures:
         """Captions longer than the context of CLIP are truncated."""
-        length = self.model.config.text_config.max_position_embeddings
-        settings = dict(padding=True, truncation=True, max_length=length, return_tensors="pt")
-        inputs = self.tokenizer([original, edited], **settings).to(self.model.device)
-        return CaptionFeatures(*F.normalize(_features(self.model.get_text_features(**inputs)).float(), dim=-1))
-
-    @torch.no_grad()
-    def encode_images(self, images: list[np.ndarray]) -> torch.Tensor:
-        """N uint8 images (H, W, 3) -> features (N, D) of length 1."""
-        pil_images = [Image.fromarray(np.ascontiguousarray(image)) for image in images]
-        pixels = self.image_processor(images=pil_images, return_tensors="pt")["pixel_values"]
-        pixels = pixels.to(self.model.device, self.model.dtype)
-        return F.normalize(_features(self.model.get_image_features(pixel_values=pixels)).float(), dim=-1)
+        return CaptionFeatures(*self.encoder.encode_texts([original, edited]))
 
     def score(
         self, originals: list[np.ndarray], edited: list[np.ndarray], captions: list[CaptionFeatures]
@@ -74,7 +61,8 @@ class ClipScorer:
         clip_sim_dir: change of the image with change of the caption; change: mean absolute difference of the pixels
         in [0, 1].
         """
-        first, second = self.encode_images([*originals, *edited]).chunk(2)
+        images = [Image.fromarray(np.ascontiguousarray(image)) for image in (*originals, *edited)]
+        first, second = self.encoder.encode_images(images).chunk(2)
         text_0, text_1 = (torch.stack(features) for features in zip(*captions, strict=True))
         columns = {
             "clip_sim_0": F.cosine_similarity(first, text_0),
@@ -124,8 +112,3 @@ def load_image_check(spec: str) -> ImageCheck:
         return flags
 
     return check
-
-
-def _features(output: Any) -> torch.Tensor:
-    """transformers 4 returns the features themselves, 5 an object that holds them."""
-    return output if isinstance(output, torch.Tensor) else output.pooler_output

@@ -13,6 +13,7 @@ from utils.editing.loading import fuse_adapter
 from utils.errors import InputError, explaining_load_errors
 from utils.hub_names import digest_files, find_revision, is_hub_id, public_name, snapshot_revision
 from utils.models.adapter_sources import inspect_adapter
+from utils.models.image_text_encoder import ImageTextEncoder
 from utils.models.single_file import is_single_file, load_single_file
 from utils.models.vae_file import load_vae_file
 
@@ -140,7 +141,7 @@ def load_clip(choice: ModelChoice, device: str | torch.device) -> ClipScorer:
     with explaining_load_errors(f"--clip_model {name}", "give a CLIPModel of transformers: a folder or its Hub id"):
         model = CLIPModel.from_pretrained(name, dtype=torch.float32, **location).eval().to(device)
         tokenizer = AutoTokenizer.from_pretrained(name, **location)
-        return ClipScorer(model, tokenizer, load_image_processor(name, **location))
+        return ClipScorer(ImageTextEncoder(model, tokenizer, load_image_processor(name, **location)))
 
 
 def load_checks(choice: ModelChoice, image_check: str | None, pipeline: Any) -> dict[str, ImageCheck]:

@@ -13,7 +13,7 @@ RECORDED = ("edit", "jobs", "surprise_me", "num_images", "seed")
 RECORDED_OPTIONS = ("dtype", "compile", "vae_slicing", "vae_tiling", "no_safety_checker", "lora_scale")
 
 
-JUDGE_METRICS = ("clip_text", "clip_image", "clip_product")
+JUDGE_METRICS = ("clip_text", "clip_image", "clip_both")
 OFFLOADS = ("model", "sequential")  # which part of the weights is on the GPU: one model, or one layer
 
 

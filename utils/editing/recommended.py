@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from utils.atomic_files import write_atomically
 from utils.errors import InputError
@@ -34,17 +34,17 @@ class Measured(Protocol):
     scores: dict[str, float]
 
 
-def choose_best(points: Sequence[Any], criterion: str | None) -> tuple[Any, str]:
-    """The best of measured points (settings, scores), and the criterion that was used. Raises InputError.
+def choose_best(points: Sequence[Measured], criterion: str | None) -> tuple[Measured, str, float]:
+    """The best of measured points, the criterion that was used, and its value. Raises InputError.
 
     criterion: a score, or "clip_product": CLIP directional similarity, at least 0, times image similarity, which is 0
     both for copying the input and for ignoring it. None: psnr, if there is one, else clip_product.
     """
-    names = set.intersection(*(set(point.scores) for point in points))
-    if {"clip_direction", "clip_image"} <= names:
-        for point in points:
-            point.scores[PRODUCT] = max(0.0, point.scores["clip_direction"]) * point.scores["clip_image"]
-        names |= {PRODUCT}
+    scores = [dict(point.scores) for point in points]
+    for one in scores:
+        if {"clip_direction", "clip_image"} <= one.keys():
+            one[PRODUCT] = max(0.0, one["clip_direction"]) * one["clip_image"]
+    names = set.intersection(*map(set, scores))
     criterion = criterion or ("psnr" if "psnr" in names else PRODUCT)
     if criterion not in names:
         raise InputError(
@@ -52,7 +52,8 @@ def choose_best(points: Sequence[Any], criterion: str | None) -> tuple[Any, str]
             "another --criterion, or a dataset with target images, or with captions and --clip_model"
         )
     sign = -1 if criterion in LOWER_IS_BETTER else 1
-    return max(points, key=lambda point: sign * point.scores[criterion]), criterion
+    best = max(range(len(points)), key=lambda index: sign * scores[index][criterion])
+    return points[best], criterion, scores[best][criterion]
 
 
 def store_recommendation(editor: Path, found: Recommendation) -> str:

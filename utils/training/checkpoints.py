@@ -48,7 +48,7 @@ class Progress:
     validated_step: int = 0
     best_loss: float | None = None
     evaluated_step: int = 0
-    best_score: float | None = None
+    best_scores: dict[str, float] = field(default_factory=dict)  # by the metric of --save_best
     bad_rows: list[list[str]] = field(default_factory=list)
     changes: list[list] = field(default_factory=list)  # of --allow_changed: step, setting, before, after
 

@@ -31,9 +31,9 @@ def validate_edits(session: TrainingSession, best: BestWeights, step: int) -> No
         scores = run_on_main(session.accelerator, lambda: score_edits(session, unet, step))
         session.accelerator.log(scores, step=step)
         score = scores.get(f"eval_{best.metric}")
-        is_best = score is not None and best.is_better(score, progress.best_score)
+        is_best = score is not None and best.is_better(score, progress.best_scores.get(best.metric))
         if is_best:
-            progress.best_score = score
+            progress.best_scores[best.metric] = score
         if session.accelerator.is_main_process:
             append_log(settings.output_dir, {"step": step} | scores)
             if is_best:

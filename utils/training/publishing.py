@@ -64,6 +64,8 @@ class BestWeights:
         if not self.metric or not (self.path / "best.json").exists():
             return None
         description = json.loads((self.path / "best.json").read_text())
+        if LOGGED[self.metric] not in description:  # of an earlier run with another metric
+            return None
         return read_trained(self.path / "unet", unet), description["global_step"]
 
 
